@@ -1,0 +1,95 @@
+"""Grow the trees of one iteration with a velocity model."""
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .cost import forwards, tail_steps
+from .noise import NoiseSchedule
+from .steps import step
+from .tree import Forest, TreeShape
+
+Progress = Callable[[int, int, Tensor], None]  # (forwards done, forwards in all, newest denoised predictions [B, C, H, W])
+
+
+def check_sigmas(sigmas: Tensor) -> None:
+    if sigmas.dim() != 1 or len(sigmas) < 2 or bool((sigmas[1:] >= sigmas[:-1]).any()) or float(sigmas[0]) > 1 + 1e-6:
+        raise ValueError("SIGMAS must fall from at most 1 to 0, as flow-matching schedulers give them.")
+    if float(sigmas[-1]) != 0:
+        raise ValueError(f"SIGMAS end at {float(sigmas[-1]):.4g}, so the leaves would still be noisy: use a schedule that ends at 0.")
+
+
+def shorten(sigmas: Tensor, tail: float) -> Tensor:
+    """The sigmas of the remaining steps [r+1], re-spaced to ceil(tail * r) steps by interpolation over the step number."""
+    remaining = len(sigmas) - 1
+    taken = tail_steps(remaining, tail)
+    if taken == remaining:
+        return sigmas
+    position = torch.linspace(0, remaining, taken + 1, dtype=torch.float64)
+    below = position.floor().long().clamp(max=remaining - 1)
+    share = (position - below).to(sigmas.dtype)
+    return sigmas[below] * (1 - share) + sigmas[below + 1] * share
+
+
+def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: NoiseSchedule, *, start: int, prompts: list[int],
+         seed: int = 0, iteration: int = 0, numbers: list[int] | None = None, micro_batch: int = 0,
+         progress: Progress | None = None) -> Forest:
+    """Trees for P prompts, siblings sharing their parent's forward.
+
+    velocity: `velocity(x[B,C,H,W], sigma, rows[B]) -> v[B,C,H,W]`; the sum of B over its calls equals core.cost.forwards.
+    roots: [P * trees, C, H, W] latents at sigmas[0]. sigmas: [T+1], falling to 0, kept on the CPU.
+    prompts: conditioning row of each prompt; numbers: its number in the run, which seeds its noise (default: the same).
+    micro_batch: at most so many latents per model call; 0 = all at once.
+    """
+    check_sigmas(sigmas)
+    numbers = prompts if numbers is None else numbers
+    steps = len(sigmas) - 1
+    levels = schedule.levels(shape.depth)
+    table = [float(s) for s in sigmas]
+    tail = [float(s) for s in shorten(sigmas[start + shape.depth:], shape.tail)]
+    total = len(prompts) * forwards(steps, start, shape.depth, shape.branching, shape.trees, shape.tail)[0]
+    done = 0
+
+    def evaluate(x: Tensor, sigma: float, rows: Tensor) -> Tensor:
+        nonlocal done
+        parts = []
+        size = micro_batch or len(x)
+        for part, part_rows in zip(x.split(size), rows.split(size)):
+            v = velocity(part, sigma, part_rows)
+            parts.append(v)
+            done += len(part)
+            if progress is not None:
+                progress(done, total, part - sigma * v)
+        return torch.cat(parts)
+
+    rows = torch.tensor(prompts).repeat_interleave(shape.trees)
+    x = roots
+    for i in range(start):
+        x = step("ode", x, evaluate(x, table[i], rows), table[i], table[i + 1], 0.0, table[1]).latent
+
+    states, log_probs = [x], []
+    for layer, level in enumerate(levels):
+        i = start + layer
+        v = evaluate(x, table[i], rows)
+        z = _layer_noise(shape, x, seed, iteration, numbers, i)
+        edge = step(schedule.kind, x.repeat_interleave(shape.branching, 0), v.repeat_interleave(shape.branching, 0), table[i],
+                    table[i + 1], level, table[1], noise=z, rho_min=schedule.rho_min)
+        x, rows = edge.latent, rows.repeat_interleave(shape.branching)
+        states.append(x)
+        log_probs.append(edge.log_prob)
+
+    for sigma, sigma_next in zip(tail, tail[1:]):
+        x = step("ode", x, evaluate(x, sigma, rows), sigma, sigma_next, 0.0, table[1]).latent
+
+    return Forest(prompts=list(prompts), trees=shape.trees, branching=shape.branching, start=start, sigmas=sigmas, kind=schedule.kind,
+                  levels=levels, rho_min=schedule.rho_min, states=states, log_probs=log_probs, leaves=x, forwards=done,
+                  iteration=iteration, seed=seed)
+
+
+def _layer_noise(shape: TreeShape, x: Tensor, seed: int, iteration: int, numbers: list[int], i: int) -> Tensor:
+    """Sibling noise below every node of a layer, on x's device: [len(x) * branching, C, H, W]."""
+    per_tree = len(x) // (len(numbers) * shape.trees)
+    draws = [noise.siblings(shape.siblings, shape.branching, x.shape[1:], seed, iteration, number, tree, i, node)
+             for number in numbers for tree in range(shape.trees) for node in range(per_tree)]
+    return torch.cat(draws).to(x.device)
