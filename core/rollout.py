@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import noise
 from .cost import forwards, tail_steps
+from .memory import MicroBatch
 from .noise import NoiseSchedule
 from .steps import step
 from .tree import Forest, TreeShape
@@ -32,15 +33,44 @@ def shorten(sigmas: Tensor, tail: float) -> Tensor:
     return sigmas[below] * (1 - share) + sigmas[below + 1] * share
 
 
+class _Calls:
+    """The model calls of one rollout: sliced, counted, reported, and kept with their graphs where asked for."""
+
+    def __init__(self, velocity, micro_batch: MicroBatch, total: int, progress: Progress | None, retain: bool):
+        self.velocity, self.micro_batch, self.total, self.progress, self.retain = velocity, micro_batch, total, progress, retain
+        self.done = 0
+        self.graphs: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, x: Tensor, sigma: float, rows: Tensor, layer: int | None = None) -> Tensor:
+        parts = []
+
+        def call(first: int, last: int) -> None:
+            part = x[first:last]
+            if self.retain and layer is not None:
+                with self.velocity.grad():
+                    v = self.graphs[layer, first] = self.velocity(part, sigma, rows[first:last])
+                v = v.detach()
+            else:
+                v = self.velocity(part, sigma, rows[first:last])
+            parts.append(v)
+            self.done += last - first
+            if self.progress is not None:
+                self.progress(self.done, self.total, part - sigma * v)
+
+        self.micro_batch.run(len(x), call)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: NoiseSchedule, *, start: int, prompts: list[int],
-         seed: int = 0, iteration: int = 0, numbers: list[int] | None = None, micro_batch: int = 0,
-         progress: Progress | None = None) -> Forest:
+         seed: int = 0, iteration: int = 0, numbers: list[int] | None = None, micro_batch: MicroBatch | None = None,
+         retain: bool = False, progress: Progress | None = None) -> Forest:
     """Trees for P prompts, siblings sharing their parent's forward.
 
     velocity: `velocity(x[B,C,H,W], sigma, rows[B]) -> v[B,C,H,W]`; the sum of B over its calls equals core.cost.forwards.
     roots: [P * trees, C, H, W] latents at sigmas[0]. sigmas: [T+1], falling to 0, kept on the CPU.
     prompts: conditioning row of each prompt; numbers: its number in the run, which seeds its noise (default: the same).
-    micro_batch: at most so many latents per model call; 0 = all at once.
+    retain: keep the window nodes' graphs, so that the first update needs no forward of its own (LeanGRPO's "retain").
+    Nothing but those graphs carries gradients.
     """
     check_sigmas(sigmas)
     numbers = prompts if numbers is None else numbers
@@ -49,42 +79,31 @@ def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: No
     table = [float(s) for s in sigmas]
     tail = [float(s) for s in shorten(sigmas[start + shape.depth:], shape.tail)]
     total = len(prompts) * forwards(steps, start, shape.depth, shape.branching, shape.trees, shape.tail)[0]
-    done = 0
-
-    def evaluate(x: Tensor, sigma: float, rows: Tensor) -> Tensor:
-        nonlocal done
-        parts = []
-        size = micro_batch or len(x)
-        for part, part_rows in zip(x.split(size), rows.split(size)):
-            v = velocity(part, sigma, part_rows)
-            parts.append(v)
-            done += len(part)
-            if progress is not None:
-                progress(done, total, part - sigma * v)
-        return torch.cat(parts)
+    model = _Calls(velocity, micro_batch or MicroBatch(), total, progress, retain)
 
     rows = torch.tensor(prompts).repeat_interleave(shape.trees)
     x = roots
     for i in range(start):
-        x = step("ode", x, evaluate(x, table[i], rows), table[i], table[i + 1], 0.0, table[1]).latent
+        x = step("ode", x, model(x, table[i], rows), table[i], table[i + 1], 0.0, table[1]).latent
 
-    states, log_probs = [x], []
+    states, log_probs, velocities = [x], [], []
     for layer, level in enumerate(levels):
         i = start + layer
-        v = evaluate(x, table[i], rows)
+        v = model(x, table[i], rows, layer)
         z = _layer_noise(shape, x, seed, iteration, numbers, i)
         edge = step(schedule.kind, x.repeat_interleave(shape.branching, 0), v.repeat_interleave(shape.branching, 0), table[i],
                     table[i + 1], level, table[1], noise=z, rho_min=schedule.rho_min)
         x, rows = edge.latent, rows.repeat_interleave(shape.branching)
         states.append(x)
+        velocities.append(v)
         log_probs.append(edge.log_prob)
 
     for sigma, sigma_next in zip(tail, tail[1:]):
-        x = step("ode", x, evaluate(x, sigma, rows), sigma, sigma_next, 0.0, table[1]).latent
+        x = step("ode", x, model(x, sigma, rows), sigma, sigma_next, 0.0, table[1]).latent
 
     return Forest(prompts=list(prompts), trees=shape.trees, branching=shape.branching, start=start, sigmas=sigmas, kind=schedule.kind,
-                  levels=levels, rho_min=schedule.rho_min, states=states, log_probs=log_probs, leaves=x, forwards=done,
-                  iteration=iteration, seed=seed)
+                  levels=levels, rho_min=schedule.rho_min, states=states, log_probs=log_probs, velocities=velocities, leaves=x,
+                  forwards=model.done, iteration=iteration, seed=seed, graphs=model.graphs)
 
 
 def _layer_noise(shape: TreeShape, x: Tensor, seed: int, iteration: int, numbers: list[int], i: int) -> Tensor:

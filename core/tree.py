@@ -55,11 +55,12 @@ class Forest:
     rho_min: float
     states: list[Tensor]            # depth+1 layers of latents: [P * trees * branching^k, C, H, W], fp32
     log_probs: list[Tensor]         # depth layers of edges under the sampling policy: [P * trees * branching^(k+1)]
+    velocities: list[Tensor]        # depth layers: the sampling policy's velocity at every window node, no gradient
     leaves: Tensor                  # [P * K, C, H, W] denoised
     forwards: int                   # model forwards spent on growing it
     iteration: int = 0
     seed: int = 0
-    settings: dict = field(default_factory=dict)  # what the run's record says of it
+    graphs: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (layer, first node of a slice) -> velocity with its graph
 
     @property
     def depth(self) -> int:

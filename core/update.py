@@ -5,82 +5,143 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .objective import Objective, clipped_surrogate
-from .steps import step
+from .memory import MicroBatch
+from .objective import Objective, clip_ranges, clipped_surrogate, gaussian_kl, log_ratio, node_values, relative, sft_targets, sft_weights, step_weights
+from .steps import Step, step
 from .tree import Forest
 
 
-def edge_log_probs(velocity, forest: Forest, layer: int, parents: Tensor) -> Tensor:
-    """Log-probabilities [len(parents) * branching] of the edges below these nodes under the current policy.
+def children_of(layer_below: Tensor, parents: slice, branching: int) -> Tensor:
+    """The rows of the next layer that hang below these parents, in order."""
+    return layer_below[parents.start * branching:parents.stop * branching]
 
-    Siblings differ only in their noise, so each parent is forwarded once.
-    """
+
+def score_edges(forest: Forest, layer: int, parents: slice, v: Tensor) -> Step:
+    """The edges below these parents under a policy that predicts velocity v [n, C, H, W] for them: log_prob [n * branching]."""
     b = forest.branching
     sigma, sigma_next = forest.sigma(layer)
-    x = forest.states[layer][parents.to(forest.states[layer].device)]
-    v = velocity(x, sigma, forest.rows(layer)[parents])
-    children = children_of(forest.states[layer + 1], parents, b)
-    return step(forest.kind, x.repeat_interleave(b, 0), v.repeat_interleave(b, 0), sigma, sigma_next, forest.levels[layer],
-                float(forest.sigmas[1]), next_latent=children, rho_min=forest.rho_min).log_prob
+    return step(forest.kind, forest.states[layer][parents].repeat_interleave(b, 0), v.repeat_interleave(b, 0), sigma, sigma_next,
+                forest.levels[layer], float(forest.sigmas[1]), next_latent=children_of(forest.states[layer + 1], parents, b), rho_min=forest.rho_min)
 
 
-def children_of(layer_below: Tensor, parents: Tensor, branching: int) -> Tensor:
-    """The rows of the next layer that hang below these parents, in order."""
-    return layer_below.view(-1, branching, *layer_below.shape[1:])[parents.to(layer_below.device)].flatten(0, 1)
+class _Loss:
+    """The loss of slices of window nodes; everything that is known before the forward is worked out once, here."""
+
+    def __init__(self, velocity, forest: Forest, advantages: list[Tensor], objective: Objective, allowed: Tensor, images: Tensor | None):
+        self.velocity, self.forest, self.objective, self.images = velocity, forest, objective, images
+        self.advantages = [a.cpu() for a in advantages]
+        self.leaf = self.advantages[-1]
+        self.edges = sum(a.numel() for a in self.advantages)
+        self.nodes = self.edges // forest.branching
+        self.shares = relative(node_values(self.leaf, forest), forest)
+        spread = self.leaf.view(len(forest.prompts), -1)
+        self.allowed = allowed.cpu() & (spread.amax(1) > spread.amin(1))
+        blank = forest.states[0].new_zeros(1, 1)
+        stds = [float(step(forest.kind, blank, blank, *forest.sigma(k), forest.levels[k], float(forest.sigmas[1]), noise=blank,
+                           rho_min=forest.rho_min).std) for k in range(forest.depth)]
+        self.layer_weights = step_weights(objective.step_weight, forest, stds)
+        self.wanted_sft = [sft_weights(share, self.allowed) for share in self.shares[:forest.depth]] if objective.sft > 0 else None
+        self.targets: dict[int, Tensor] = {}
+
+    def is_empty(self, layer: int, parents: slice) -> bool:
+        """Nothing to learn from these nodes: groups without spread cost nothing."""
+        if self.objective.kl > 0 or bool(children_of(self.advantages[layer], parents, self.forest.branching).any()):
+            return False
+        return self.wanted_sft is None or not bool(self.wanted_sft[layer][parents].any())
+
+    def __call__(self, layer: int, parents: slice, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss of the slice as its share of the whole, diagnostics [6]: grpo, ratio, clipped, edges, kl, sft as sums)."""
+        forest, objective, b = self.forest, self.objective, self.forest.branching
+        new = score_edges(forest, layer, parents, v)
+        with torch.no_grad():
+            old = score_edges(forest, layer, parents, forest.velocities[layer][parents])
+        old_log_prob = children_of(forest.log_probs[layer], parents, b)
+        low, high = clip_ranges(objective, children_of(self.shares[layer + 1], parents, b).to(v.device))
+        advantage = children_of(self.advantages[layer], parents, b).to(new.log_prob)
+        grpo, ratio, clipped = clipped_surrogate(log_ratio(objective.ratio, new, old_log_prob, old.mean), advantage, low, high)
+        loss = self.layer_weights[layer] * grpo.sum() / self.edges
+        kl = sft = torch.zeros((), device=v.device)
+        if objective.kl > 0:
+            with torch.no_grad(), self.velocity.reference():
+                reference = self.velocity(forest.states[layer][parents], forest.sigma(layer)[0], forest.rows(layer)[parents])
+                reference_mean = score_edges(forest, layer, parents, reference).mean
+            kl = gaussian_kl(new.mean, reference_mean, new.std).sum()
+            loss = loss + objective.kl * kl / self.edges
+        if self.wanted_sft is not None:
+            if layer not in self.targets:
+                self.targets[layer] = sft_targets(objective, forest, self.leaf, layer, self.images)
+            distance = ((v - self.targets[layer][parents]) ** 2).flatten(1).mean(1)
+            sft = (self.wanted_sft[layer][parents].to(distance) * distance).sum()
+            loss = loss + objective.sft * sft / self.nodes
+        return loss, torch.stack([grpo.detach().sum(), ratio.sum(), clipped.to(ratio).sum(), torch.ones_like(ratio).sum(), kl.detach().to(ratio),
+                                  sft.detach().to(ratio)])
 
 
-def policy_gradient(velocity, forest: Forest, advantages: list[Tensor], objective: Objective, *, micro_batch: int = 0,
-                    check: Callable[[], None] | None = None) -> dict[str, float]:
-    """Add the gradient of the mean loss over all window edges to the parameters; returns the loss and its diagnostics.
+def policy_gradient(velocity, forest: Forest, advantages: list[Tensor], objective: Objective, *, micro_batch: MicroBatch | None = None,
+                    allowed: Tensor | None = None, images: Tensor | None = None, check: Callable[[], None] | None = None) -> dict[str, float]:
+    """Add the gradient of the loss over all window edges to the parameters; returns the loss and its diagnostics.
 
-    advantages: per layer, [P * trees * branching^(layer+1)]. micro_batch: at most so many parents per forward; with the
-    rollout's micro_batch the slices are the rollout's own, so that a bf16 model scores with the batch shapes it
-    sampled with. Slices without any advantage are skipped. check: called before each slice; may raise.
+    advantages: per layer, [P * trees * branching^(layer+1)]; the last layer's are also the leaves' values for clip ranges
+    and LayerTuning-RL. With the rollout's micro_batch the slices are the rollout's own, so that a bf16 model scores with
+    the batch shapes it sampled with. Slices with nothing to learn are skipped. Graphs the rollout retained are used up.
+    allowed: prompts whose best leaf may be imitated [P], default all. images: [P, C, H, W], for target "images".
+    check: called before each slice; may raise.
     """
-    b = forest.branching
-    edges = sum(a.numel() for a in advantages)
-    totals = []  # per slice: loss, sum of ratios, clipped edges, scored edges; kept on the device until the end
-    for layer, advantage in enumerate(advantages):
-        advantage = advantage.cpu()
-        count = len(forest.states[layer])
-        for parents in torch.arange(count).split(micro_batch or count):
-            wanted = children_of(advantage, parents, b)
-            if not bool(wanted.any()):
-                continue
-            if check is not None:
-                check()
-            with velocity.grad():
-                new = edge_log_probs(velocity, forest, layer, parents)
-                old = children_of(forest.log_probs[layer], parents, b)
-                loss, ratio, clipped = clipped_surrogate(new, old, wanted.to(new), objective.clip_low, objective.clip_high)
-                (loss.sum() / edges).backward()
-            totals.append(torch.stack([loss.detach().sum(), ratio.sum(), clipped.to(ratio).sum(), torch.ones_like(ratio).sum()]))
-    loss, ratio, clipped, scored = torch.stack(totals).double().sum(0).tolist() if totals else (0.0, 0.0, 0.0, 0.0)
-    return {"loss": loss / edges, "ratio_mean": ratio / scored if scored else 1.0, "clip_frac": clipped / scored if scored else 0.0,
-            "edges": edges, "edges_trained": int(scored)}
+    parameters = list(velocity.parameters())
+    if allowed is None:
+        allowed = torch.ones(len(forest.prompts), dtype=torch.bool)
+    loss_of = _Loss(velocity, forest, advantages, objective, allowed, images)
+    totals = []  # diagnostics per slice, on the device until the end
+
+    def learn(layer: int, first: int, last: int) -> None:
+        parents = slice(first, last)
+        kept = forest.graphs.pop((layer, first), None)
+        if loss_of.is_empty(layer, parents):
+            return
+        if check is not None:
+            check()
+        with velocity.grad():
+            if kept is None or len(kept) != last - first:
+                kept = velocity(forest.states[layer][parents], forest.sigma(layer)[0], forest.rows(layer)[parents])
+            loss, diagnostics = loss_of(layer, parents, kept)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients):  # only now: a slice that failed has left nothing behind
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        totals.append(diagnostics)
+
+    batch = micro_batch or MicroBatch()
+    for layer in range(forest.depth):
+        batch.run(len(forest.states[layer]), lambda first, last: learn(layer, first, last))
+    forest.graphs.clear()
+    grpo, ratio, clipped, scored, kl, sft = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 6
+    edges, nodes = loss_of.edges, loss_of.nodes
+    return {"loss": grpo / edges, "ratio_mean": ratio / scored if scored else 1.0, "clip_frac": clipped / scored if scored else 0.0,
+            "kl": kl / edges, "sft_loss": sft / nodes, "edges": edges, "edges_trained": int(scored)}
 
 
 def update(velocity, forest: Forest, advantages: list[Tensor], optimizer: torch.optim.Optimizer, objective: Objective, *,
-           micro_batch: int = 0, max_grad_norm: float = 1.0, inner_updates: int = 1,
-           check: Callable[[], None] | None = None) -> dict[str, float]:
-    """`inner_updates` optimiser steps on the same trees; metrics of the last one, `ratio_mean` of the first.
+           max_grad_norm: float = 1.0, inner_updates: int = 1, **options) -> dict[str, float]:
+    """`inner_updates` optimizer steps on the same trees; metrics of the last one, `ratio_first` of the first.
 
-    A gradient that is not finite changes nothing: the step is skipped and reported as `skipped`.
+    A gradient that is not finite changes nothing: the step is skipped and counted in `skipped`. options: as policy_gradient.
     """
     parameters = list(velocity.parameters())
     before = velocity.forwards
-    ratio_first, skipped, metrics = None, 0, {}
-    for _ in range(inner_updates):
+    ratio_first, skipped, metrics = 1.0, 0, {}
+    try:
+        for inner in range(inner_updates):
+            optimizer.zero_grad(set_to_none=True)
+            metrics = policy_gradient(velocity, forest, advantages, objective, **options)
+            metrics["grad_norm"] = 0.0
+            if inner == 0:
+                ratio_first = metrics["ratio_mean"]
+            if metrics["edges_trained"]:
+                metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf))
+                if math.isfinite(metrics["grad_norm"]):
+                    optimizer.step()
+                else:
+                    skipped += 1
+    finally:
         optimizer.zero_grad(set_to_none=True)
-        metrics = policy_gradient(velocity, forest, advantages, objective, micro_batch=micro_batch, check=check)
-        ratio_first = metrics["ratio_mean"] if ratio_first is None else ratio_first
-        metrics["grad_norm"] = 0.0
-        if metrics["edges_trained"]:
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf))
-            metrics["grad_norm"] = norm
-            if math.isfinite(norm):
-                optimizer.step()
-            else:
-                skipped += 1
-    optimizer.zero_grad(set_to_none=True)
     return {**metrics, "ratio_first": ratio_first, "skipped": skipped, "update_forwards": velocity.forwards - before}

@@ -5,6 +5,7 @@ from hypothesis import given, settings, strategies as st
 from toy import ToyVelocity
 
 from core import cost, noise, windows
+from core.memory import MicroBatch
 from core.noise import NoiseSchedule
 from core.rollout import grow, shorten
 from core.steps import KINDS, step
@@ -23,7 +24,7 @@ def grown(shape: TreeShape, steps=8, start=1, prompts=(0, 1), schedule=NoiseSche
     roots = noise.roots(SHAPE, seed, iteration, list(prompts), shape.trees).double()
     with torch.no_grad():
         forest = grow(velocity, roots, sigmas(steps), shape, schedule, start=start, prompts=list(prompts), seed=seed, iteration=iteration,
-                      micro_batch=micro_batch, **kwargs)
+                      micro_batch=MicroBatch(micro_batch), **kwargs)
     return forest, velocity
 
 

@@ -1,0 +1,198 @@
+"""Every term of the loss: gradients against finite differences, and what each setting must do."""
+import pytest
+import torch
+from test_update import RANDOM_KINDS, case
+
+from core.memory import MicroBatch, saved_bytes
+from core.objective import Objective, best_leaves, clip_ranges, gaussian_kl, log_ratio, node_values, relative, sft_targets, sft_weights, step_weights
+from core.steps import step
+from core.tree import TreeShape
+from core.update import _Loss, policy_gradient, score_edges
+
+WIDE = dict(clip_low=10.0, clip_high=10.0)
+TERMS = {
+    "plain": Objective(**WIDE),
+    "guard": Objective(ratio="guard", step_weight="guard", **WIDE),
+    "tau": Objective(step_weight="tau", **WIDE),
+    "clip": Objective(clip_low=0.01, clip_high=0.02),
+    "dynamic clip": Objective(clip_low=0.005, clip_high=0.005, sensitivity=2.0),
+    "kl": Objective(kl=0.3, **WIDE),
+    "sft best-path": Objective(sft=0.5, target="best-path", **WIDE),
+    "sft best-leaf": Objective(sft=0.5, target="best-leaf", **WIDE),
+    "sft images": Objective(sft=0.5, target="images", **WIDE),
+    "everything": Objective(0.01, 0.02, 1.0, "guard", "tau", 0.1, 0.2, "best-leaf"),
+}
+
+
+def off_policy(kind="cps", shape=TreeShape(3, 2)):
+    forest, velocity, advantages = case(kind, shape)
+    with torch.no_grad():
+        velocity.delta += 0.02 * torch.randn(velocity.delta.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return forest, velocity, advantages
+
+
+def images(forest):
+    return torch.randn(len(forest.prompts), *forest.leaves.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def total(objective, forest, velocity, advantages):
+    loss_of = _Loss(velocity, forest, advantages, objective, torch.ones(len(forest.prompts), dtype=torch.bool), images(forest))
+    value = 0.0
+    for layer in range(forest.depth):
+        v = velocity(forest.states[layer], forest.sigma(layer)[0], forest.rows(layer))
+        value = value + loss_of(layer, slice(0, len(v)), v)[0]
+    return value
+
+
+@pytest.mark.parametrize("kind", ["flow_sde", "cps"])
+@pytest.mark.parametrize("name", TERMS)
+def test_gradient_of_every_term_equals_finite_differences(name, kind):
+    objective = TERMS[name]
+    forest, velocity, advantages = off_policy(kind)
+    policy_gradient(velocity, forest, advantages, objective, images=images(forest))
+    direction = torch.randn(velocity.delta.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    slope = float((velocity.delta.grad * direction).sum())
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            velocity.delta += sign * 1e-6 * direction
+            values.append(float(total(objective, forest, velocity, advantages)))
+            velocity.delta -= sign * 1e-6 * direction
+    assert abs(slope) > 1e-6 and slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=2e-5)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_is_the_same_on_any_split_and_with_retained_graphs(name):
+    objective = TERMS[name]
+    forest, velocity, advantages = case()
+    policy_gradient(velocity, forest, advantages, objective, images=images(forest))
+    whole, velocity.delta.grad = velocity.delta.grad, None
+    policy_gradient(velocity, forest, advantages, objective, images=images(forest), micro_batch=MicroBatch(3))
+    torch.testing.assert_close(velocity.delta.grad, whole, atol=1e-13, rtol=1e-9)
+
+    from test_tree import grown
+    from core.noise import NoiseSchedule
+    kept, fresh = grown(TreeShape(3, 2, trees=2), start=1, schedule=NoiseSchedule("cps", level=0.5, shape="linear", beta=0.3, rho_min=0.5), retain=True)
+    before = fresh.forwards
+    policy_gradient(fresh, kept, advantages, objective, images=images(forest))
+    torch.testing.assert_close(fresh.delta.grad, whole, atol=1e-13, rtol=1e-9)
+    assert fresh.forwards - before == (2 * 2 * 4 if objective.kl else 0) and not kept.graphs
+
+
+@pytest.mark.parametrize("kind", RANDOM_KINDS)
+def test_normalised_ratio_has_no_bias_and_no_scale(kind):
+    """GRPO-Guard: log r = mean(z dmu). The plain log ratio has mean -mean(dmu^2)/(2 tau^2)."""
+    x, v = (torch.randn(1, 6, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+    z = torch.randn(20000, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    args = (kind, x.expand(20000, 6))
+    old = step(*args, v.expand(20000, 6), 0.8, 0.6, 0.5, 0.96, noise=z)
+    new = step(*args, (v + 0.1).expand(20000, 6), 0.8, 0.6, 0.5, 0.96, next_latent=old.latent)
+    guard = log_ratio("guard", new, old.log_prob, old.mean)
+    torch.testing.assert_close(guard, (z * (new.mean - old.mean)).mean(1), atol=1e-12, rtol=1e-9)
+    assert abs(float(guard.mean())) < 4 * float(guard.std()) / 20000 ** 0.5
+    plain = log_ratio("plain", new, old.log_prob, old.mean)
+    assert float(plain.mean()) == pytest.approx(-float(gaussian_kl(new.mean, old.mean, old.std)[0]), abs=4 * float(plain.std()) / 20000 ** 0.5)
+
+
+def test_kl_is_the_gaussian_one_and_zero_at_the_reference():
+    mean, other, std = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 2.5]]), torch.tensor([[0.3]])
+    torch_kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)).mean(1)
+    torch.testing.assert_close(gaussian_kl(mean, other, std), torch_kl)
+    assert gaussian_kl(mean, other, torch.zeros(1, 1)).tolist() == [0.0]
+    forest, velocity, advantages = case()
+    with torch.no_grad():
+        velocity.delta.zero_()
+    assert policy_gradient(velocity, forest, advantages, Objective(kl=1.0))["kl"] == 0
+
+
+def test_dynamic_clip_widens_for_the_deserving():
+    low, high = clip_ranges(Objective(clip_low=0.1, clip_high=0.2, sensitivity=3.0), torch.tensor([0.0, 0.5, 1.0]))
+    assert low.tolist() == pytest.approx([0.4, 0.25, 0.1]) and high.tolist() == pytest.approx([0.2, 0.5, 0.8])
+    low, high = clip_ranges(Objective(clip_low=0.1, clip_high=0.2), torch.tensor([0.0, 0.5, 1.0]))
+    assert low.tolist() == pytest.approx([0.1] * 3) and high.tolist() == pytest.approx([0.2] * 3)
+
+
+def test_step_weights_have_mean_one():
+    forest, _, _ = case()
+    for kind in ("none", "tau", "guard"):
+        assert sum(step_weights(kind, forest, [0.2, 0.6])) / 2 == pytest.approx(1)
+    assert step_weights("tau", forest, [0.2, 0.6]) == pytest.approx([0.5, 1.5])
+
+
+def test_imitation_targets():
+    forest, _, advantages = case()
+    leaf = advantages[-1]
+    best = best_leaves(leaf, forest)
+    per_prompt = forest.leaves_per_prompt
+    for prompt in range(2):
+        group = leaf[prompt * per_prompt:(prompt + 1) * per_prompt]
+        assert leaf[best[prompt]] == group.max()
+    for layer in range(2):
+        nodes = len(forest.states[layer]) // 2
+        path = sft_targets(Objective(target="best-path"), forest, leaf, layer)
+        own = best // forest.branching ** (2 - layer)
+        for prompt in range(2):
+            assert torch.equal(path[prompt * nodes:(prompt + 1) * nodes], forest.velocities[layer][own[prompt]].expand(nodes, -1, -1, -1))
+        flow = sft_targets(Objective(target="best-leaf"), forest, leaf, layer)
+        reached = forest.states[layer] - forest.sigma(layer)[0] * flow  # following the target velocity to sigma 0 gives the best leaf
+        torch.testing.assert_close(reached, forest.leaves[best].repeat_interleave(nodes, 0))
+    with pytest.raises(ValueError, match="no images are connected"):
+        sft_targets(Objective(target="images"), forest, leaf, 0)
+
+
+def test_the_worst_learn_most_and_bad_groups_are_not_imitated():
+    forest, _, advantages = case()
+    shares = relative(node_values(advantages[-1], forest), forest)
+    weights = sft_weights(shares[-1], torch.tensor([True, False]))
+    assert float(weights[:18].max()) == 1 and float(weights[:18].min()) == 0 and float(weights[18:].abs().max()) == 0
+
+
+def test_unknown_choices_are_named():
+    for bad in (dict(ratio="x"), dict(step_weight="x"), dict(target="x")):
+        with pytest.raises(ValueError, match="choose one of"):
+            Objective(**bad)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on():
+    calls, batch = [], MicroBatch(8)
+
+    def work(first, last):
+        if last - first > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        calls.append((first, last))
+
+    batch.run(10, work)
+    assert batch.size == 2 and calls == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
+    with pytest.raises(RuntimeError, match="Not even one latent fits"):
+        MicroBatch(1).run(2, lambda first, last: work(0, 99))
+
+
+def test_an_update_interrupted_by_lack_of_memory_is_the_same_update():
+    forest, velocity, advantages = case()
+    policy_gradient(velocity, forest, advantages, TERMS["plain"])
+    whole, velocity.delta.grad = velocity.delta.grad, None
+    plain_call = type(velocity).__call__
+
+    class Tight(type(velocity)):
+        def __call__(self, x, sigma, rows):
+            if len(x) > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return plain_call(self, x, sigma, rows)
+
+    velocity.__class__ = Tight
+    policy_gradient(velocity, forest, advantages, TERMS["plain"])
+    torch.testing.assert_close(velocity.delta.grad, whole, atol=1e-14, rtol=1e-9)
+
+
+def test_saved_bytes_counts_activations_once_and_no_weights():
+    weight = torch.randn(64, 64, requires_grad=True)
+    x = torch.randn(10, 64)
+    assert saved_bytes(lambda: torch.relu(x @ weight), [weight]) == 2 * 10 * 64 * 4  # the input and relu's output
+
+
+def test_scoring_uses_only_the_given_parents():
+    forest, velocity, _ = case()
+    v = forest.velocities[1]
+    whole = score_edges(forest, 1, slice(0, len(v)), v).log_prob
+    part = score_edges(forest, 1, slice(2, 5), v[2:5]).log_prob
+    torch.testing.assert_close(part, whole[6:15])
