@@ -1,0 +1,104 @@
+"""Grow the trees."""
+import time
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+
+from ..core import noise as noises
+from ..core.backends.comfy import thaw
+from ..core.memory import MicroBatch
+from ..core.rollout import check_sigmas, grow
+from ..core.tree import Forest
+from .schema import ADVANCED, Noise, Policy, Tree, TreeShape, schema
+
+
+@dataclass
+class SampledTree:
+    """What flows along a TREE wire: the trees, and what they were sampled with, since the update must use the very same."""
+    forest: Forest
+    positive: list
+    negative: list | None
+    cfg: float
+    micro_batch: MicroBatch
+    rollout_forwards: int  # CFG counted twice
+    began: float        # time.perf_counter() when sampling began
+    seconds: float      # how long sampling took
+
+
+class TreeSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPOSampler", "Tree Sampler",
+            description="Samples a tree of images per prompt with the policy: inside the window every latent branches into several children that share "
+                        "one model call. Gives the tree, and all leaves as one LATENT batch: prompt by prompt.",
+            search_aliases=["grpo rollout", "sde sampler", "tree sampling"],
+            inputs=[
+                Policy.Input("policy"),
+                io.Conditioning.Input("positive", tooltip="One prompt, or a batch of prompts from Tree Prompts."),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the size to train at. Train at the size you sample at."),
+                io.Sigmas.Input("sigmas", tooltip="From BasicScheduler with the base model, denoise 1. 10 steps are enough for training."),
+                TreeShape.Input("shape"),
+                Noise.Input("noise"),
+                io.Conditioning.Input("negative", optional=True, tooltip="Only used when cfg is not 1."),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=30.0, step=0.1,
+                               tooltip="Classifier-free guidance while training. 1 = off, half the cost and the safest; FLUX uses its own guidance instead."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                             tooltip="Same seed = same tree. Leave it alone while training: each iteration draws new noise from it."),
+                io.Boolean.Input("new_noise", default=True, optional=True, extra_dict=ADVANCED,
+                                 tooltip="Each iteration draws new noise. Off = the same noise every time: learns faster by heart, generalises worse."),
+                io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True, extra_dict=ADVANCED,
+                             tooltip="Latents per model call. Lower = less memory. 0 = all at once."),
+            ],
+            outputs=[Tree.Output(display_name="tree"), io.Latent.Output(display_name="leaves")],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, policy, positive, latent_image, sigmas, shape, noise, cfg, seed, negative=None, new_noise=True, micro_batch=0) -> io.NodeOutput:
+        began = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            sigmas = sigmas.detach().clone().float().cpu()
+            check_sigmas(sigmas)
+            steps = len(sigmas) - 1
+            start = shape.start(policy.run.iteration, steps, seed)
+            iteration = policy.run.iteration if new_noise else 0
+            samples = start_latent(policy.policy.model, latent_image)
+            batch = MicroBatch(micro_batch)
+            prompts = list(range(len(positive[0][0]) if positive else 0))
+            with policy.policy.session(positive, negative, cfg, shape=samples.shape[1:], memory_batch=micro_batch or None) as velocity:
+                fresh = noises.roots(samples.shape[1:], seed, iteration, prompts, shape.trees)
+                sigma = float(sigmas[0])
+                roots = (sigma * fresh + (1 - sigma) * velocity.process_in(samples)).to(velocity.device)
+                forest = grow(velocity, roots, sigmas, shape, noise, start=start, prompts=prompts, seed=seed, iteration=iteration,
+                              micro_batch=batch, progress=progress(policy.policy.model, cls.hidden.unique_id))
+                leaves = velocity.process_out(forest.leaves).cpu()
+        seconds = time.perf_counter() - began
+        return io.NodeOutput(SampledTree(forest, thaw(positive), thaw(negative), cfg, batch, velocity.forwards, began, seconds), {"samples": leaves})
+
+
+def start_latent(model, latent_image: dict) -> torch.Tensor:
+    """The LATENT to start from, [1, C, H, W] in the model's channel count."""
+    samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+    if samples.shape[0] != 1:
+        raise ValueError(f"The latent has a batch of {samples.shape[0]}: set batch_size to 1, the number of images comes from Tree Shape.")
+    return thaw(samples)
+
+
+def progress(model, node_id):
+    """Progress bar with a small preview of the newest denoised prediction; notices an interrupt before every model call."""
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    bar = None
+
+    def report(done: int, total: int, denoised: torch.Tensor) -> None:
+        nonlocal bar
+        bar = bar or comfy.utils.ProgressBar(total, node_id=node_id)
+        preview = previewer.decode_latent_to_preview_image("JPEG", denoised[:1]) if previewer is not None else None
+        bar.update_absolute(done, total, preview)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return report

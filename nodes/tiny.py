@@ -1,0 +1,23 @@
+"""The embedded models, loaded with ComfyUI's own loaders."""
+import functools
+
+from pathlib import Path
+
+import comfy.sd
+
+from ..embedded.clip_l import random_clip_l
+from ..embedded.shapes import vae_state_dict
+
+FOLDER = Path(__file__).parent.parent / "embedded"
+
+
+@functools.cache
+def _text_encoder():
+    """A CLIP-L with fixed-seed random weights: enough to tell the shapes' captions apart. Made once per server."""
+    return comfy.sd.load_text_encoder_state_dicts([random_clip_l()], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+
+
+def load(model: str):
+    """(MODEL, CLIP, VAE) of the embedded 'flux' or 'sd3'."""
+    diffusion = comfy.sd.load_diffusion_model(str(FOLDER / f"{model}.safetensors"))
+    return diffusion, _text_encoder(), comfy.sd.VAE(sd=vae_state_dict(model))
