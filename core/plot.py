@@ -1,4 +1,6 @@
 """Pictures of a run: the reward curve, and a tree with its thumbnails, scores and advantages."""
+import functools
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -8,6 +10,7 @@ BETTER, WORSE = (24, 100, 200), (225, 110, 20)  # blue and orange: told apart by
 MAX_PROMPTS = 4                                  # panels in one tree picture
 
 
+@functools.cache
 def font(size: int):
     return ImageFont.load_default(size)
 
@@ -112,3 +115,32 @@ def _shade(value: float) -> tuple[int, int, int]:
     """-1..1 -> orange .. light grey .. blue."""
     end, share = (BETTER if value > 0 else WORSE), min(abs(value), 1) ** 0.7
     return tuple(round(a + (z - a) * share) for a, z in zip((200, 200, 205), end))
+
+
+def score_sheet(images: Tensor, scores: Tensor, prompts: list[str], name: str, columns: int = 4) -> Image.Image:
+    """Images in their order as a contact sheet, each with its score and prompt; the best and the worst are marked.
+
+    images: [B, H, W, 3] in 0..1. scores: [B].
+    """
+    height, width = images.shape[1:3]
+    scale = 192 / max(height, width)
+    size = (round(width * scale), round(height * scale))
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    cell = size[0] + 12, size[1] + 44
+    picture = Image.new("RGB", (columns * cell[0] + 12, rows * cell[1] + 34), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((12, 8), f"{name}: mean {scores.mean():.4f}", fill=INK, font=font(15))
+    best, worst = int(scores.argmax()), int(scores.argmin())
+    for i, image in enumerate(images):
+        x, y = 12 + i % columns * cell[0], 34 + i // columns * cell[1]
+        if best != worst and i in (best, worst):
+            draw.rectangle([x - 4, y - 4, x + size[0] + 3, y + size[1] + 3], fill=BETTER if i == best else WORSE)
+        resampling = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+        picture.paste(to_picture(image).resize(size, resampling), (x, y))
+        draw.text((x, y + size[1] + 5), f"{scores[i]:.4f}", fill=INK, font=font(13))
+        prompt = prompts[i]
+        while prompt and draw.textlength(prompt, font(11)) > size[0]:
+            prompt = prompt[:-2]
+        draw.text((x, y + size[1] + 22), prompt if prompt == prompts[i] else f"{prompt}..", fill=GREY, font=font(11))
+    return picture

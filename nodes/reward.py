@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from comfy_api.latest import io
 
+from ..core import plot
 from ..core.rewards.measure import KINDS, Measure
 from .schema import ADVANCED, RewardModel, Rewards, schema
 
@@ -63,7 +64,8 @@ class ScoreImages(io.ComfyNode):
                 io.String.Input("prompts", multiline=True, default="", tooltip="One prompt per line. With several, the images are taken in equal "
                                                                                 "parts: the first part belongs to the first prompt, and so on."),
             ],
-            outputs=[Rewards.Output(display_name="rewards"), io.String.Output(display_name="table")])
+            outputs=[Rewards.Output(display_name="rewards"), io.String.Output(display_name="table"),
+                     io.Image.Output(display_name="sheet", tooltip="The images with their scores, as one picture.")])
 
     @classmethod
     def execute(cls, reward_model, images, prompts) -> io.NodeOutput:
@@ -77,7 +79,8 @@ class ScoreImages(io.ComfyNode):
         if values.shape != (len(images),):
             raise ValueError(f"The reward '{reward_model.name}' gave {tuple(values.shape)} scores for {len(images)} images: it must give one per image.")
         text = table({reward_model.name: values}, per_image)
-        return io.NodeOutput(Scores({reward_model.name: values}, per_image, images), text, ui={"text": (text,)})
+        sheet = plot.to_tensor(plot.score_sheet(images, values, per_image, reward_model.name))
+        return io.NodeOutput(Scores({reward_model.name: values}, per_image, images), text, sheet, ui={"text": (text,)})
 
 
 def table(values: dict[str, torch.Tensor], prompts: list[str]) -> str:

@@ -200,7 +200,8 @@ class ComfyVelocity:
         if len(rows) != batch:
             raise ValueError(f"There are {len(rows)} prompt rows for {batch} latents: one each.")
         if rows and not 0 <= min(rows) <= max(rows) < self.prompts:
-            raise ValueError(f"Prompt row {max(rows, key=lambda r: abs(r - self.prompts / 2))} does not exist: the conditioning has {self.prompts} prompts, counted from 0.")
+            wrong = next(row for row in rows if not 0 <= row < self.prompts)
+            raise ValueError(f"Prompt row {wrong} does not exist: the conditioning has {self.prompts} prompts, counted from 0.")
         conds = self._conds
         if self.prompts > 1:
             index = torch.tensor(rows, device=self.device)
@@ -211,9 +212,9 @@ class ComfyVelocity:
     @contextmanager
     def grad(self):
         """Gradients with respect to the adapters are recorded inside. Call backward inside as well."""
-        if not self._in_training:
+        if not (self._in_training and self._patcher.is_injected):
             self._in_training = True
-            self._load()  # once more, now with room for what the backward pass keeps
+            self._load()  # now with room for what the backward pass keeps; and a recomputed block needs the adapters on
         network = self._patcher.model.diffusion_model
         with torch.enable_grad(), _checkpointed(network) if self.policy.checkpointing else nullcontext():
             yield
@@ -260,13 +261,24 @@ def thaw_weights(model: nn.Module) -> None:
     """Replace weights made in inference mode by normal, frozen ones. The memory stays the same, so pinned weights stay pinned."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_inference():
+            if parameter is not None and not _autograd_can_save(parameter):
                 module._parameters[name] = nn.Parameter(_normal(parameter), requires_grad=False)
             elif parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_inference():
+            if buffer is not None and not _autograd_can_save(buffer):
                 module._buffers[name] = _normal(buffer)
+
+
+def _autograd_can_save(tensor: Tensor) -> bool:
+    """False for an inference tensor, and for one that was: moved by `.to` outside inference mode it no longer says
+    is_inference(), and still has no version counter."""
+    if tensor.is_inference():
+        return False
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
 
 
 def _normal(tensor: Tensor) -> Tensor:
@@ -385,16 +397,23 @@ def refuse_wrong_conditioning(policy: ComfyPolicy, texts: dict, cfg: float) -> i
 
 
 def _refuse_wrong_widths(policy: ComfyPolicy, side: str, context: Tensor, options: dict, count: int) -> None:
-    network = policy.model.model.diffusion_model
-    layer = getattr(network, "txt_in", None) or getattr(network, "context_embedder", None)
-    width = getattr(layer, "in_features", None)
+    network, flux = policy.model.model.diffusion_model, policy.architecture == "flux"
     advice = f"encode the prompt with the text encoder that belongs to this {policy.architecture} model"
-    if width is not None and context.shape[-1] != width:
-        raise ValueError(f"The {side} conditioning is {context.shape[-1]} wide, but the model needs {width}: {advice}.")
-    pooled = options.get("pooled_output")
+
+    def width(*names):
+        """Input width of the first of these layers that the network has."""
+        layers = dict(network.named_modules())
+        return next((layers[name].in_features for name in names if hasattr(layers.get(name), "in_features")), None)
+
+    wanted = width("txt_in", "context_embedder")
+    if wanted is not None and context.shape[-1] != wanted:
+        raise ValueError(f"The {side} conditioning is {context.shape[-1]} wide, but the model needs {wanted}: {advice}.")
+    pooled, wanted = options.get("pooled_output"), width("vector_in.in_layer", "y_embedder.mlp.0")
     if pooled is None:
         if policy.architecture == "sd3":
             raise ValueError(f"The {side} conditioning has no 'pooled_output', which this sd3 model needs: {advice}.")
         return
     if pooled.shape[0] not in (1, count):
         raise ValueError(f"The {side} conditioning has {count} prompts but {pooled.shape[0]} rows of 'pooled_output': {advice}.")
+    if wanted is not None and (pooled.shape[-1] < wanted if flux else pooled.shape[-1] != wanted):  # FLUX takes the first columns
+        raise ValueError(f"'pooled_output' of the {side} conditioning is {pooled.shape[-1]} wide, but the model needs {wanted}: {advice}.")

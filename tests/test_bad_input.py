@@ -1,0 +1,147 @@
+"""Bad input gets one clear sentence in the user's words, and loses nothing: no run, no file, no other node's model."""
+import pytest
+import torch
+from graph import Graph
+
+
+@pytest.fixture
+def graph(pack, tmp_path):
+    built = Graph(pack, tmp_path, "sd3")
+    built.forget()
+    return built
+
+
+def refused(message, call, *args, **kwargs):
+    with pytest.raises(ValueError, match=message) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_names(graph):
+    for bad in ("", "..", "a/b", "a\\b", "a:b"):
+        refused("cannot be a run name", graph.policy, run_name=bad)
+    policy = graph.policy()
+    for bad in ("", "../evil", "C:\\evil", "a/b"):
+        refused("cannot be a LoRA name", graph.call, "SaveLora", policy=policy, lora_name=bad)
+    assert not list(graph.folder.rglob("*evil*"))
+
+
+def test_a_file_of_someone_else_is_not_replaced(graph):
+    policy = graph.policy()
+    (graph.folder / "loras").mkdir()
+    precious = graph.folder / "loras/precious.safetensors"
+    precious.write_bytes(b"somebody's work")
+    refused("was not saved by run 'test'", graph.call, "SaveLora", policy=policy, lora_name="precious")
+    assert precious.read_bytes() == b"somebody's work"
+    graph.call("SaveLora", policy=policy, lora_name="mine")
+    graph.call("SaveLora", policy=policy, lora_name="mine")  # our own may be replaced
+    refused("was not saved by run 'other'", graph.call, "SaveLora", policy=graph.policy(run_name="other"), lora_name="mine")
+
+
+def test_sampling(graph):
+    policy = graph.policy()
+    positive, _ = graph.prompts()
+    refused("does not fit into 3 sampling steps", graph.sample, policy, positive, steps=3)
+    refused("outside 0..2", graph.sample, policy, positive, shape=graph.shape(window="fixed", first_step=3))
+    refused("batch of 2: set batch_size to 1", graph.sample, policy, positive, latent_image=graph.latent(batch=2))
+    with torch.inference_mode():
+        wrong = {"samples": torch.ones(1, 4, 8, 8)}
+        half = graph.sigmas()[:-2]
+    refused("4 channels, but this model needs 16", graph.sample, policy, positive, latent_image=wrong)
+    refused("SIGMAS end at", graph.sample, policy, positive, sigmas=half)
+    refused("cfg is 3.0, which needs a negative prompt", graph.sample, policy, positive, cfg=3.0)
+    context, options = positive[0]
+    refused("no 'pooled_output'", graph.sample, policy, [[context, {k: v for k, v in options.items() if k != "pooled_output"}]])
+    refused("64 wide, but the model needs 768", graph.sample, policy, [[context[..., :64], options]])
+    refused("2 entries", graph.sample, policy, positive + positive)
+    refused("no prompt|connect a single prompt", graph.sample, policy, [])
+    assert policy.run.iteration == 0
+
+
+def test_prompts_and_settings(graph):
+    refused("prompt list is empty", graph.prompts, " \n \n")
+    refused("not a list of numbers", graph.noise, shape="list", list="0.5, lots")
+    refused("goes up to 1", graph.noise, shape="linear", beta=3.0)
+    refused("not a colour", graph.call, "Measure", measure="colour", direction="more", colour="reddish")
+    refused("pattern is empty", graph.policy, targets="pattern")
+    refused("matches no Linear layer", graph.policy, targets="pattern", pattern="nothing like this")
+    refused("not a regular expression", graph.policy, targets="pattern", pattern="(")
+
+
+def test_rewards(graph, monkeypatch):
+    policy = graph.policy()
+    positive, prompts = graph.prompts()
+    tree, leaves = graph.sample(policy, positive)
+    images = graph.decode(leaves)
+    refused("cannot be shared out evenly", graph.score, images[:3], prompts)
+    refused("scored 4 images, but the tree has 8 leaves", graph.call, "Advantages", tree=tree, rewards=graph.score(images[:4], prompts))
+    nan = graph.score(images, prompts)
+    nan.values["foreground size"][2] = float("nan")
+    refused("is not a number for 1 of 8 images", graph.call, "Advantages", tree=tree, rewards=nan)
+    lonely, latent = graph.sample(policy, positive, shape=graph.shape(branching=1, depth=1))
+    refused("group of one leaf", graph.call, "Advantages", tree=lonely, rewards=graph.score(graph.decode(latent), prompts))
+    assert policy.run.iteration == 0 and not (graph.folder / "output/treerpo/test").exists()
+
+
+def test_other_settings_do_not_touch_a_run(graph):
+    policy = graph.policy()
+    graph.iteration(policy)
+    files = {p: p.read_bytes() for p in (graph.folder / "output/treerpo/test").iterdir()}
+    for forget in (False, True):
+        if forget:
+            graph.forget()
+        refused("begun with other settings .rank 4 -> 8.", graph.policy, rank=8)
+    assert files == {p: p.read_bytes() for p in files} and graph.policy().run.iteration == 1
+
+
+def test_damaged_checkpoints(graph):
+    graph.iteration(graph.policy())
+    state = graph.folder / "output/treerpo/test/state.pt"
+    whole = state.read_bytes()
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(graph.folder / "evil happened"), "w"))
+
+    for damaged in (whole[:1000], b"<html>not found</html>", pickle.dumps(Evil()), b""):
+        state.write_bytes(damaged)
+        graph.forget()
+        refused("damaged or not one of TreeRPO's", graph.policy)
+        assert state.read_bytes() == damaged
+    assert not (graph.folder / "evil happened").exists()
+    state.write_bytes(whole)
+    graph.forget()
+    assert graph.policy().run.iteration == 1
+
+
+def test_a_full_disk_keeps_the_older_files_and_the_update(graph, monkeypatch):
+    policy = graph.policy()
+    graph.iteration(policy)
+    folder = graph.folder / "output/treerpo/test"
+    files = {p: p.read_bytes() for p in folder.iterdir()}
+    import os
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="Could not write state.pt .* No space left on device. The previous version is untouched."):
+        graph.iteration(policy)
+    monkeypatch.undo()
+    assert files == {p: p.read_bytes() for p in folder.iterdir()}  # and no temporary file is left
+    assert graph.iteration(graph.policy())["iteration"] == 2
+
+
+def test_models_that_are_not_flow_matching(graph):
+    import comfy.model_sampling
+
+    class EpsModel:
+        class model:
+            pass
+
+        def get_model_object(self, name):
+            return comfy.model_sampling.ModelSamplingDiscrete()
+
+    EpsModel.cached_patcher_init = None
+    refused("is not a flow-matching model", graph.call, "Policy", model=EpsModel(), run_name="x", rank=4, alpha=4.0, targets="attention")

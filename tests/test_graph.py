@@ -1,0 +1,263 @@
+"""The by-hand graph in real ComfyUI, on the embedded FLUX and SD3: the invariants of the method."""
+import json
+import sys
+
+import pytest
+import torch
+from graph import TRAIN, Graph, network_forwards
+
+KINDS = ["flow_sde", "dance_sde", "cps", "exact"]
+
+
+@pytest.fixture(params=["flux", "sd3"])
+def graph(request, pack, tmp_path):
+    if request.param == "flux" and older_than(0, 9):
+        pytest.skip("this ComfyUI takes FLUX sizes as fixed: tiny FLUX files need 0.9 or newer")
+    built = Graph(pack, tmp_path, request.param)
+    built.forget()
+    return built
+
+
+def older_than(*version):
+    from comfyui_version import __version__
+    return tuple(int(part) for part in __version__.split(".")[:2]) < version
+
+
+def session(graph, policy, tree):
+    return policy.policy.session(tree.positive, tree.negative, tree.cfg, shape=tree.forest.leaves.shape[1:])
+
+
+def log_ratios(graph, policy, tree):
+    """Largest |log ratio| of any edge when the tree is scored again."""
+    update = graph.pack.core.update
+    worst = 0.0
+    with session(graph, policy, tree) as velocity:
+        for layer, states in enumerate(tree.forest.states[:-1]):
+            with velocity.grad():
+                v = velocity(states, tree.forest.sigma(layer)[0], tree.forest.rows(layer))
+                new = update.score_edges(tree.forest, layer, slice(0, len(states)), v).log_prob
+            worst = max(worst, float((new - tree.forest.log_probs[layer]).detach().abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ratio_is_one_before_any_update(graph, kind):
+    policy = graph.policy()
+    positive, _ = graph.prompts()
+    for first_step in (0, 2):
+        tree, _ = graph.sample(policy, positive, noise=graph.noise(kind=kind, level=0.5), shape=graph.shape(window="fixed", first_step=first_step))
+        assert log_ratios(graph, policy, tree) < 1e-6
+    graph.iteration(policy)  # and again with adapters that have learned
+    tree, _ = graph.sample(policy, positive, noise=graph.noise(kind=kind, level=0.5))
+    assert log_ratios(graph, policy, tree) < 1e-6
+
+
+def test_ratio_is_one_with_guidance(graph):
+    policy = graph.policy()
+    positive, _ = graph.prompts()
+    negative, _ = graph.prompts("a white background")
+    tree, _ = graph.sample(policy, positive, negative=negative, cfg=3.0)
+    assert log_ratios(graph, policy, tree) < 1e-6
+
+
+def gradient(graph, policy, tree, advantages, **options):
+    core = graph.pack.core
+    for parameter in policy.policy.adapters.parameters():
+        parameter.grad = None
+    with session(graph, policy, tree) as velocity:
+        core.update.policy_gradient(velocity, tree.forest, advantages, core.objective.Objective(10.0, 10.0), **options)
+    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in policy.policy.adapters.parameters()])
+
+
+def edge_loss(graph, policy, tree, advantages, per_edge=True):
+    """The GRPO loss by its definition, every edge forwarded on its own; with gradient."""
+    core, forest, losses = graph.pack.core, tree.forest, []
+    with session(graph, policy, tree) as velocity, velocity.grad():
+        for layer, advantage in enumerate(advantages):
+            s, n = forest.sigma(layer)
+            for edge in range(len(advantage)):
+                parent = edge // forest.branching
+                x = forest.states[layer][parent:parent + 1]
+                v = velocity(x, s, forest.rows(layer)[parent:parent + 1])
+                new = core.steps.step(forest.kind, x.double(), v.double(), s, n, forest.levels[layer], float(forest.sigmas[1]),
+                                      next_latent=forest.states[layer + 1][edge:edge + 1], rho_min=forest.rho_min).log_prob
+                losses.append(-torch.exp(new - forest.log_probs[layer][edge:edge + 1].double()) * advantage[edge])
+        loss = torch.cat(losses).mean()
+        parameters = policy.policy.adapters.parameters()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.item(), torch.cat([g.flatten() if g is not None else torch.zeros(p.numel()) for g, p in zip(found, parameters)])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_update_gradient_equals_the_per_edge_gradient_and_finite_differences(graph, checkpointing):
+    policy = graph.policy(checkpointing=checkpointing)
+    graph.iteration(policy)  # off the all-zero start, where only half of the adapters have a gradient
+    positive, _ = graph.prompts()
+    tree, _ = graph.sample(policy, positive)
+    draw = torch.Generator().manual_seed(0)
+    advantages = [torch.randn(p.shape, generator=draw) for p in tree.forest.log_probs]
+    shared = gradient(graph, policy, tree, advantages)
+    _, by_edge = edge_loss(graph, policy, tree, advantages)
+    assert float((shared - by_edge).norm() / by_edge.norm()) < 1e-4
+    direction = [torch.sign(p) * 0 + torch.randn(p.shape, generator=draw) for p in policy.policy.adapters.parameters()]
+    flat = torch.cat([d.flatten() for d in direction])
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(policy.policy.adapters.parameters(), direction):
+                p.add_(sign * 1e-3 * d)
+            values.append(edge_loss(graph, policy, tree, advantages)[0])
+            for p, d in zip(policy.policy.adapters.parameters(), direction):
+                p.sub_(sign * 1e-3 * d)
+    assert (shared * flat).sum().item() == pytest.approx((values[0] - values[1]) / 2e-3, rel=0.02)
+
+
+def test_branching_one_without_noise_is_comfyuis_euler(graph):
+    policy = graph.policy()
+    positive, _ = graph.prompts("a red circle on a white background")
+    _, leaves = graph.sample(policy, positive, shape=graph.shape(branching=1), noise=graph.noise(level=0.0), seed=42)
+    expected = graph.ksampler(graph.model, positive, seed=42)
+    torch.testing.assert_close(leaves["samples"], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_any_split_gives_the_same_tree_and_the_same_update(graph, micro_batch):
+    rows, adapters = [], []
+    for name, size in (("whole", 0), ("split", micro_batch)):
+        policy = graph.policy(name)
+        rows.append(graph.iteration(policy, sampling={"micro_batch": size}))
+        adapters.append(torch.cat([p.detach().flatten().clone() for p in policy.run.adapters.parameters()]))
+    assert rows[0]["reward"] == pytest.approx(rows[1]["reward"], abs=1e-4)
+    assert rows[0]["forwards"] == rows[1]["forwards"]
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
+    # AdamW's first step is lr * sign(gradient): only values whose gradient is a rounding error may differ.
+    assert float(((adapters[0] - adapters[1]).abs() > 1e-4).float().mean()) < 0.01
+
+
+def state_bits(policy):
+    return torch.cat([p.detach().flatten() for p in policy.run.adapters.parameters()]).clone()
+
+
+def test_resuming_is_the_same_as_never_having_stopped(graph):
+    through = graph.policy("through")
+    rows = [graph.iteration(through) for _ in range(4)]
+    for _ in range(2):
+        graph.iteration(graph.policy("resumed"))
+    graph.forget()
+    for _ in range(2):
+        resumed = graph.policy("resumed")
+        graph.iteration(resumed)
+    assert torch.equal(state_bits(through), state_bits(resumed)) and resumed.run.iteration == 4
+    untimed = [[{k: v for k, v in row.items() if "seconds" not in k} for row in r] for r in (rows, resumed.run.metrics)]
+    assert untimed[0] == untimed[1]
+    on_disk = [json.loads(line) for line in (graph.folder / "output/treerpo/resumed/metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in on_disk] == [0, 1, 2, 3] and on_disk == resumed.run.metrics
+
+
+def traces(graph):
+    network = graph.model.model.diffusion_model
+    return [(name, "forward" in vars(m), len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in network.named_modules()], \
+        graph.model.injections, graph.model.is_injected
+
+
+@pytest.mark.parametrize("ending", ["return", "error", "interrupt while sampling", "interrupt while learning"])
+def test_the_users_model_is_untouched(graph, comfy, monkeypatch, ending):
+    import comfy.model_management as management
+    positive, _ = graph.prompts("a red circle on a white background")
+    before, clean = graph.ksampler(graph.model, positive), traces(graph)
+    policy = graph.policy(checkpointing=True)
+    if ending == "return":
+        graph.iteration(policy)
+    elif ending == "error":
+        def broken(*_):
+            raise RuntimeError("reward machine broke")
+
+        monkeypatch.setattr(graph.pack.core.rewards.measure.Measure, "score", broken)
+        with pytest.raises(RuntimeError, match="reward machine broke"):
+            graph.iteration(policy)
+    else:
+        caller, calls = {"interrupt while sampling": "report", "interrupt while learning": "learn"}[ending], []
+
+        def interrupt():
+            if sys._getframe(1).f_code.co_name == caller:
+                calls.append(caller)
+                if len(calls) == 3:
+                    raise management.InterruptProcessingException()
+
+        monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupt)
+        with pytest.raises(management.InterruptProcessingException):
+            graph.iteration(policy, sampling={"micro_batch": 2})
+    monkeypatch.undo()
+    assert policy.run.iteration == (1 if ending == "return" else 0)
+    assert torch.equal(graph.ksampler(graph.model, positive), before)
+    assert traces(graph) == clean and not getattr(management, "in_training", False)
+    graph.iteration(graph.policy(checkpointing=True))  # and the run goes on
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("settings", [dict(branching=2, depth=2, trees=2), dict(branching=3, depth=1, trees=1), dict(branching=1, depth=2, trees=3)])
+def test_counted_forwards_equal_the_closed_form(graph, settings, cfg):
+    policy, shape = graph.policy(), graph.shape(window="fixed", first_step=1, **settings)
+    positive, prompts = graph.prompts()
+    negative, _ = graph.prompts("a white background")
+    expected = graph.pack.core.cost.forwards(6, 1, settings["depth"], settings["branching"], settings["trees"])
+    passes = 2 * (1 if cfg == 1 else 2)  # two prompts
+    with network_forwards(graph.model) as counted:
+        row = graph.iteration(policy, sampling=dict(shape=shape, cfg=cfg, negative=negative))
+    assert counted.total == row["forwards"] == passes * sum(expected) and row["rollout_forwards"] == passes * expected[0]
+
+
+def test_saved_lora_gives_the_live_policys_images(graph):
+    import comfy.sd
+    import comfy.utils
+    import nodes
+    policy = graph.policy()
+    for _ in range(3):
+        graph.iteration(policy)
+    positive, _ = graph.prompts("a red circle on a white background")
+    _, live = graph.sample(policy, positive, shape=graph.shape(branching=1), noise=graph.noise(level=0.0), seed=9, new_noise=False)
+    path = graph.call("SaveLora", policy=policy, lora_name="tuned")[0]
+    with torch.inference_mode():
+        (tuned,) = nodes.LoraLoaderModelOnly().load_lora_model_only(graph.model, "tuned.safetensors", 1.0)
+    patched = len(tuned.patches)
+    assert patched == len(policy.run.adapters.names)
+    base = graph.ksampler(graph.model, positive, seed=9)
+    torch.testing.assert_close(graph.ksampler(tuned, positive, seed=9), live["samples"], atol=1e-4, rtol=1e-4)
+    assert float((base - live["samples"]).abs().max()) > 1e-3
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["treerpo.iterations"] == "3" and json.loads(metadata["treerpo.config"])["rank"] == 4 and "treerpo.prompts_blake2b" in metadata
+    with torch.inference_mode():  # core's nodes take the LORA_MODEL as it is
+        from comfy_extras import nodes_train
+        lora = graph.call("ToLora", policy=policy)[0]
+        direct = nodes_train.LoraModelLoader.execute(graph.model, lora, 1.0)
+        direct = direct.result[0] if hasattr(direct, "result") else direct[0]
+        nodes_train.SaveLoRA.execute(lora, "loras/by_core", 3)
+    torch.testing.assert_close(graph.ksampler(direct, positive, seed=9), live["samples"], atol=1e-4, rtol=1e-4)
+    (saved,) = (graph.folder / "output/loras").glob("*.safetensors")
+    assert set(comfy.utils.load_torch_file(str(saved))) == set(lora)
+
+
+def test_every_prompt_gets_its_own_images(graph):
+    """Leaves come prompt by prompt, each as if its prompt had been sampled alone."""
+    policy = graph.policy()
+    both, _ = graph.prompts(TRAIN)
+    shape, quiet = graph.shape(branching=1), graph.noise(level=0.0)
+    _, leaves = graph.sample(policy, both, shape=shape, noise=quiet)
+    noise = graph.pack.core.noise.roots((16, 8, 8), 1, 0, [0, 1], 1)
+    for row, text in enumerate(TRAIN.splitlines()):
+        alone, _ = graph.prompts(text)
+        import comfy.sample
+        with torch.inference_mode():
+            expected = comfy.sample.sample(graph.model, noise[row:row + 1], 6, 1.0, "euler", "simple", alone, alone, graph.latent()["samples"])
+        torch.testing.assert_close(leaves["samples"][row:row + 1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_move_on_with_the_iterations(graph):
+    text = "\n".join(f"prompt {i}" for i in range(5))
+    policy = graph.policy()
+    assert graph.prompts(text, per_iteration=2, policy=policy)[1] == "prompt 0\nprompt 1"
+    policy.run.iteration = 2
+    assert graph.prompts(text, per_iteration=2, policy=policy)[1] == "prompt 4\nprompt 0"
+    assert graph.prompts(text)[1] == text

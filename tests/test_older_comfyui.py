@@ -1,0 +1,30 @@
+"""The backend on older ComfyUI releases, each in a process of its own: SD3 only, since tiny FLUX loads from 0.9 on."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import COMFYUI
+
+
+def others() -> list[Path]:
+    """TREERPO_COMFYUI_OLDER (paths joined like PATH), else every ComfyUI-* beside the ComfyUI in use."""
+    if "TREERPO_COMFYUI_OLDER" in os.environ:
+        return [Path(path) for path in os.environ["TREERPO_COMFYUI_OLDER"].split(os.pathsep) if path]
+    if COMFYUI is None:
+        return []
+    return [path for path in sorted(COMFYUI.parent.glob("ComfyUI-*")) if (path / "comfy").is_dir() and path != COMFYUI]
+
+
+@pytest.mark.parametrize("comfyui", others() or [None], ids=lambda path: path.name if path else "none")
+def test_sd3_on(comfyui):
+    if comfyui is None:
+        pytest.skip("no older ComfyUI (set TREERPO_COMFYUI_OLDER, or put a ComfyUI-* folder beside ComfyUI)")
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", str(tests / "test_backend_comfy.py"), "-q", "-k", "sd3", "-p", "no:cacheprovider", "--tb=short"]
+    result = subprocess.run(command, cwd=tests, env={**os.environ, "COMFYUI_PATH": str(comfyui)}, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    last = result.stdout.strip().splitlines()[-1]
+    assert "passed" in last and "skipped" not in last, last

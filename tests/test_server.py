@@ -1,0 +1,118 @@
+"""A real ComfyUI server, driven over HTTP as `run.py demo` and any headless user drives it."""
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from conftest import COMFYUI, MISSING, ROOT
+from graph import TRAIN
+from safetensors.torch import load_file
+
+import run
+
+GRAPHS = ROOT / "workflows" / "api"
+
+
+@pytest.fixture(scope="module")
+def comfyui():
+    if COMFYUI is None:
+        pytest.skip(MISSING)
+    return COMFYUI
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    with run.Server(comfyui, sys.executable, base=tmp_path_factory.mktemp("base")) as running:
+        yield running
+
+
+def first_steps(name, change={}, model="flux"):
+    graph = run.load_graph(GRAPHS / "first_steps.json")
+    wanted = {("Model", "model"): model, ("Policy", "run_name"): name, ("Save", "lora_name"): name, ("Prompts", "text"): TRAIN,
+              ("Shape", "branching"): 2, ("Shape", "depth"): 2, ("Sigmas", "steps"): 6}
+    for (node, field), value in {**wanted, **change}.items():
+        run.set_input(graph, node, field, value)
+    return graph
+
+
+def metrics(server, name):
+    return [json.loads(line) for line in (server.base / "output/treerpo" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+@pytest.mark.parametrize("model", ["flux", "sd3"])
+def test_three_queue_runs_are_a_run_of_three_iterations(server, model, pack, tmp_path):
+    from graph import Graph
+    client, name = run.Client(server.url), f"three {model}"
+    for count in (1, 2, 3):
+        client.run(first_steps(name, model=model))
+        assert len(metrics(server, name)) == count
+    here = Graph(pack, tmp_path, model)
+    here.forget()
+    policy = here.policy(rank=8, alpha=16.0)
+    for _ in range(3):
+        here.iteration(policy, update=dict(learning_rate=1e-3, clip_low=1e-3, clip_high=1e-3))
+    assert [row["reward"] for row in metrics(server, name)] == pytest.approx([row["reward"] for row in policy.run.metrics], abs=2e-3)
+    assert [row["window_start"] for row in metrics(server, name)] == [row["window_start"] for row in policy.run.metrics]
+    assert (server.base / f"models/loras/{name}.safetensors").is_file()
+    assert {p.name for p in (server.base / "output/treerpo" / name).iterdir()} >= {"state.pt", "adapter.safetensors", "config.json", "metrics.jsonl",
+                                                                                    "reward_curve.png", "tree.png"}
+
+
+def test_a_killed_server_loses_nothing(comfyui, tmp_path):
+    for number, kill in ((1, True), (2, False)):
+        with run.Server(comfyui, sys.executable, base=tmp_path / "killed") as server:
+            run.Client(server.url).run(first_steps("again"))
+            if kill:
+                os.kill(server.process.pid, signal.SIGKILL)
+                server.process.wait()
+    with run.Server(comfyui, sys.executable, base=tmp_path / "through") as through:
+        for _ in range(2):
+            run.Client(through.url).run(first_steps("again"))
+    assert timeless(metrics(server, "again")) == timeless(metrics(through, "again"))
+    first, second = (load_file(s.base / "output/treerpo/again/adapter.safetensors") for s in (server, through))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({("Prompts", "text"): "  "}, "The prompt list is empty"),
+    ({("Save", "lora_name"): "../evil"}, "cannot be a LoRA name"),
+    ({("Policy", "run_name"): "a/b"}, "cannot be a run name"),
+    ({("Shape", "branching"): 1, ("Shape", "depth"): 1}, "A group of one leaf has no advantage"),
+    ({("Sigmas", "steps"): 3}, "does not fit into 3 sampling steps"),
+])
+def test_errors_reach_the_user_in_one_sentence(server, change, sentence):
+    with pytest.raises(run.ExecutionError) as caught:
+        run.Client(server.url).run(first_steps("errors", change))
+    assert sentence in caught.value.exception_message
+    assert not list(server.base.rglob("*evil*"))
+
+
+def test_compare_graph_runs(server):
+    client = run.Client(server.url)
+    client.run(first_steps("for compare"))
+    graph = run.load_graph(GRAPHS / "compare.json")
+    run.set_input(graph, "LoRA", "lora_name", "for compare.safetensors")
+    outputs = client.run(graph)
+    assert all(len(outputs[run.find_node(graph, title)]["images"]) == 1 for title in ("Before", "After"))
+
+
+def test_every_api_graph_fits_the_nodes(server):
+    """Each shipped API graph names existing nodes, gives every required input, and links outputs to inputs of their type."""
+    info = run.Client(server.url).object_info()
+    for path in GRAPHS.glob("*.json"):
+        graph = json.loads(path.read_text())
+        for node in graph.values():
+            known = info[node["class_type"]]["input"]
+            fields = {**known.get("required", {}), **known.get("optional", {})}
+            assert set(node["inputs"]) <= set(fields), (path.name, node["_meta"]["title"])
+            assert set(known.get("required", {})) <= set(node["inputs"]), (path.name, node["_meta"]["title"])
+            for field, value in node["inputs"].items():
+                if isinstance(value, list):
+                    given = info[graph[value[0]]["class_type"]]["output"][value[1]]
+                    assert fields[field][0] in (given, "*"), (path.name, node["_meta"]["title"], field)
