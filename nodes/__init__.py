@@ -4,7 +4,7 @@ from .reward import ImageMeasure, ScoreImages
 from .sample import TreeSampler
 from .save import PolicyToLora, SaveTreeLora
 from .shape import DepthNoise, Shape
-from .train import Advantages, GRPOUpdate
+from .train import Advantages, GRPOUpdate, LayerTuningUpdate
 
-NODES = [TinyModel, Prompts, PolicyNode, Shape, DepthNoise, TreeSampler, ImageMeasure, ScoreImages, Advantages, GRPOUpdate, PolicyToLora,
-         SaveTreeLora]
+NODES = [TinyModel, Prompts, PolicyNode, Shape, DepthNoise, TreeSampler, ImageMeasure, ScoreImages, Advantages, GRPOUpdate, LayerTuningUpdate,
+         PolicyToLora, SaveTreeLora]

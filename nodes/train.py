@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..core import plot
 from ..core.advantage import ESTIMATORS, WEIGHTS, edge_advantages, leaf_advantages
 from ..core.memory import MicroBatch
-from ..core.objective import Objective
+from ..core.objective import RATIOS, STEP_WEIGHTS, TARGETS, Objective
 from ..core.update import update
 from .schema import ADVANCED, EdgeAdvantages, Policy, Rewards, Tree, schema
 from .policy import LivePolicy
@@ -63,59 +63,136 @@ class Advantages(io.ComfyNode):
         return io.NodeOutput(Credit(layers, rewards.values, flat, picture), image, ui=ui.PreviewImage(image, cls=cls))
 
 
+# Inputs that both update nodes share.
+_WIRES = [Policy.Input("policy"), Tree.Input("tree"), EdgeAdvantages.Input("advantages")]
+_RATE = io.Float.Input("learning_rate", default=3e-4, min=0.0, max=1.0, step=1e-6, round=False,
+                       tooltip="Higher = learns faster, then falls apart. 1e-4 to 3e-4 for FLUX and SD3 LoRAs, 1e-3 for the tiny models.")
+_EXPERT = [
+    io.Float.Input("clip_low", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True, extra_dict=ADVANCED,
+                   tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful. The usual 1e-4 is "
+                           "for 512x512; smaller latents need more (1e-2 for the tiny models)."),
+    io.Float.Input("clip_high", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True, extra_dict=ADVANCED,
+                   tooltip="How far one update may make a better branch more likely, per latent element. Lower = more careful."),
+    io.Float.Input("sensitivity", default=0.0, min=0.0, max=100.0, step=0.1, optional=True, extra_dict=ADVANCED,
+                   tooltip="Dynamic clip: widens the clip range of a branch with its reward. Higher = the best branches may change more. 0 = off. "
+                           "Dynamic-TreeRPO has it; the exact formula is not published, this one is our reading."),
+    io.Combo.Input("ratio", options=list(RATIOS), default="plain", optional=True, extra_dict=ADVANCED,
+                   tooltip="guard = GRPO-Guard's normalised ratio: the same meaning of the clip range at every step. Needs a larger clip range."),
+    io.Combo.Input("step_weight", options=list(STEP_WEIGHTS), default="none", optional=True, extra_dict=ADVANCED,
+                   tooltip="How much each step of the window counts. tau = more for noisier steps (TempFlow-GRPO); guard = more for small steps."),
+    io.Float.Input("kl", default=0.0, min=0.0, max=1000.0, step=0.001, optional=True, extra_dict=ADVANCED,
+                   tooltip="Pulls the policy back towards the base model. Higher = stays closer. Above 0 costs one more forward per node."),
+    io.Float.Input("max_grad_norm", default=1.0, min=0.0, max=1000.0, step=0.1, optional=True, extra_dict=ADVANCED,
+                   tooltip="Gradients longer than this are shortened to it. Lower = more careful. 0 = off."),
+    io.Float.Input("weight_decay", default=0.0, min=0.0, max=1.0, step=0.001, optional=True, extra_dict=ADVANCED,
+                   tooltip="Pulls the LoRA towards zero. Higher = stays closer to the base model. TreeGRPO uses 0.01."),
+    io.Int.Input("inner_updates", default=1, min=1, max=32, optional=True, extra_dict=ADVANCED,
+                 tooltip="Optimizer steps on the same trees. More = learns more from each tree, but clips more and can over-fit it."),
+    io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True, extra_dict=ADVANCED,
+                 tooltip="Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler."),
+]
+_OUTPUTS = [Policy.Output(display_name="policy"), io.String.Output(display_name="metrics"), io.Image.Output(display_name="curve")]
+_SAVED = "After every update the run is saved in output/treerpo/<run name>/."
+
+
 class GRPOUpdate(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
             "TreeRPOUpdate", "GRPO Update",
             description="One step of learning: makes the better branches of the tree more likely. Queue the graph again for the next iteration; "
-                        "Run (Instant) trains on and on. After every update the run is saved in output/treerpo/<run name>/.",
+                        f"Run (Instant) trains on and on. {_SAVED}",
             search_aliases=["grpo", "rlhf", "train", "optimizer"],
-            is_output_node=True,
-            inputs=[
-                Policy.Input("policy"),
-                Tree.Input("tree"),
-                EdgeAdvantages.Input("advantages"),
-                io.Float.Input("learning_rate", default=3e-4, min=0.0, max=1.0, step=1e-6, round=False,
-                               tooltip="Higher = learns faster, then falls apart. 1e-4 to 3e-4 for FLUX and SD3 LoRAs, 1e-3 for the tiny models."),
-                io.Float.Input("clip_low", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True, extra_dict=ADVANCED,
-                               tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful."),
-                io.Float.Input("clip_high", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True, extra_dict=ADVANCED,
-                               tooltip="How far one update may make a better branch more likely, per latent element. Lower = more careful."),
-                io.Float.Input("max_grad_norm", default=1.0, min=0.0, max=1000.0, step=0.1, optional=True, extra_dict=ADVANCED,
-                               tooltip="Gradients longer than this are shortened to it. Lower = more careful. 0 = off."),
-                io.Float.Input("weight_decay", default=0.0, min=0.0, max=1.0, step=0.001, optional=True, extra_dict=ADVANCED,
-                               tooltip="Pulls the LoRA towards zero. Higher = stays closer to the base model. TreeGRPO uses 0.01."),
-                io.Int.Input("inner_updates", default=1, min=1, max=32, optional=True, extra_dict=ADVANCED,
-                             tooltip="Optimizer steps on the same trees. More = learns more from each tree, but clips more and can over-fit it."),
-                io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True, extra_dict=ADVANCED,
-                             tooltip="Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler."),
-            ],
-            outputs=[Policy.Output(display_name="policy"), io.String.Output(display_name="metrics"), io.Image.Output(display_name="curve")])
+            is_output_node=True, inputs=[*_WIRES, _RATE, *_EXPERT], outputs=_OUTPUTS)
 
     @classmethod
-    def execute(cls, policy, tree, advantages, learning_rate, clip_low=1e-4, clip_high=1e-4, max_grad_norm=1.0, weight_decay=0.0, inner_updates=1,
-                micro_batch=0) -> io.NodeOutput:
-        began = time.perf_counter()
-        forest, run = tree.forest, policy.run
-        batch = MicroBatch(micro_batch) if micro_batch else tree.micro_batch
-        with policy.policy.session(tree.positive, tree.negative, tree.cfg, shape=forest.leaves.shape[1:], memory_batch=batch.size or None) as velocity:
-            optimizer = run.adamw(learning_rate, weight_decay=weight_decay)
-            metrics = update(velocity, forest, advantages.layers, optimizer, Objective(clip_low, clip_high), inner_updates=inner_updates,
-                             micro_batch=batch, max_grad_norm=max_grad_norm,
-                             check=comfy.model_management.throw_exception_if_processing_interrupted)
-            now = time.perf_counter()
-            row = {**reward_metrics(advantages), **metrics, "window_start": forest.start, "rollout_forwards": tree.rollout_forwards,
-                   "forwards": tree.rollout_forwards + metrics["update_forwards"], "learning_rate": learning_rate, "seconds": now - tree.began,
-                   "seconds/rollout": tree.seconds, "seconds/update": now - began}
-            with torch.inference_mode(False):
-                curve = plot.reward_curve([*run.metrics, row])
-                run.commit(row, pictures={"reward_curve.png": curve, "tree.png": advantages.tree_picture})
-        text = f"iteration {run.iteration}: " + ", ".join(f"{key} {row[key]:.4g}" for key in
-                                                          ("reward", "reward_std", "ratio_mean", "clip_frac", "grad_norm", "forwards", "seconds"))
-        image = plot.to_tensor(curve)
-        return io.NodeOutput(LivePolicy(policy.policy, run), text, image,
-                             ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (text,)})
+    def execute(cls, policy, tree, advantages, learning_rate, clip_low=1e-4, clip_high=1e-4, sensitivity=0.0, ratio="plain", step_weight="none", kl=0.0,
+                max_grad_norm=1.0, weight_decay=0.0, inner_updates=1, micro_batch=0) -> io.NodeOutput:
+        objective = Objective(clip_low, clip_high, sensitivity, ratio, step_weight, kl)
+        return learn(cls, policy, tree, advantages, objective, learning_rate, max_grad_norm, weight_decay, inner_updates, micro_batch)
+
+
+class LayerTuningUpdate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPOLayerTuning", "LayerTuning-RL Update",
+            description="GRPO Update with Dynamic-TreeRPO's supervised term: every node of the window also learns to go where the best image of its "
+                        "prompt came from, the more the worse it did. Published are the term itself, its coefficient lambda, the best-path target and "
+                        f"that the weights are dynamic; the weights' exact formula and the other targets are ours. {_SAVED}",
+            search_aliases=["dynamic-treerpo", "sft", "progress reward", "grpo"],
+            is_output_node=True,
+            inputs=[
+                *_WIRES, _RATE,
+                io.Float.Input("lambda", default=0.1, min=0.0, max=100.0, step=0.01,
+                               tooltip="Weight of the supervised term. Higher = imitates the best image more, explores less. 0 = plain GRPO Update."),
+                io.Combo.Input("target", options=list(TARGETS), default="best-path",
+                               tooltip="best-path (published): the velocity on the way to the best image. best-leaf (ours): the velocity from each node's own "
+                                       "state straight to the best image. images (ours): to your own images."),
+                io.Latent.Input("images", optional=True, tooltip="For target = images: encoded images of the same size, one per prompt or one for all."),
+                io.Boolean.Input("only_good", default=True, optional=True, extra_dict=ADVANCED,
+                                 tooltip="Imitate a prompt's best image only if it is at least as good as the best images were on average so far. Off = "
+                                         "always: a bad group then imitates the best of the worst."),
+                *_EXPERT,
+            ],
+            outputs=_OUTPUTS)
+
+    @classmethod
+    def execute(cls, policy, tree, advantages, learning_rate, target, images=None, only_good=True, clip_low=1e-4, clip_high=1e-4, sensitivity=0.0,
+                ratio="plain", step_weight="none", kl=0.0, max_grad_norm=1.0, weight_decay=0.0, inner_updates=1, micro_batch=0, **named) -> io.NodeOutput:
+        objective = Objective(clip_low, clip_high, sensitivity, ratio, step_weight, kl, sft=named["lambda"], target=target)
+        return learn(cls, policy, tree, advantages, objective, learning_rate, max_grad_norm, weight_decay, inner_updates, micro_batch,
+                     images=images, only_good=only_good)
+
+
+def learn(cls, policy, tree, advantages, objective, learning_rate, max_grad_norm, weight_decay, inner_updates, micro_batch, images=None,
+          only_good=False) -> io.NodeOutput:
+    """What both update nodes do: one update of the policy, one row of metrics, the run on disk."""
+    began = time.perf_counter()
+    forest, run = tree.forest, policy.run
+    batch = MicroBatch(micro_batch) if micro_batch else tree.micro_batch
+    with policy.policy.session(tree.positive, tree.negative, tree.cfg, shape=forest.leaves.shape[1:], memory_batch=batch.size or None) as velocity:
+        goals = own_images(velocity, images, forest)
+        best = best_rewards(advantages, len(forest.prompts))
+        allowed = best >= running_best(run.metrics) if only_good else None
+        metrics = update(velocity, forest, advantages.layers, run.adamw(learning_rate, weight_decay=weight_decay), objective, micro_batch=batch,
+                         max_grad_norm=max_grad_norm, inner_updates=inner_updates, images=goals, allowed=allowed,
+                         check=lambda: comfy.model_management.throw_exception_if_processing_interrupted())
+        row = {**reward_metrics(advantages), **metrics, "reward_best": float(best.mean()), "window_start": forest.start,
+               "rollout_forwards": tree.rollout_forwards, "forwards": tree.rollout_forwards + metrics["update_forwards"],
+               "learning_rate": learning_rate, "seconds": time.perf_counter() - tree.began, "seconds/rollout": tree.seconds,
+               "seconds/update": time.perf_counter() - began}
+        curve = plot.reward_curve([*run.metrics, row])
+        run.commit(row, pictures={"reward_curve.png": curve, "tree.png": advantages.tree_picture})
+    text = f"iteration {run.iteration}: " + ", ".join(f"{key} {row[key]:.4g}" for key in
+                                                      ("reward", "reward_std", "ratio_mean", "clip_frac", "grad_norm", "forwards", "seconds"))
+    image = plot.to_tensor(curve)
+    return io.NodeOutput(LivePolicy(policy.policy, run), text, image, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (text,)})
+
+
+def own_images(velocity, images: dict | None, forest) -> torch.Tensor | None:
+    """The user's latents as the model sees them, one per prompt: [P, C, H, W]."""
+    if images is None:
+        return None
+    samples, prompts = images["samples"], len(forest.prompts)
+    if samples.shape[1:] != forest.leaves.shape[1:] or len(samples) not in (1, prompts):
+        raise ValueError(f"The images are {list(samples.shape)} as latents, but the leaves are {list(forest.leaves.shape[1:])} for {prompts} prompts: encode "
+                         "images of the training size, one per prompt or one for all.")
+    return velocity.process_in(samples).to(velocity.device).expand(prompts, -1, -1, -1)
+
+
+def best_rewards(credit: "Credit", prompts: int) -> torch.Tensor:
+    """Best mean reward of every prompt's group: [P]."""
+    total = sum(values for values in credit.rewards.values()) / len(credit.rewards)
+    return total.view(prompts, -1).amax(1)
+
+
+def running_best(metrics: list[dict], decay: float = 0.9) -> float:
+    """Running mean of `reward_best` over the iterations so far; -inf before the first."""
+    mean = float("-inf")
+    for row in metrics:
+        mean = row["reward_best"] if mean == float("-inf") else decay * mean + (1 - decay) * row["reward_best"]
+    return mean
 
 
 def reward_metrics(credit: Credit) -> dict[str, float]:
