@@ -17,10 +17,14 @@ def children_of(layer_below: Tensor, parents: slice, branching: int) -> Tensor:
 
 
 def score_edges(forest: Forest, layer: int, parents: slice, v: Tensor) -> Step:
-    """The edges below these parents under a policy that predicts velocity v [n, C, H, W] for them: log_prob [n * branching]."""
+    """The edges below these parents under a policy that predicts velocity v for them: log_prob [n * branching].
+
+    v: [n, C, H, W], one per parent, or [n * branching, C, H, W], one per edge.
+    """
     b = forest.branching
     sigma, sigma_next = forest.sigma(layer)
-    return step(forest.kind, forest.states[layer][parents].repeat_interleave(b, 0), v.repeat_interleave(b, 0), sigma, sigma_next,
+    x = forest.states[layer][parents].repeat_interleave(b, 0)
+    return step(forest.kind, x, v if len(v) == len(x) else v.repeat_interleave(b, 0), sigma, sigma_next,
                 forest.levels[layer], float(forest.sigmas[1]), next_latent=children_of(forest.states[layer + 1], parents, b), rho_min=forest.rho_min)
 
 
@@ -78,16 +82,19 @@ class _Loss:
 
 
 def policy_gradient(velocity, forest: Forest, advantages: list[Tensor], objective: Objective, *, micro_batch: MicroBatch | None = None,
-                    allowed: Tensor | None = None, images: Tensor | None = None, check: Callable[[], None] | None = None) -> dict[str, float]:
+                    allowed: Tensor | None = None, images: Tensor | None = None, shared: bool = True,
+                    check: Callable[[], None] | None = None) -> dict[str, float]:
     """Add the gradient of the loss over all window edges to the parameters; returns the loss and its diagnostics.
 
     advantages: per layer, [P * trees * branching^(layer+1)]; the last layer's are also the leaves' values for clip ranges
     and LayerTuning-RL. With the rollout's micro_batch the slices are the rollout's own, so that a bf16 model scores with
     the batch shapes it sampled with. Slices with nothing to learn are skipped. Graphs the rollout retained are used up.
     allowed: prompts whose best leaf may be imitated [P], default all. images: [P, C, H, W], for target "images".
-    check: called before each slice; may raise.
+    shared: one forward per parent; False forwards every edge on its own, `branching` times the cost for the same gradient:
+    for comparison only, and not with LayerTuning-RL. check: called before each slice; may raise.
     """
     parameters = list(velocity.parameters())
+    copies = 1 if shared else forest.branching
     if allowed is None:
         allowed = torch.ones(len(forest.prompts), dtype=torch.bool)
     loss_of = _Loss(velocity, forest, advantages, objective, allowed, images)
@@ -102,7 +109,8 @@ def policy_gradient(velocity, forest: Forest, advantages: list[Tensor], objectiv
             check()
         with velocity.grad():
             if kept is None or len(kept) != last - first:
-                kept = velocity(forest.states[layer][parents], forest.sigma(layer)[0], forest.rows(layer)[parents])
+                kept = velocity(forest.states[layer][parents].repeat_interleave(copies, 0), forest.sigma(layer)[0],
+                                forest.rows(layer)[parents].repeat_interleave(copies))
             loss, diagnostics = loss_of(layer, parents, kept)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients):  # only now: a slice that failed has left nothing behind

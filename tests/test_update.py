@@ -61,6 +61,10 @@ def test_gradient_equals_the_per_edge_gradient_and_finite_differences(kind):
     loss = per_edge_loss(forest, velocity, advantages)
     (by_edge,) = torch.autograd.grad(loss, velocity.delta)
     torch.testing.assert_close(shared, by_edge, atol=1e-12, rtol=1e-9)
+    before = velocity.forwards
+    unshared, _ = gradient(forest, velocity, advantages, shared=False)
+    torch.testing.assert_close(unshared, by_edge, atol=1e-12, rtol=1e-9)
+    assert velocity.forwards - before == sum(len(a) for a in advantages)
     assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-12)
     direction = torch.randn(velocity.delta.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     values = []
