@@ -6,10 +6,12 @@ Settings and prompts are read from workflows/api/first_steps.json (training) and
 and after), by node title. Left out: resuming; each call begins a new run in DIR and replaces the one before.
 """
 import argparse
+import importlib.util
 import json
 import logging
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from . import noise, plot
 from .advantage import edge_advantages, leaf_advantages
-from .backends.diffusers import DiffusersVelocity, TinyVae, adapter_targets, clip_l_features, comfy_lora, load_transformer, simple_sigmas
+from .backends.diffusers import DiffusersVelocity, TinyVae, clip_l_features, comfy_lora, load_transformer, simple_sigmas
 from .checkpoint import Run, write_atomically
 from .lora import Adapters
 from .noise import NoiseSchedule
@@ -29,6 +31,7 @@ from .tree import TreeShape
 from .update import update
 
 log = logging.getLogger("treerpo")
+PACKAGES = {"diffusers": "diffusers", "transformers": "transformers", "open_clip": "open_clip_torch"}
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -71,7 +74,8 @@ class Demo:
         self.reward = Measure(measure["measure"], threshold=measure["threshold"], sign=1.0 if measure["direction"] == "more" else -1.0)
         self.transformer = load_transformer(load_file(str(REPO / "embedded" / f"{model}.safetensors")))
         policy = self.settings["Policy"]
-        self.adapters = Adapters.create(adapter_targets(self.transformer, policy["targets"]), policy["rank"], policy["alpha"], seed=policy["init_seed"])
+        targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
+        self.adapters = Adapters.create(self.transformer, policy["rank"], policy["alpha"], targets, seed=policy["init_seed"])
         self.adapters.inject(self.transformer)
         features = clip_l_features(random_clip_l(), self.prompts + self.held_out)
         self.velocity = DiffusersVelocity(self.transformer, self.adapters, *features)
@@ -96,8 +100,9 @@ class Demo:
         layers = edge_advantages(credit["estimator"], forest.log_probs, leaf, shape.branching, count, credit["weights"], forest.leaves[0].numel())
         scored = time.perf_counter()
         optimizer = run.adamw(training["learning_rate"], weight_decay=training["weight_decay"])
-        metrics = update(self.velocity, forest, layers, optimizer, Objective(training["clip_low"], training["clip_high"]),
-                         max_grad_norm=training["max_grad_norm"], inner_updates=training["inner_updates"])
+        objective = Objective(**{field.name: training[field.name] for field in fields(Objective) if field.name in training})
+        metrics = update(self.velocity, forest, layers, optimizer, objective, max_grad_norm=training["max_grad_norm"],
+                         inner_updates=training["inner_updates"])
         now = time.perf_counter()
         row = {"reward": float(scores.mean()), "reward_std": float(scores.view(count, -1).std(1, correction=0).mean()),
                "frac_reward_zero_std": float(flat.float().mean()), **metrics, "window_start": forest.start,
@@ -106,18 +111,20 @@ class Demo:
         run.commit(row, pictures={"reward_curve.png": plot.reward_curve([*run.metrics, row]),
                                   "tree.png": plot.tree_picture(forest, layers, scores, images, texts)})
 
+    def draw(self, rows: list[int], seed: int, steps: int) -> Tensor:
+        """Pictures [B, H, W, 3] of prompts by number, as a KSampler (euler, simple) with this seed draws them as one batch."""
+        roots = noise.roots(self.latent, seed, 0, [0], len(rows))
+        straight = TreeShape(branching=1, depth=1, window="fixed")
+        forest = grow(self.velocity, roots, simple_sigmas(self.kind, steps), straight, NoiseSchedule("ode", 0.0), start=0, prompts=rows)
+        return self.vae.decode(forest.leaves)
+
     def compare(self, path: Path) -> float:
         """Draw the held-out prompts on fixed noise with the policy as it is, save the pictures; their mean reward."""
         settings = self.comparison["Sample after"]
-        count = len(self.held_out)
-        rows = [len(self.prompts) + i for i in range(count)]
-        roots = noise.roots(self.latent, settings["seed"], 0, [0], count)  # the batch a KSampler with this seed draws
-        straight = TreeShape(branching=1, depth=1, window="fixed")
-        forest = grow(self.velocity, roots, simple_sigmas(self.kind, settings["steps"]), straight, NoiseSchedule("ode", 0.0), start=0, prompts=rows)
-        images = self.vae.decode(forest.leaves)
-        strip = plot.to_picture(torch.cat(list(images), dim=1))
-        strip.resize((strip.width * 2, strip.height * 2)).save(path)
-        return float(self.reward.score(images, self.held_out).mean())
+        images = self.draw([len(self.prompts) + i for i in range(len(self.held_out))], settings["seed"], settings["steps"])
+        scores = self.reward.score(images, self.held_out)
+        plot.score_sheet(images, scores, self.held_out, self.reward.name).save(path)
+        return float(scores.mean())
 
 
 def tree_shape(settings: dict) -> TreeShape:
@@ -167,6 +174,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.iterations < 1:
         parser.error("--iterations must be at least 1")
+    absent = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if absent:
+        parser.exit(1, f"The demo without ComfyUI needs {len(absent)} more: pip install {' '.join(absent)}\n")
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     train(options.model, options.iterations, options.out, options.seed)

@@ -134,7 +134,8 @@ class Adapters:
             weights[f"{prefix}{name}.lora_down.weight"] = lora.down
             alphas[f"{prefix}{name}.alpha"] = lora
         own = weights.keys() | alphas.keys()
-        resized = {f"{key} {list(state[key].shape)} instead of {list(p.shape)}" for key, p in weights.items() if key in state and state[key].shape != p.shape}
+        resized = {f"{key} {list(state[key].shape)} instead of {list(p.shape)}" for key, p in weights.items()
+                   if key in state and state[key].shape != p.shape}
         problems = [f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
                     for what, keys in (("missing", own - state.keys()), ("unknown", state.keys() - own), ("of another size", resized)) if keys]
         if problems:

@@ -154,14 +154,15 @@ class ComfyVelocity:
         """Bytes beside the weights: activations, and four values per trained one (itself, gradient, AdamW's two)."""
         passes = 2 if "negative" in self._conds and not math.isclose(self.cfg, 1.0) else 1
         forward = self._patcher.model.memory_required([self._batch * passes, *self.shape])
-        # Measured in units of ComfyUI's estimate of one forward, FLUX keeps about one unit per block for the backward pass;
-        # with checkpointing the blocks' inputs and one whole block. [estimate from shapes, not measured]
+        # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass; checkpointed, the
+        # blocks' inputs and one whole block. Estimated from shapes, not measured.
         blocks = len(_blocks(self._patcher.model.diffusion_model))
         kept = 2 + blocks / 20 if self.policy.checkpointing else max(2, blocks)
         trained = sum(p.numel() * p.element_size() for p in self.policy.adapters.parameters())
         return forward * (kept if self._in_training else 1) + 4 * trained
 
     def _inject(self, patcher) -> None:
+        self._eject(patcher)
         network = patcher.model.diffusion_model
         self.policy.adapters.inject(network)
         if self.policy.architecture != "sd3":  # the one known to update nothing in place
@@ -195,10 +196,10 @@ class ComfyVelocity:
     def _of_rows(self, rows, batch: int) -> dict:
         """The conditioning of these prompts, kept for the next call, which mostly asks for the same."""
         rows = rows.tolist() if torch.is_tensor(rows) else list(rows)
-        if rows == self._selected[0]:
-            return self._selected[1]
         if len(rows) != batch:
             raise ValueError(f"There are {len(rows)} prompt rows for {batch} latents: one each.")
+        if rows == self._selected[0]:
+            return self._selected[1]
         if rows and not 0 <= min(rows) <= max(rows) < self.prompts:
             wrong = next(row for row in rows if not 0 <= row < self.prompts)
             raise ValueError(f"Prompt row {wrong} does not exist: the conditioning has {self.prompts} prompts, counted from 0.")
@@ -284,7 +285,8 @@ def _autograd_can_save(tensor: Tensor) -> bool:
 def _normal(tensor: Tensor) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter):  # packed weights know how to copy themselves
         return tensor.detach().clone()
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _select(entry: dict, index: Tensor, prompts: int) -> dict:

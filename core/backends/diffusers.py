@@ -1,0 +1,384 @@
+"""FLUX and SD3 through diffusers: ComfyUI's weights, velocities, text features and sigmas where there is no ComfyUI.
+
+Weights come as state dicts in ComfyUI's form and are renamed here. diffusers, transformers and open_clip are
+imported when first used; nothing in this file touches ComfyUI.
+"""
+import math
+import re
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# ComfyUI's module -> diffusers' modules. Several names share the rows of one fused layer, in this order.
+MODULES = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+FLUX_DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+FLUX_SINGLE = {
+    "modulation.lin": "norm.linear",
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
+    "linear2": "proj_out",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+}
+SD3_JOINT = {
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "x_block.attn.qkv": "attn.to_q attn.to_k attn.to_v",
+    "context_block.attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+    "x_block.attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+    "x_block.attn.proj": "attn.to_out.0",
+    "context_block.attn.proj": "attn.to_add_out",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+}
+STACKS = {
+    "double_blocks": ("transformer_blocks", FLUX_DOUBLE),
+    "single_blocks": ("single_transformer_blocks", FLUX_SINGLE),
+    "joint_blocks": ("transformer_blocks", SD3_JOINT),
+}
+# ComfyUI hands (vae latent - shift) * scale to the diffusion model: (scale, shift).
+LATENT_FORMATS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609)}
+
+
+def diffusers_names(module: str) -> list[str]:
+    """diffusers' module(s) for one of ComfyUI's, e.g. double_blocks.0.img_attn.qkv -> to_q, to_k, to_v of that block."""
+    stack, _, rest = module.partition(".")
+    if stack in STACKS:
+        number, _, inner = rest.partition(".")
+        name, table = STACKS[stack]
+        if inner in table:
+            return [f"{name}.{number}.{part}" for part in table[inner].split()]
+    elif module in MODULES:
+        return [MODULES[module]]
+    raise ValueError(f"The weight '{module}' belongs to no FLUX or SD3 layer that diffusers knows: this model cannot run through diffusers.")
+
+
+def swapped(module: str, tensor: Tensor, width: int) -> Tensor:
+    """Rows (shift, scale) <-> (scale, shift) of the modulations that diffusers keeps in the other order: those with two parts."""
+    if module.endswith("adaLN_modulation.1") and len(tensor) == 2 * width:
+        return torch.cat(tensor.chunk(2)[::-1])
+    return tensor
+
+
+def rename(state_dict: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """ComfyUI's weights under diffusers' names, fused layers split. width: the hidden size."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        if key == "pos_embed":
+            renamed["pos_embed.pos_embed"] = tensor
+            continue
+        module, _, leaf = key.rpartition(".")
+        names = diffusers_names(module)
+        sizes = [width] * (len(names) - 1)
+        parts = swapped(module, tensor, width).split([*sizes, len(tensor) - sum(sizes)])
+        renamed.update({f"{name}.{'weight' if leaf == 'scale' else leaf}": part for name, part in zip(names, parts)})
+    return renamed
+
+
+def load_transformer(state_dict: dict[str, Tensor], dtype=torch.float32) -> torch.nn.Module:
+    """A FLUX or SD3/3.5 state dict as ComfyUI loads it -> the frozen diffusers transformer; every size is read from the weights."""
+    sd = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in state_dict.items()}
+    if "double_blocks.0.img_attn.qkv.weight" in sd and "vector_in.in_layer.weight" in sd:
+        module, width = _empty_flux(sd)
+    elif "joint_blocks.0.x_block.attn.qkv.weight" in sd and "y_embedder.mlp.0.weight" in sd:
+        module, width = _empty_sd3(sd)
+    else:
+        raise ValueError("These weights are neither FLUX nor SD3: the diffusers backend runs no other model.")
+    renamed = rename(sd, width)
+    if "pos_embed" not in sd and "joint_blocks.0.x_block.attn.qkv.weight" in sd:
+        renamed["pos_embed.pos_embed"] = module.pos_embed.pos_embed
+        module.pos_embed.cropped_pos_embed = partial(centred_positions, module.pos_embed)
+    module.load_state_dict(renamed)
+    if dtype != torch.float32:
+        module.to(dtype)
+    return module.eval().requires_grad_(False)
+
+
+def _count(sd: dict[str, Tensor], stack: str) -> int:
+    return len({key.split(".")[1] for key in sd if key.startswith(stack + ".")})
+
+
+def _empty_flux(sd: dict[str, Tensor]) -> tuple[torch.nn.Module, int]:
+    from diffusers import FluxTransformer2DModel
+    width, channels = sd["img_in.weight"].shape
+    if width % 128:
+        raise ValueError(f"The hidden size of this FLUX is {width}; it must be a multiple of 128.")
+    return FluxTransformer2DModel(
+        in_channels=channels, out_channels=len(sd["final_layer.linear.weight"]), num_layers=_count(sd, "double_blocks"),
+        num_single_layers=_count(sd, "single_blocks"), num_attention_heads=width // 128,
+        joint_attention_dim=sd["txt_in.weight"].shape[1], pooled_projection_dim=sd["vector_in.in_layer.weight"].shape[1],
+        guidance_embeds="guidance_in.in_layer.weight" in sd), width
+
+
+def _empty_sd3(sd: dict[str, Tensor]) -> tuple[torch.nn.Module, int]:
+    from diffusers import SD3Transformer2DModel
+    width, channels, patch, _ = sd["x_embedder.proj.weight"].shape
+    blocks = _count(sd, "joint_blocks")
+    return SD3Transformer2DModel(
+        patch_size=patch, in_channels=channels, out_channels=len(sd["final_layer.linear.weight"]) // patch ** 2, num_layers=blocks,
+        num_attention_heads=width // 64, joint_attention_dim=sd["context_embedder.weight"].shape[1], caption_projection_dim=width,
+        pooled_projection_dim=sd["y_embedder.mlp.0.weight"].shape[1],
+        pos_embed_max_size=math.isqrt(sd["pos_embed"].shape[1]) if "pos_embed" in sd else 1,
+        dual_attention_layers=tuple(i for i in range(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in sd),
+        qk_norm="rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in sd else None), width
+
+
+def centred_positions(embed: torch.nn.Module, height: int, width: int) -> Tensor:
+    """Sine-cosine positions [1, N, D] of a latent's patches, as ComfyUI computes them where SD3's file has no table.
+
+    The shorter side spans 0..15 whatever its length, so any picture size works.
+    """
+    device, dim = embed.proj.weight.device, embed.proj.out_channels
+    h, w = height // embed.patch_size, width // embed.patch_size
+    omega = 1 / 10000 ** (torch.arange(dim // 4, device=device) / (dim / 4))
+    halves = []
+    for length, shape in ((w, (1, w)), (h, (h, 1))):
+        reach = length / min(h, w) * 7.5
+        position = torch.linspace(7.5 - reach, 7.5 + reach, length, device=device).view(shape).expand(h, w)
+        angle = position.reshape(-1, 1) * omega
+        halves += [angle.sin(), angle.cos()]
+    return torch.cat(halves, dim=1)[None]
+
+
+def comfy_lora(adapters: dict[str, Tensor], transformer: torch.nn.Module) -> dict[str, Tensor]:
+    """A LoRA trained on diffusers' modules (`<module>.lora_up/lora_down/alpha`) under ComfyUI's names, exactly.
+
+    q, k and v share one layer in ComfyUI: their low-rank pairs become one pair of the summed rank, with a block-diagonal
+    lora_up. Rows of an untouched part are zero. Raises where an adapter's module has no counterpart.
+    """
+    adapters = {re.sub(r"^(diffusion_model|transformer)\.", "", key): tensor.float() for key, tensor in adapters.items()}
+    left = {key.rpartition(".lora_down")[0] for key in adapters if ".lora_down" in key}
+    result = {}
+    for module in _comfy_modules(transformer):
+        names = diffusers_names(module)
+        if not left.intersection(names):
+            continue
+        downs, ups = [], []
+        for name in names:
+            layer = transformer.get_submodule(name)
+            down = adapters.get(f"{name}.lora_down.weight", torch.zeros(0, layer.weight[0].numel()))
+            up = adapters.get(f"{name}.lora_up.weight", torch.zeros(len(layer.weight), 0))
+            rank = max(1, len(down))
+            downs.append(down.flatten(1))
+            ups.append(up.flatten(1) * float(adapters.get(f"{name}.alpha", torch.tensor(rank))) / rank)
+        down, up = torch.cat(downs), torch.block_diag(*ups)
+        up = swapped(module, up, transformer.inner_dim)
+        prefix = f"diffusion_model.{module}"
+        result |= {f"{prefix}.lora_up.weight": up, f"{prefix}.lora_down.weight": down, f"{prefix}.alpha": torch.tensor(float(len(down)))}
+        left.difference_update(names)
+    if left:
+        raise ValueError(f"These adapters have no counterpart in ComfyUI: {', '.join(sorted(left))}.")
+    return {key: tensor.contiguous().clone() for key, tensor in result.items()}
+
+
+def _comfy_modules(transformer: torch.nn.Module) -> list[str]:
+    """ComfyUI's names of the transformer's layers, those it has."""
+    flux = hasattr(transformer.config, "guidance_embeds")
+    stacks = ("double_blocks", "single_blocks") if flux else ("joint_blocks",)
+    found = [f"{stack}.{i}.{inner}" for stack in stacks for i in range(len(getattr(transformer, STACKS[stack][0]))) for inner in STACKS[stack][1]]
+    present = {name for name, _ in transformer.named_modules()}
+    family = [name for name in MODULES if name.startswith("final_layer") or name.split(".")[0].endswith("_in") == flux]
+    return [name for name in found + family if set(diffusers_names(name)) <= present]
+
+
+class DiffusersVelocity:
+    """Velocity of a FLUX or SD3 transformer of diffusers for a fixed set of prompts: `velocity(x, sigma, rows) -> v`.
+
+    transformer: from load_transformer or a diffusers pipeline. adapters: trainable LoRA already injected into it, or
+    None. prompt_embeds: [P, L, D]; pooled: [P, Pd]; negative: (embeds [1 or P, L, D], pooled [1 or P, Pd]), used where
+    cfg is not 1. guidance: FLUX's embedded guidance. `forwards` counts latents through the network, twice with CFG.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, adapters, prompt_embeds: Tensor, pooled: Tensor,
+                 negative: tuple[Tensor, Tensor] | None = None, cfg: float = 1.0, guidance: float = 3.5):
+        if len(prompt_embeds) != len(pooled):
+            raise ValueError(f"There are {len(prompt_embeds)} prompt embeddings and {len(pooled)} pooled ones: one of each per prompt.")
+        if cfg != 1 and negative is None:
+            raise ValueError(f"CFG {cfg} needs a negative prompt's embeddings; use CFG 1 to do without.")
+        self.transformer, self.adapters = transformer, adapters
+        self.flux = hasattr(transformer.config, "guidance_embeds")
+        self.cfg, self.guidance = cfg, guidance
+        self.forwards = 0
+        self._training = False
+        self._positive = self._conditioning(prompt_embeds, pooled)
+        self._negative = None
+        if cfg != 1:
+            embeds, negative_pooled = negative
+            self._negative = self._conditioning(embeds.expand(len(pooled), -1, -1), negative_pooled.expand(len(pooled), -1))
+
+    def _conditioning(self, embeds: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.transformer.proj_out.weight
+        return embeds.detach().to(weight), pooled.detach().to(weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.proj_out.weight.device
+
+    def parameters(self):
+        return self.adapters.parameters() if self.adapters is not None else iter(())
+
+    @contextmanager
+    def grad(self):
+        """Gradients of the adapters are recorded inside."""
+        before, self._training = self._training, True
+        try:
+            yield
+        finally:
+            self._training = before
+
+    @contextmanager
+    def reference(self):
+        """The untuned model: adapters do nothing inside."""
+        with self.adapters.disabled():
+            yield
+
+    def __call__(self, x: Tensor, sigma, rows) -> Tensor:
+        """x: [B, C, H, W] in model space; sigma: number or [B] in 0..1; rows: conditioning row of each sample. -> [B, C, H, W], fp32."""
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(f"The latent is {x.shape[3]}x{x.shape[2]}: width and height must be even (pictures in multiples of 16).")
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.device)
+        embeds, pooled = (c[rows] for c in self._positive)
+        x = x.to(self.device)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).expand(len(x))
+        with torch.set_grad_enabled(self._training):
+            if self._negative is None:
+                return self._network(x, sigma, embeds, pooled)
+            embeds, pooled = (torch.cat([c, n[rows]]) for c, n in zip((embeds, pooled), self._negative))
+            positive, negative = self._network(torch.cat([x, x]), torch.cat([sigma, sigma]), embeds, pooled).chunk(2)
+            return negative + self.cfg * (positive - negative)
+
+    def _network(self, x: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+        self.forwards += len(x)
+        dtype = embeds.dtype
+        common = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "return_dict": False}
+        if not self.flux:
+            return self.transformer(hidden_states=x.to(dtype), timestep=sigma * 1000, **common)[0].float()
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        ids = torch.zeros(height, width, 3, device=x.device)
+        ids[..., 1], ids[..., 2] = torch.arange(height)[:, None], torch.arange(width)
+        guidance = torch.full_like(sigma, self.guidance) if self.transformer.config.guidance_embeds else None
+        packed = F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2).to(dtype)
+        v = self.transformer(hidden_states=packed, timestep=sigma, guidance=guidance, img_ids=ids.view(-1, 3),
+                             txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device), **common)[0]
+        return F.pixel_shuffle(v.float().transpose(1, 2).unflatten(2, (height, width)), 2)
+
+
+class TinyVae:
+    """A TAESD in ComfyUI's file form (taesd_encoder.*, taesd_decoder.*, vae_scale, vae_shift) for latents of `kind`, "flux" or "sd3"."""
+
+    def __init__(self, state_dict: dict[str, Tensor], kind: str):
+        from diffusers import AutoencoderTiny
+        sd = {key: tensor.float() for key, tensor in state_dict.items()}
+        self.scale, self.shift = sd.pop("vae_scale", torch.tensor(1.0)), sd.pop("vae_shift", torch.tensor(0.0))
+        self.factor, self.offset = LATENT_FORMATS[kind]
+        self.net = AutoencoderTiny(latent_channels=sd["taesd_decoder.1.weight"].shape[1])
+        renamed = {}
+        for key, tensor in sd.items():
+            half, number, rest = key.split(".", 2)
+            half = half.removeprefix("taesd_")
+            # ComfyUI counts the decoder's clamp as layer 0.
+            renamed[f"{half}.layers.{int(number) - (half == 'decoder')}.{rest}"] = tensor
+        self.net.load_state_dict(renamed)
+        self.net.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # a third faster on CPUs
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] as the diffusion model sees them -> images [B, 8h, 8w, 3] in 0..1."""
+        raw = (latents.float() / self.factor + self.offset - self.shift) * self.scale
+        return ((self.net.decode(raw).sample + 1) / 2).clamp(0, 1).movedim(1, -1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, H, W, 3] in 0..1 -> latents [B, C, H/8, W/8] as the diffusion model sees them."""
+        raw = self.net.encode(images.movedim(-1, 1).float() * 2 - 1).latents
+        return (raw / self.scale + self.shift - self.offset) * self.factor
+
+
+def clip_l_features(state_dict: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """ComfyUI's conditioning of CLIPLoader(type="stable_diffusion"): last hidden state [P, 77, 768] and pooled [P, 768].
+
+    state_dict: CLIP-L with all 197 keys. A prompt of more than 77 tokens is refused (ComfyUI splits it).
+    """
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768,
+                            bos_token_id=49406, eos_token_id=49407, pad_token_id=49407, hidden_act="quick_gelu", attn_implementation="eager")
+    with torch.device("meta"):
+        model = CLIPTextModelWithProjection(config)
+    model.load_state_dict({key: tensor.float() for key, tensor in state_dict.items()}, assign=True, strict=False)
+    model.eval()
+    tokens = clip_l_tokens(prompts)
+    with torch.no_grad():
+        hidden = model(input_ids=tokens, position_ids=torch.arange(tokens.shape[1])[None]).last_hidden_state
+    first_end = (tokens == config.eos_token_id).int().argmax(1)
+    return hidden, hidden[torch.arange(len(tokens)), first_end]  # ComfyUI leaves text_projection out here
+
+
+def clip_l_tokens(prompts: list[str], length: int = 77) -> Tensor:
+    """CLIP's BPE tokens [P, length]: start, words, end, then padded with the end token."""
+    try:
+        from open_clip.tokenizer import SimpleTokenizer
+    except ImportError as error:
+        raise ImportError("CLIP's tokenizer comes with open_clip: pip install open_clip_torch") from error
+    tokenizer = SimpleTokenizer()
+    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+    rows = []
+    for prompt in prompts:
+        words = tokenizer.encode(prompt)
+        if len(words) > length - 2:
+            raise ValueError(f"The prompt '{prompt[:40]}...' has {len(words)} tokens, at most {length - 2} fit: shorten it.")
+        rows.append([start, *words, *[end] * (length - 1 - len(words))])
+    return torch.tensor(rows)
+
+
+def simple_sigmas(kind: str, steps: int) -> Tensor:
+    """ComfyUI's "simple" scheduler [steps+1] for FLUX (shift 1.15, a table of 10,000 times) and SD3 (shift 3, 1,000 times)."""
+    count = {"flux": 10000, "sd3": 1000}[kind]
+    t = torch.tensor([count - int(i * count / steps) for i in range(steps)]) / count
+    if kind == "flux":
+        sigmas = math.exp(1.15) / (math.exp(1.15) + (1 / t - 1))
+    else:
+        sigmas = 3.0 * t / (1 + 2.0 * t)
+    return torch.cat([sigmas, torch.zeros(1)])
