@@ -748,11 +748,11 @@ def command_demo(args, rest):
             scores, pictures = compare(client, name, args, out)
         finally:
             files = collect(server.base, name, out)
-    ends = [sum(row["reward"] for row in part) / len(part) for part in (rows[:3], rows[-3:])]
+    ends = [sum(row["reward"] for row in part) / len(part) for part in (rows[:4], rows[-4:])]
     summary = {"backend": "comfyui", "model": args.model, "iterations": len(rows), "seed": args.seed}
     summary |= {"reward_first": ends[0], "reward_last": ends[1], "held_out": scores, "seconds": time.monotonic() - started}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-    say(f"Mean reward, first {len(rows[:3])} -> last {len(rows[-3:])} iterations: {ends[0]:.4f} -> {ends[1]:.4f}")
+    say(f"Mean reward, first {len(rows[:4])} -> last {len(rows[-4:])} iterations: {ends[0]:.4f} -> {ends[1]:.4f}")
     if None not in scores.values():
         say(f"Held-out prompts, before -> after: {scores['before']:.4f} -> {scores['after']:.4f}")
     say(f"In {out}: {', '.join([*files, *pictures, 'summary.json'])}")
@@ -900,7 +900,7 @@ def make_parser():
     demo = commands.add_parser("demo", help="train the embedded model in ComfyUI and show before and after")
     demo.add_argument("--model", choices=("flux", "sd3"), default="flux")
     demo.add_argument("--comfyui", metavar="PATH", help="the ComfyUI to use (default: the one that is found)")
-    demo.add_argument("--iterations", type=positive, default=20, metavar="N")
+    demo.add_argument("--iterations", type=positive, default=16, metavar="N")
     demo.add_argument("--out", default="demo_output", metavar="DIR")
     demo.add_argument("--seed", type=int, default=0, metavar="S")
     commands.add_parser("test", help="run the test suite", add_help=False, allow_abbrev=False)

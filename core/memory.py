@@ -38,18 +38,47 @@ class MicroBatch:
             logging.warning("TreeRPO: out of memory with %d latents at once; going on with %d.", last - first, self.size)
 
 
-def saved_bytes(work: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Bytes that the autograd graph of one call of `work` keeps alive, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in parameters}
+class Retained:
+    """The graphs a rollout keeps for its update, by (layer, first node of the slice), while they fit into `budget` bytes.
+
+    The first graph is measured; if as many as the window needs would not fit, none is kept and the update recomputes.
+    """
+
+    def __init__(self, budget: float, nodes: int, weights: list[Tensor]):
+        self.budget, self.nodes, self.weights = budget, nodes, weights
+        self.bytes_per_node: float | None = None
+        self.graphs: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def wanted(self) -> bool:
+        return self.bytes_per_node is None or self.bytes_per_node * self.nodes <= self.budget
+
+    def call(self, layer: int, first: int, work: Callable[[], Tensor]) -> Tensor:
+        """work() with gradients on, its graph kept where it fits; returns the value without the graph."""
+        if self.bytes_per_node is None:
+            used, output = saved_bytes(work, self.weights)
+            self.bytes_per_node = used / len(output)
+            if not self.wanted:
+                logging.info("TreeRPO: retaining %d graphs of %.0f MB each does not fit; the update recomputes them.", self.nodes,
+                             self.bytes_per_node / 1e6)
+        else:
+            output = work()
+        if self.wanted:
+            self.graphs[layer, first] = output
+        return output.detach()
+
+
+def saved_bytes(work: Callable[[], Tensor], weights: list[Tensor]) -> tuple[int, Tensor]:
+    """Bytes that the autograd graph of work() keeps alive, the weights' own not counted, and its output."""
+    known = {p.untyped_storage().data_ptr() for p in weights}
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in known:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = work()
-    del output
-    return sum(seen.values())
+    return sum(seen.values()), output

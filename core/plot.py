@@ -23,8 +23,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def to_picture(image: Tensor) -> Image.Image:
     """[H, W, 3] in 0..1 -> PIL picture."""
-    pixels = (image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().contiguous()
-    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.untyped_storage())[:pixels.numel()])
+    return Image.fromarray((image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
 def reward_curve(metrics: list[dict], width: int = 900, height: int = 300) -> Image.Image:
@@ -143,4 +142,19 @@ def score_sheet(images: Tensor, scores: Tensor, prompts: list[str], name: str, c
         while prompt and draw.textlength(prompt, font(11)) > size[0]:
             prompt = prompt[:-2]
         draw.text((x, y + size[1] + 22), prompt if prompt == prompts[i] else f"{prompt}..", fill=GREY, font=font(11))
+    return picture
+
+
+def noise_picture(levels: list[float], kind: str, width: int = 420, height: int = 200) -> Image.Image:
+    """The noise level of each tree layer as bars, root side left."""
+    picture = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((10, 8), f"{kind}: noise level per tree layer", fill=INK, font=font(14))
+    top, bottom, slot = 48, height - 28, (width - 20) / len(levels)
+    for k, level in enumerate(levels):
+        x = 10 + slot * k
+        y = bottom - (bottom - top) * level / max(*levels, 1e-9, 1.0)
+        draw.rectangle([x + slot * 0.15, y, x + slot * 0.85, bottom], fill=BETTER)
+        draw.text((x + slot / 2, y - 4), f"{level:.3g}", fill=INK, font=font(12), anchor="mb")
+        draw.text((x + slot / 2, bottom + 6), f"layer {k + 1}", fill=GREY, font=font(12), anchor="mt")
     return picture

@@ -1,12 +1,13 @@
 """Grow the trees of one iteration with a velocity model."""
+import math
 from typing import Callable
 
 import torch
 from torch import Tensor
 
 from . import noise
-from .cost import forwards, tail_steps
-from .memory import MicroBatch
+from .cost import forwards, nodes, tail_steps
+from .memory import MicroBatch, Retained
 from .noise import NoiseSchedule
 from .steps import step
 from .tree import Forest, TreeShape
@@ -36,20 +37,18 @@ def shorten(sigmas: Tensor, tail: float) -> Tensor:
 class _Calls:
     """The model calls of one rollout: sliced, counted, reported, and kept with their graphs where asked for."""
 
-    def __init__(self, velocity, micro_batch: MicroBatch, total: int, progress: Progress | None, retain: bool):
-        self.velocity, self.micro_batch, self.total, self.progress, self.retain = velocity, micro_batch, total, progress, retain
+    def __init__(self, velocity, micro_batch: MicroBatch, total: int, progress: Progress | None, retained: Retained | None):
+        self.velocity, self.micro_batch, self.total, self.progress, self.retained = velocity, micro_batch, total, progress, retained
         self.done = 0
-        self.graphs: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, x: Tensor, sigma: float, rows: Tensor, layer: int | None = None) -> Tensor:
         parts = []
 
         def call(first: int, last: int) -> None:
             part = x[first:last]
-            if self.retain and layer is not None:
+            if self.retained is not None and layer is not None and self.retained.wanted:
                 with self.velocity.grad():
-                    v = self.graphs[layer, first] = self.velocity(part, sigma, rows[first:last])
-                v = v.detach()
+                    v = self.retained.call(layer, first, lambda: self.velocity(part, sigma, rows[first:last]))
             else:
                 v = self.velocity(part, sigma, rows[first:last])
             parts.append(v)
@@ -63,14 +62,14 @@ class _Calls:
 
 def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: NoiseSchedule, *, start: int, prompts: list[int],
          seed: int = 0, iteration: int = 0, numbers: list[int] | None = None, micro_batch: MicroBatch | None = None,
-         retain: bool = False, progress: Progress | None = None) -> Forest:
+         retain: float | bool = 0, progress: Progress | None = None) -> Forest:
     """Trees for P prompts, siblings sharing their parent's forward.
 
     velocity: `velocity(x[B,C,H,W], sigma, rows[B]) -> v[B,C,H,W]`; the sum of B over its calls equals core.cost.forwards.
     roots: [P * trees, C, H, W] latents at sigmas[0]. sigmas: [T+1], falling to 0, kept on the CPU.
     prompts: conditioning row of each prompt; numbers: its number in the run, which seeds its noise (default: the same).
-    retain: keep the window nodes' graphs, so that the first update needs no forward of its own (LeanGRPO's "retain").
-    Nothing but those graphs carries gradients.
+    retain: bytes of memory for the window nodes' graphs: if they fit, the first update needs no forward of its own
+    (LeanGRPO's "retain"); 0 = none are kept, True = all, whatever they need. Nothing but those graphs carries gradients.
     """
     check_sigmas(sigmas)
     numbers = prompts if numbers is None else numbers
@@ -79,7 +78,9 @@ def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: No
     table = [float(s) for s in sigmas]
     tail = [float(s) for s in shorten(sigmas[start + shape.depth:], shape.tail)]
     total = len(prompts) * forwards(steps, start, shape.depth, shape.branching, shape.trees, shape.tail)[0]
-    model = _Calls(velocity, micro_batch or MicroBatch(), total, progress, retain)
+    budget = math.inf if retain is True else retain
+    retained = Retained(budget, len(prompts) * shape.trees * nodes(shape.depth, shape.branching), velocity.weights()) if budget else None
+    model = _Calls(velocity, micro_batch or MicroBatch(), total, progress, retained)
 
     rows = torch.tensor(prompts).repeat_interleave(shape.trees)
     x = roots
@@ -103,7 +104,7 @@ def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: No
 
     return Forest(prompts=list(prompts), trees=shape.trees, branching=shape.branching, start=start, sigmas=sigmas, kind=schedule.kind,
                   levels=levels, rho_min=schedule.rho_min, states=states, log_probs=log_probs, velocities=velocities, leaves=x,
-                  forwards=model.done, iteration=iteration, seed=seed, graphs=model.graphs)
+                  forwards=model.done, iteration=iteration, seed=seed, graphs=retained.graphs if retained else {})
 
 
 def _layer_noise(shape: TreeShape, x: Tensor, seed: int, iteration: int, numbers: list[int], i: int) -> Tensor:

@@ -1,5 +1,6 @@
 """From a MODEL to a policy: the model with a trainable LoRA and the training run it belongs to."""
 import hashlib
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,8 +102,17 @@ class Prompts(io.ComfyNode):
         return io.NodeOutput(batch([encode(clip, line) for line in chosen]), "\n".join(chosen))
 
 
+# Conditioning by text encoder and text: a prompt is encoded once, not once per iteration.
+_ENCODED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
 def encode(clip, text: str):
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    """The CONDITIONING of a text, remembered as long as the text encoder lives."""
+    known = _ENCODED.setdefault(clip.cond_stage_model, {})
+    key = (text, clip.patcher.patches_uuid, clip.layer_idx)
+    if key not in known or clip.use_clip_schedule:  # scheduled hooks may change from run to run
+        known[key] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return known[key]
 
 
 def batch(conditionings: list) -> list:

@@ -16,6 +16,8 @@ from ..core.rollout import check_sigmas, grow
 from ..core.tree import Forest
 from .schema import ADVANCED, Noise, Policy, Tree, TreeShape, schema
 
+RETAIN_SHARE = 0.6  # of the free memory: decoding and scoring come between sampling and the update
+
 
 @dataclass
 class SampledTree:
@@ -28,6 +30,7 @@ class SampledTree:
     rollout_forwards: int  # CFG counted twice
     began: float        # time.perf_counter() when sampling began
     seconds: float      # how long sampling took
+    fingerprint: int | None  # of the weights that retained graphs belong to
 
 
 class TreeSampler(io.ComfyNode):
@@ -53,13 +56,17 @@ class TreeSampler(io.ComfyNode):
                 io.Boolean.Input("new_noise", default=True, optional=True, extra_dict=ADVANCED,
                                  tooltip="Each iteration draws new noise. Off = the same noise every time: learns faster by heart, generalises worse."),
                 io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True, extra_dict=ADVANCED,
-                             tooltip="Latents per model call. Lower = less memory. 0 = all at once."),
+                             tooltip="Latents per model call. Lower = less memory. 0 = all at once; halves by itself when memory runs out."),
+                io.Boolean.Input("retain_graphs", default=False, optional=True, extra_dict=ADVANCED,
+                                 tooltip="Keep what the update needs while sampling, so that it skips its own forward passes: the same result, faster. "
+                                         "Needs much memory and checkpointing off in Tree Policy; where it does not fit, the update recomputes."),
             ],
             outputs=[Tree.Output(display_name="tree"), io.Latent.Output(display_name="leaves")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def execute(cls, policy, positive, latent_image, sigmas, shape, noise, cfg, seed, negative=None, new_noise=True, micro_batch=0) -> io.NodeOutput:
+    def execute(cls, policy, positive, latent_image, sigmas, shape, noise, cfg, seed, negative=None, new_noise=True, micro_batch=0,
+                retain_graphs=False) -> io.NodeOutput:
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             sigmas = sigmas.detach().clone().float().cpu()
@@ -75,10 +82,13 @@ class TreeSampler(io.ComfyNode):
                 sigma = float(sigmas[0])
                 roots = (sigma * fresh + (1 - sigma) * velocity.process_in(samples)).to(velocity.device)
                 forest = grow(velocity, roots, sigmas, shape, noise, start=start, prompts=prompts, seed=seed, iteration=iteration,
-                              micro_batch=batch, progress=progress(policy.policy.model, cls.hidden.unique_id))
+                              micro_batch=batch, progress=progress(policy.policy.model, cls.hidden.unique_id),
+                              retain=RETAIN_SHARE * velocity.free_memory() if retain_graphs and not policy.policy.checkpointing else 0)
+                fingerprint = velocity.fingerprint() if forest.graphs else None
                 leaves = velocity.process_out(forest.leaves).cpu()
         seconds = time.perf_counter() - began
-        return io.NodeOutput(SampledTree(forest, thaw(positive), thaw(negative), cfg, batch, velocity.forwards, began, seconds), {"samples": leaves})
+        return io.NodeOutput(SampledTree(forest, thaw(positive), thaw(negative), cfg, batch, velocity.forwards, began, seconds, fingerprint),
+                             {"samples": leaves})
 
 
 def start_latent(model, latent_image: dict) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The tree's shape, and its noise."""
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..core import cost
+from ..core import cost, plot
 from ..core.noise import SHAPES, SIBLINGS, NoiseSchedule
 from ..core.steps import KINDS
 from ..core.tree import TreeShape as Settings
@@ -68,15 +68,18 @@ class DepthNoise(io.ComfyNode):
                 io.Float.Input("first_step_correlation", default=0.7, min=0.0, max=1.0, step=0.01, optional=True, extra_dict=ADVANCED,
                                tooltip="exact only, and only where the window starts at the very first step: how much of the root's noise the children "
                                        "keep. 0 = none, they become unrelated; higher = they stay closer."),
+                io.Int.Input("depth", default=3, min=1, max=16, optional=True, extra_dict=ADVANCED,
+                             tooltip="Only for the picture in the node: the depth of your Tree Shape."),
             ],
-            outputs=[Noise.Output(display_name="noise")])
+            outputs=[Noise.Output(display_name="noise"), io.Image.Output(display_name="picture")])
 
     @classmethod
-    def execute(cls, kind, level, shape, beta, count_layers_from="1", list="", first_step_correlation=0.7) -> io.NodeOutput:
+    def execute(cls, kind, level, shape, beta, count_layers_from="1", list="", first_step_correlation=0.7, depth=3) -> io.NodeOutput:
         try:
             values = [float(part) for part in list.replace(";", ",").split(",") if part.strip()]
         except ValueError:
             raise ValueError(f"The noise list '{list}' is not a list of numbers: write it as 0.8, 0.7, 0.5.") from None
         schedule = NoiseSchedule(kind, level, shape, beta, int(count_layers_from), values, first_step_correlation)
-        schedule.levels(max(len(values), 1))  # refuse impossible settings here, where the user set them
-        return io.NodeOutput(schedule)
+        levels = schedule.levels(len(values) if shape == "list" else depth)  # refuses impossible settings here, where the user set them
+        image = plot.to_tensor(plot.noise_picture(levels, kind))
+        return io.NodeOutput(schedule, image, ui=ui.PreviewImage(image, cls=cls))

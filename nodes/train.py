@@ -152,6 +152,8 @@ def learn(cls, policy, tree, advantages, objective, learning_rate, max_grad_norm
     forest, run = tree.forest, policy.run
     batch = MicroBatch(micro_batch) if micro_batch else tree.micro_batch
     with policy.policy.session(tree.positive, tree.negative, tree.cfg, shape=forest.leaves.shape[1:], memory_batch=batch.size or None) as velocity:
+        if forest.graphs and velocity.fingerprint() != tree.fingerprint:  # the weights have moved or learned since: recompute
+            forest.graphs.clear()
         goals = own_images(velocity, images, forest)
         best = best_rewards(advantages, len(forest.prompts))
         allowed = best >= running_best(run.metrics) if only_good else None

@@ -261,3 +261,54 @@ def test_prompts_move_on_with_the_iterations(graph):
     policy.run.iteration = 2
     assert graph.prompts(text, per_iteration=2, policy=policy)[1] == "prompt 4\nprompt 0"
     assert graph.prompts(text)[1] == text
+
+
+def test_retained_graphs_give_the_same_update_without_its_forwards(graph):
+    states, rows = [], []
+    for name, keep in (("recomputed", False), ("retained", True)):
+        policy = graph.policy(name)
+        graph.iteration(policy)
+        rows.append(graph.iteration(policy, sampling=dict(retain_graphs=keep)))
+        states.append(state_bits(policy))
+    assert rows[0]["update_forwards"] == 2 * 3 and rows[1]["update_forwards"] == 0
+    torch.testing.assert_close(states[0], states[1], atol=1e-6, rtol=0)
+    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-5)
+
+
+def test_retained_graphs_of_weights_that_have_changed_are_not_used(graph):
+    policy = graph.policy()
+    positive, prompts = graph.prompts()
+    tree, leaves = graph.sample(policy, positive, retain_graphs=True)
+    credit = graph.call("Advantages", tree=tree, rewards=graph.score(graph.decode(leaves), prompts))[0]
+    assert tree.forest.graphs
+    graph.iteration(policy)  # another update comes between
+    graph.call("Update", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3, clip_low=1.0, clip_high=1.0)
+    assert policy.run.metrics[-1]["update_forwards"] == 2 * 3 and not tree.forest.graphs
+
+
+@pytest.mark.parametrize("target", ["best-path", "best-leaf", "images"])
+def test_layertuning_update(graph, target):
+    policy = graph.policy()
+    positive, prompts = graph.prompts()
+    with torch.inference_mode():
+        own = {"samples": torch.ones(1, 16, 8, 8)}
+    tree, leaves = graph.sample(policy, positive)
+    credit = graph.call("Advantages", tree=tree, rewards=graph.score(graph.decode(leaves), prompts))[0]
+    settings = {"lambda": 0.5, "target": target, "images": own if target == "images" else None}
+    graph.call("LayerTuning", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3, **settings)
+    row = policy.run.metrics[-1]
+    assert row["sft_loss"] > 0 and row["grad_norm"] > 0 and row["update_forwards"] == 2 * 3
+    policy.run.metrics[-1]["reward_best"] = 2.0  # better than any image can be: nothing is good enough to be imitated now
+    graph.call("LayerTuning", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3, **settings)
+    assert policy.run.metrics[-1]["sft_loss"] == 0
+
+
+@pytest.mark.parametrize("settings", [dict(sensitivity=2.0), dict(ratio="guard", step_weight="guard", clip_low=0.1, clip_high=0.1),
+                                      dict(step_weight="tau"), dict(kl=0.5), dict(inner_updates=2), dict(weight_decay=0.1)])
+def test_every_option_of_the_update_node(graph, settings):
+    policy = graph.policy()
+    graph.iteration(policy)
+    row = graph.iteration(policy, update=settings)
+    assert row["grad_norm"] > 0 and row["skipped"] == 0
+    passes = 2 * 3 * settings.get("inner_updates", 1) * (2 if "kl" in settings else 1)
+    assert row["update_forwards"] == passes and (row["kl"] > 0) == ("kl" in settings)

@@ -1,9 +1,11 @@
 """Every term of the loss: gradients against finite differences, and what each setting must do."""
 import pytest
 import torch
+from test_tree import grown
 from test_update import RANDOM_KINDS, case
 
 from core.memory import MicroBatch, saved_bytes
+from core.noise import NoiseSchedule
 from core.objective import Objective, best_leaves, clip_ranges, gaussian_kl, log_ratio, node_values, relative, sft_targets, sft_weights, step_weights
 from core.steps import step
 from core.tree import TreeShape
@@ -70,9 +72,7 @@ def test_every_term_is_the_same_on_any_split_and_with_retained_graphs(name):
     policy_gradient(velocity, forest, advantages, objective, images=images(forest), micro_batch=MicroBatch(3))
     torch.testing.assert_close(velocity.delta.grad, whole, atol=1e-13, rtol=1e-9)
 
-    from test_tree import grown
-    from core.noise import NoiseSchedule
-    kept, fresh = grown(TreeShape(3, 2, trees=2), start=1, schedule=NoiseSchedule("cps", level=0.5, shape="linear", beta=0.3, rho_min=0.5), retain=True)
+    kept, fresh = grown(TreeShape(3, 2, trees=2), start=1, schedule=NoiseSchedule("cps", level=0.5, shape="linear", beta=0.3, rho_min=0.5), retain=1e9)
     before = fresh.forwards
     policy_gradient(fresh, kept, advantages, objective, images=images(forest))
     torch.testing.assert_close(fresh.delta.grad, whole, atol=1e-13, rtol=1e-9)
@@ -187,7 +187,20 @@ def test_an_update_interrupted_by_lack_of_memory_is_the_same_update():
 def test_saved_bytes_counts_activations_once_and_no_weights():
     weight = torch.randn(64, 64, requires_grad=True)
     x = torch.randn(10, 64)
-    assert saved_bytes(lambda: torch.relu(x @ weight), [weight]) == 2 * 10 * 64 * 4  # the input and relu's output
+    used, output = saved_bytes(lambda: torch.relu(x @ weight), [weight])
+    assert used == 2 * 10 * 64 * 4  # the input and relu's output
+    assert torch.equal(output, torch.relu(x @ weight))
+
+
+def test_graphs_that_do_not_fit_are_recomputed():
+    schedule = NoiseSchedule("cps", level=0.5)
+    fits, velocity = grown(TreeShape(3, 2), schedule=schedule, retain=1e9)
+    assert sorted(fits.graphs) == [(0, 0), (1, 0)]
+    tight, velocity = grown(TreeShape(3, 2), schedule=schedule, retain=1)
+    assert not tight.graphs and torch.equal(tight.leaves, fits.leaves)
+    before = velocity.forwards
+    policy_gradient(velocity, tight, [torch.ones_like(p) for p in tight.log_probs], TERMS["plain"])
+    assert velocity.forwards - before == 2 * 4
 
 
 def test_scoring_uses_only_the_given_parents():

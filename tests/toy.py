@@ -18,6 +18,9 @@ class ToyVelocity:
     def parameters(self):
         return [self.delta]
 
+    def weights(self):
+        return [self.w1, self.w2, self.texts, self.delta]
+
     @contextmanager
     def grad(self):
         with torch.enable_grad():

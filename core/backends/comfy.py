@@ -229,6 +229,18 @@ class ComfyVelocity:
     def parameters(self):
         return self.policy.adapters.parameters()
 
+    def weights(self):
+        """Every tensor of the network and the adapters that outlives a forward."""
+        return [*self._patcher.model.diffusion_model.parameters(), *self.policy.adapters.parameters()]
+
+    def fingerprint(self) -> int:
+        """Changes when any weight has been moved, replaced or trained: graphs recorded before are then of no use."""
+        return hash(tuple((p.data_ptr(), p._version) for p in self.weights()))
+
+    def free_memory(self) -> float:
+        """Bytes that may still be used on the device."""
+        return comfy.model_management.get_free_memory(self.device)
+
     def process_in(self, latent: Tensor) -> Tensor:
         """A LATENT's samples as the model sees them. Like ComfyUI's samplers, an empty (all zero) latent is not shifted."""
         latent = thaw(latent)

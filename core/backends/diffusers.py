@@ -260,6 +260,10 @@ class DiffusersVelocity:
     def parameters(self):
         return self.adapters.parameters() if self.adapters is not None else iter(())
 
+    def weights(self) -> list[Tensor]:
+        """Every tensor of the network and the adapters that outlives a forward."""
+        return [*self.transformer.parameters(), *self.parameters()]
+
     @contextmanager
     def grad(self):
         """Gradients of the adapters are recorded inside."""
