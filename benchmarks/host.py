@@ -1,5 +1,7 @@
 """What the benchmarks share: ComfyUI in this process with the pack loaded as ComfyUI loads it, timing, and memory."""
 import argparse
+import contextlib
+import ctypes
 import gc
 import importlib.util
 import json
@@ -49,6 +51,7 @@ class Peak:
             self.cuda.reset_peak_memory_stats()
             self.start = self.cuda.memory_allocated()
             return self
+        trim()
         process = psutil.Process()
         self.start = self.highest = process.memory_info().rss
         self.running = True
@@ -70,6 +73,13 @@ class Peak:
             self.running = False
             self.thread.join()
         self.bytes = self.highest - self.start
+
+
+def trim() -> None:
+    """Hand freed memory back to the system (glibc), so that a peak is a run's own and not hidden in an earlier one's."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def timed(work) -> float:

@@ -155,9 +155,9 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
     after = demo.compare(out / "after.png")
     name = f"treerpo-shapes-{model}.safetensors"
     write_atomically(out / name, save(run.adapters.state_dict(), metadata=run.metadata()))
-    first, last = ([row["reward"] for row in part] for part in (run.metrics[:3], run.metrics[-3:]))
+    first, last = ([row["reward"] for row in part] for part in (run.metrics[:4], run.metrics[-4:]))
     summary = {"backend": "diffusers", "model": model, "iterations": iterations, "seed": seed, "reward_first": sum(first) / len(first),
-               "reward_last": sum(last) / len(last), "heldout_before": before, "heldout_after": after, "seconds": time.perf_counter() - began}
+               "reward_last": sum(last) / len(last), "held_out": {"before": before, "after": after}, "seconds": time.perf_counter() - began}
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     log.info("Mean reward, first %d -> last %d iterations: %.4f -> %.4f", len(first), len(last), summary["reward_first"], summary["reward_last"])
     log.info("Held-out prompts, before -> after: %.4f -> %.4f", before, after)

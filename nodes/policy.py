@@ -12,7 +12,7 @@ from ..core.backends.comfy import ComfyPolicy
 from ..core.checkpoint import Run, refuse_other_settings
 from ..core.lora import TARGETS, Adapters
 from . import tiny
-from .schema import ADVANCED, Policy, schema
+from .schema import Policy, expert, schema
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -142,13 +142,13 @@ class PolicyNode(io.ComfyNode):
                                tooltip="Strength of the LoRA is alpha/rank. Higher = each update changes more. Twice the rank is usual."),
                 io.Combo.Input("targets", options=[*TARGETS, "pattern"], default="attention",
                                tooltip="Which layers learn. attention is usual; more layers = can change more, slower."),
-                io.String.Input("pattern", default="", optional=True, extra_dict=ADVANCED,
-                                tooltip="For targets = pattern: a regular expression over module names, such as double_blocks\\.[0-9]\\.img_attn"),
-                io.Combo.Input("adapter_dtype", options=list(DTYPES), default="float32", optional=True, extra_dict=ADVANCED,
-                               tooltip="Precision of the LoRA while it learns. bfloat16 halves its memory; small updates may round away."),
-                io.Boolean.Input("checkpointing", default=True, optional=True, extra_dict=ADVANCED,
-                                 tooltip="Recompute each block in the backward pass: far less memory, about a third slower updates. Exact either way."),
-                io.Int.Input("init_seed", default=0, min=0, max=2 ** 31, optional=True, extra_dict=ADVANCED, tooltip="Seed of the LoRA's first values."),
+                expert(io.String.Input("pattern", default="", optional=True,
+                                       tooltip="For targets = pattern: a regular expression over module names, such as double_blocks\\.[0-9]\\.img_attn")),
+                expert(io.Combo.Input("adapter_dtype", options=list(DTYPES), default="float32", optional=True,
+                                      tooltip="Precision of the LoRA while it learns. bfloat16 halves its memory; small updates may round away.")),
+                expert(io.Boolean.Input("checkpointing", default=True, optional=True,
+                                        tooltip="Recompute each block in the backward pass: far less memory, about a third slower updates. Exact either way.")),
+                expert(io.Int.Input("init_seed", default=0, min=0, max=2 ** 31, optional=True, tooltip="Seed of the LoRA's first values.")),
             ],
             outputs=[Policy.Output(display_name="policy")])
 

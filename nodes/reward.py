@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..core import plot
 from ..core.rewards.measure import KINDS, Measure
-from .schema import ADVANCED, RewardModel, Rewards, schema
+from .schema import RewardModel, Rewards, expert, schema
 
 
 @dataclass
@@ -28,10 +28,10 @@ class ImageMeasure(io.ComfyNode):
             inputs=[
                 io.Combo.Input("measure", options=list(KINDS), default="foreground size", tooltip="What to measure."),
                 io.Combo.Input("direction", options=["more", "less"], default="more", tooltip="Whether more or less of it is better."),
-                io.String.Input("colour", default="#ff0000", optional=True, extra_dict=ADVANCED,
-                                tooltip="For measure = colour: the colour the picture's mean should come close to, as #rrggbb."),
-                io.Float.Input("threshold", default=0.25, min=0.01, max=1.7, step=0.01, optional=True, extra_dict=ADVANCED,
-                               tooltip="For foreground size: how far a pixel must be from the background to count. Higher = only strong differences."),
+                expert(io.String.Input("colour", default="#ff0000", optional=True,
+                                       tooltip="For measure = colour: the colour the picture's mean should come close to, as #rrggbb.")),
+                expert(io.Float.Input("threshold", default=0.25, min=0.01, max=1.7, step=0.01, optional=True,
+                                      tooltip="For foreground size: how far a pixel must be from the background to count. Higher = only strong differences.")),
             ],
             outputs=[RewardModel.Output(display_name="reward_model")])
 

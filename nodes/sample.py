@@ -14,7 +14,7 @@ from ..core.backends.comfy import thaw
 from ..core.memory import MicroBatch
 from ..core.rollout import check_sigmas, grow
 from ..core.tree import Forest
-from .schema import ADVANCED, Noise, Policy, Tree, TreeShape, schema
+from .schema import Noise, Policy, Tree, TreeShape, expert, schema
 
 RETAIN_SHARE = 0.6  # of the free memory: decoding and scoring come between sampling and the update
 
@@ -53,13 +53,13 @@ class TreeSampler(io.ComfyNode):
                                tooltip="Classifier-free guidance while training. 1 = off, half the cost and the safest; FLUX uses its own guidance instead."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                              tooltip="Same seed = same tree. Leave it alone while training: each iteration draws new noise from it."),
-                io.Boolean.Input("new_noise", default=True, optional=True, extra_dict=ADVANCED,
-                                 tooltip="Each iteration draws new noise. Off = the same noise every time: learns faster by heart, generalises worse."),
-                io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True, extra_dict=ADVANCED,
-                             tooltip="Latents per model call. Lower = less memory. 0 = all at once; halves by itself when memory runs out."),
-                io.Boolean.Input("retain_graphs", default=False, optional=True, extra_dict=ADVANCED,
-                                 tooltip="Keep what the update needs while sampling, so that it skips its own forward passes: the same result, faster. "
-                                         "Needs much memory and checkpointing off in Tree Policy; where it does not fit, the update recomputes."),
+                expert(io.Boolean.Input("new_noise", default=True, optional=True,
+                                        tooltip="Each iteration draws new noise. Off = the same noise every time: learns faster by heart, generalises worse.")),
+                expert(io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True,
+                                    tooltip="Latents per model call. Lower = less memory. 0 = all at once; halves by itself when memory runs out.")),
+                expert(io.Boolean.Input("retain_graphs", default=False, optional=True,
+                                        tooltip="Keep what the update needs while sampling, so that it skips its own forward passes: the same result, faster. "
+                                                "Needs much memory and checkpointing off in Tree Policy; where it does not fit, the update recomputes.")),
             ],
             outputs=[Tree.Output(display_name="tree"), io.Latent.Output(display_name="leaves")],
             hidden=[io.Hidden.unique_id])

@@ -4,7 +4,6 @@ import dataclasses
 from comfy_api.latest import io
 
 CATEGORY = "TreeRPO"
-ADVANCED = {"advanced": True}  # passed as extra_dict: ComfyUI 0.3.64 has no `advanced` argument
 
 Policy = io.Custom("TREERPO_POLICY")          # nodes.policy.LivePolicy
 TreeShape = io.Custom("TREERPO_SHAPE")        # core.tree.TreeShape
@@ -22,3 +21,9 @@ def schema(node_id: str, display_name: str, **fields) -> io.Schema:
     """io.Schema without the fields this ComfyUI does not have yet (search_aliases before 0.4)."""
     fields.setdefault("category", CATEGORY)
     return io.Schema(node_id=node_id, display_name=display_name, **{name: value for name, value in fields.items() if name in _KNOWN})
+
+
+def expert(field: io.Input) -> io.Input:
+    """An input shown under "advanced"; ComfyUI 0.3.64 has no argument for it."""
+    field.extra_dict = {**field.extra_dict, "advanced": True}
+    return field

@@ -6,7 +6,7 @@ from ..core.noise import SHAPES, SIBLINGS, NoiseSchedule
 from ..core.steps import KINDS
 from ..core.tree import TreeShape as Settings
 from ..core.windows import MODES
-from .schema import ADVANCED, Noise, TreeShape, schema
+from .schema import Noise, TreeShape, expert, schema
 
 
 class Shape(io.ComfyNode):
@@ -22,17 +22,17 @@ class Shape(io.ComfyNode):
                 io.Int.Input("trees", default=1, min=1, max=256, tooltip="Independent trees per prompt, each from its own noise. Higher = more variety, slower."),
                 io.Combo.Input("window", options=list(MODES), default="random",
                                tooltip="Which steps branch: random = early steps more often (TreeGRPO); sliding = moves through the schedule (MixGRPO); fixed."),
-                io.Float.Input("ratio", default=0.5, min=0.01, max=1.0, step=0.01, optional=True, extra_dict=ADVANCED,
-                               tooltip="random: lower = earlier windows (composition), higher = later ones (detail). TreeGRPO's best is 0.5."),
-                io.Int.Input("stride", default=1, min=1, max=100, optional=True, extra_dict=ADVANCED, tooltip="sliding: steps per move."),
-                io.Int.Input("interval", default=25, min=1, max=10000, optional=True, extra_dict=ADVANCED, tooltip="sliding: iterations between moves."),
-                io.Int.Input("first_step", default=0, min=0, max=1000, optional=True, extra_dict=ADVANCED, tooltip="fixed: the step the window starts at."),
-                io.Combo.Input("sibling_noise", options=list(SIBLINGS), default="independent", optional=True, extra_dict=ADVANCED,
-                               tooltip="Noise among the children of one node. antithetic and orthogonal spread them further apart at no cost."),
-                io.Float.Input("tail", default=1.0, min=0.05, max=1.0, step=0.05, optional=True, extra_dict=ADVANCED,
-                               tooltip="Share of the steps after the window that are really taken. Lower = faster, slightly rougher images. 1 = all."),
-                io.Int.Input("steps", default=10, min=3, max=1000, optional=True, extra_dict=ADVANCED,
-                             tooltip="Only for the cost shown in the node: the number of sampling steps you train with."),
+                expert(io.Float.Input("ratio", default=0.5, min=0.01, max=1.0, step=0.01, optional=True,
+                                      tooltip="random: lower = earlier windows (composition), higher = later ones (detail). TreeGRPO's best is 0.5.")),
+                expert(io.Int.Input("stride", default=1, min=1, max=100, optional=True, tooltip="sliding: steps per move.")),
+                expert(io.Int.Input("interval", default=25, min=1, max=10000, optional=True, tooltip="sliding: iterations between moves.")),
+                expert(io.Int.Input("first_step", default=0, min=0, max=1000, optional=True, tooltip="fixed: the step the window starts at.")),
+                expert(io.Combo.Input("sibling_noise", options=list(SIBLINGS), default="independent", optional=True,
+                                      tooltip="Noise among the children of one node. antithetic and orthogonal spread them further apart at no cost.")),
+                expert(io.Float.Input("tail", default=1.0, min=0.05, max=1.0, step=0.05, optional=True,
+                                      tooltip="Share of the steps after the window that are really taken. Lower = faster, slightly rougher images. 1 = all.")),
+                expert(io.Int.Input("steps", default=10, min=3, max=1000, optional=True,
+                                    tooltip="Only for the cost shown in the node: the number of sampling steps you train with.")),
             ],
             outputs=[TreeShape.Output(display_name="shape"), io.String.Output(display_name="cost")])
 
@@ -62,14 +62,14 @@ class DepthNoise(io.ComfyNode):
                                        "exponential are ours."),
                 io.Float.Input("beta", default=0.0, min=-0.99, max=10.0, step=0.05,
                                tooltip="Strength of the change: above 0 = more noise in deeper layers, below 0 = less, 0 = the same everywhere."),
-                io.Combo.Input("count_layers_from", options=["1", "0"], default="1", optional=True, extra_dict=ADVANCED,
-                               tooltip="Whether the first layer counts as 1 or 0 in the formula. The paper does not say; 1 is our reading."),
-                io.String.Input("list", default="", optional=True, extra_dict=ADVANCED, tooltip="For shape = list: one level per tree layer, such as 0.8, 0.7, 0.5"),
-                io.Float.Input("first_step_correlation", default=0.7, min=0.0, max=1.0, step=0.01, optional=True, extra_dict=ADVANCED,
-                               tooltip="exact only, and only where the window starts at the very first step: how much of the root's noise the children "
-                                       "keep. 0 = none, they become unrelated; higher = they stay closer."),
-                io.Int.Input("depth", default=3, min=1, max=16, optional=True, extra_dict=ADVANCED,
-                             tooltip="Only for the picture in the node: the depth of your Tree Shape."),
+                expert(io.Combo.Input("count_layers_from", options=["1", "0"], default="1", optional=True,
+                                      tooltip="Whether the first layer counts as 1 or 0 in the formula. The paper does not say; 1 is our reading.")),
+                expert(io.String.Input("list", default="", optional=True, tooltip="For shape = list: one level per tree layer, such as 0.8, 0.7, 0.5")),
+                expert(io.Float.Input("first_step_correlation", default=0.7, min=0.0, max=1.0, step=0.01, optional=True,
+                                      tooltip="exact only, and only where the window starts at the very first step: how much of the root's noise the children "
+                                              "keep. 0 = none, they become unrelated; higher = they stay closer.")),
+                expert(io.Int.Input("depth", default=3, min=1, max=16, optional=True,
+                                    tooltip="Only for the picture in the node: the depth of your Tree Shape.")),
             ],
             outputs=[Noise.Output(display_name="noise"), io.Image.Output(display_name="picture")])
 

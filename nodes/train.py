@@ -12,7 +12,7 @@ from ..core.advantage import ESTIMATORS, WEIGHTS, edge_advantages, leaf_advantag
 from ..core.memory import MicroBatch
 from ..core.objective import RATIOS, STEP_WEIGHTS, TARGETS, Objective
 from ..core.update import update
-from .schema import ADVANCED, EdgeAdvantages, Policy, Rewards, Tree, schema
+from .schema import EdgeAdvantages, Policy, Rewards, Tree, expert, schema
 from .policy import LivePolicy
 
 
@@ -37,13 +37,13 @@ class Advantages(io.ComfyNode):
             inputs=[
                 Tree.Input("tree"),
                 Rewards.Input("rewards"),
-                io.Combo.Input("estimator", options=list(ESTIMATORS), default="treegrpo", optional=True, extra_dict=ADVANCED,
-                               tooltip="treegrpo: average of the children, weighted by their probability. branchgrpo: compared within each layer. "
-                                       "trajectory: as plain GRPO."),
-                io.Combo.Input("weights", options=list(WEIGHTS), default="mean-logprob", optional=True, extra_dict=ADVANCED,
-                               tooltip="treegrpo only: how children are weighted. mean-logprob is almost uniform, sum-logprob picks one child."),
-                io.Float.Input("clip", default=5.0, min=0.1, max=100.0, step=0.1, optional=True, extra_dict=ADVANCED,
-                               tooltip="Largest advantage of a single image. Lower = outliers count less."),
+                expert(io.Combo.Input("estimator", options=list(ESTIMATORS), default="treegrpo", optional=True,
+                                      tooltip="treegrpo: average of the children, weighted by their probability. branchgrpo: compared within each layer. "
+                                              "trajectory: as plain GRPO.")),
+                expert(io.Combo.Input("weights", options=list(WEIGHTS), default="mean-logprob", optional=True,
+                                      tooltip="treegrpo only: how children are weighted. mean-logprob is almost uniform, sum-logprob picks one child.")),
+                expert(io.Float.Input("clip", default=5.0, min=0.1, max=100.0, step=0.1, optional=True,
+                                      tooltip="Largest advantage of a single image. Lower = outliers count less.")),
             ],
             outputs=[EdgeAdvantages.Output(display_name="advantages"), io.Image.Output(display_name="picture")])
 
@@ -68,28 +68,28 @@ _WIRES = [Policy.Input("policy"), Tree.Input("tree"), EdgeAdvantages.Input("adva
 _RATE = io.Float.Input("learning_rate", default=3e-4, min=0.0, max=1.0, step=1e-6, round=False,
                        tooltip="Higher = learns faster, then falls apart. 1e-4 to 3e-4 for FLUX and SD3 LoRAs, 1e-3 for the tiny models.")
 _EXPERT = [
-    io.Float.Input("clip_low", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True, extra_dict=ADVANCED,
-                   tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful. The usual 1e-4 is "
-                           "for 512x512; smaller latents need more (1e-2 for the tiny models)."),
-    io.Float.Input("clip_high", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True, extra_dict=ADVANCED,
-                   tooltip="How far one update may make a better branch more likely, per latent element. Lower = more careful."),
-    io.Float.Input("sensitivity", default=0.0, min=0.0, max=100.0, step=0.1, optional=True, extra_dict=ADVANCED,
-                   tooltip="Dynamic clip: widens the clip range of a branch with its reward. Higher = the best branches may change more. 0 = off. "
-                           "Dynamic-TreeRPO has it; the exact formula is not published, this one is our reading."),
-    io.Combo.Input("ratio", options=list(RATIOS), default="plain", optional=True, extra_dict=ADVANCED,
-                   tooltip="guard = GRPO-Guard's normalised ratio: the same meaning of the clip range at every step. Needs a larger clip range."),
-    io.Combo.Input("step_weight", options=list(STEP_WEIGHTS), default="none", optional=True, extra_dict=ADVANCED,
-                   tooltip="How much each step of the window counts. tau = more for noisier steps (TempFlow-GRPO); guard = more for small steps."),
-    io.Float.Input("kl", default=0.0, min=0.0, max=1000.0, step=0.001, optional=True, extra_dict=ADVANCED,
-                   tooltip="Pulls the policy back towards the base model. Higher = stays closer. Above 0 costs one more forward per node."),
-    io.Float.Input("max_grad_norm", default=1.0, min=0.0, max=1000.0, step=0.1, optional=True, extra_dict=ADVANCED,
-                   tooltip="Gradients longer than this are shortened to it. Lower = more careful. 0 = off."),
-    io.Float.Input("weight_decay", default=0.0, min=0.0, max=1.0, step=0.001, optional=True, extra_dict=ADVANCED,
-                   tooltip="Pulls the LoRA towards zero. Higher = stays closer to the base model. TreeGRPO uses 0.01."),
-    io.Int.Input("inner_updates", default=1, min=1, max=32, optional=True, extra_dict=ADVANCED,
-                 tooltip="Optimizer steps on the same trees. More = learns more from each tree, but clips more and can over-fit it."),
-    io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True, extra_dict=ADVANCED,
-                 tooltip="Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler."),
+    expert(io.Float.Input("clip_low", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
+                          tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful. The usual 1e-4 is "
+                                  "for 512x512; smaller latents need more (1e-2 for the tiny models).")),
+    expert(io.Float.Input("clip_high", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
+                          tooltip="How far one update may make a better branch more likely, per latent element. Lower = more careful.")),
+    expert(io.Float.Input("sensitivity", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
+                          tooltip="Dynamic clip: widens the clip range of a branch with its reward. Higher = the best branches may change more. 0 = off. "
+                                  "Dynamic-TreeRPO has it; the exact formula is not published, this one is our reading.")),
+    expert(io.Combo.Input("ratio", options=list(RATIOS), default="plain", optional=True,
+                          tooltip="guard = GRPO-Guard's normalised ratio: the same meaning of the clip range at every step. Needs a larger clip range.")),
+    expert(io.Combo.Input("step_weight", options=list(STEP_WEIGHTS), default="none", optional=True,
+                          tooltip="How much each step of the window counts. tau = more for noisier steps (TempFlow-GRPO); guard = more for small steps.")),
+    expert(io.Float.Input("kl", default=0.0, min=0.0, max=1000.0, step=0.001, optional=True,
+                          tooltip="Pulls the policy back towards the base model. Higher = stays closer. Above 0 costs one more forward per node.")),
+    expert(io.Float.Input("max_grad_norm", default=1.0, min=0.0, max=1000.0, step=0.1, optional=True,
+                          tooltip="Gradients longer than this are shortened to it. Lower = more careful. 0 = off.")),
+    expert(io.Float.Input("weight_decay", default=0.0, min=0.0, max=1.0, step=0.001, optional=True,
+                          tooltip="Pulls the LoRA towards zero. Higher = stays closer to the base model. TreeGRPO uses 0.01.")),
+    expert(io.Int.Input("inner_updates", default=1, min=1, max=32, optional=True,
+                        tooltip="Optimizer steps on the same trees. More = learns more from each tree, but clips more and can over-fit it.")),
+    expert(io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True,
+                        tooltip="Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler.")),
 ]
 _OUTPUTS = [Policy.Output(display_name="policy"), io.String.Output(display_name="metrics"), io.Image.Output(display_name="curve")]
 _SAVED = "After every update the run is saved in output/treerpo/<run name>/."
@@ -130,9 +130,9 @@ class LayerTuningUpdate(io.ComfyNode):
                                tooltip="best-path (published): the velocity on the way to the best image. best-leaf (ours): the velocity from each node's own "
                                        "state straight to the best image. images (ours): to your own images."),
                 io.Latent.Input("images", optional=True, tooltip="For target = images: encoded images of the same size, one per prompt or one for all."),
-                io.Boolean.Input("only_good", default=True, optional=True, extra_dict=ADVANCED,
-                                 tooltip="Imitate a prompt's best image only if it is at least as good as the best images were on average so far. Off = "
-                                         "always: a bad group then imitates the best of the worst."),
+                expert(io.Boolean.Input("only_good", default=True, optional=True,
+                                        tooltip="Imitate a prompt's best image only if it is at least as good as the best images were on average so far. Off = "
+                                                "always: a bad group then imitates the best of the worst.")),
                 *_EXPERT,
             ],
             outputs=_OUTPUTS)
@@ -159,7 +159,7 @@ def learn(cls, policy, tree, advantages, objective, learning_rate, max_grad_norm
         allowed = best >= running_best(run.metrics) if only_good else None
         metrics = update(velocity, forest, advantages.layers, run.adamw(learning_rate, weight_decay=weight_decay), objective, micro_batch=batch,
                          max_grad_norm=max_grad_norm, inner_updates=inner_updates, images=goals, allowed=allowed,
-                         check=lambda: comfy.model_management.throw_exception_if_processing_interrupted())
+                         check=comfy.model_management.throw_exception_if_processing_interrupted)
         row = {**reward_metrics(advantages), **metrics, "reward_best": float(best.mean()), "window_start": forest.start,
                "rollout_forwards": tree.rollout_forwards, "forwards": tree.rollout_forwards + metrics["update_forwards"],
                "learning_rate": learning_rate, "seconds": time.perf_counter() - tree.began, "seconds/rollout": tree.seconds,

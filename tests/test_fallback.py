@@ -59,7 +59,7 @@ def test_every_file_is_there(demo):
     pictures = [Image.open(folder / f"{when}.png") for when in ("before", "after")]
     assert pictures[0].size == pictures[1].size and pictures[0].tobytes() != pictures[1].tobytes(), "training changed nothing"
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert summary["backend"] == "diffusers" and summary["heldout_before"] != summary["heldout_after"]
+    assert summary["backend"] == "diffusers" and summary["held_out"]["before"] != summary["held_out"]["after"]
     assert summary["reward_first"] == pytest.approx(sum(row["reward"] for row in rows(folder)) / 2)
 
 

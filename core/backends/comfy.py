@@ -96,6 +96,9 @@ class ComfyVelocity:
         self.policy, self.cfg, self.shape, self.prompts = policy, cfg, shape, prompts
         self.device = patcher.load_device
         self.forwards = 0
+        # Inference mode spares each small operation its autograd bookkeeping, 5 % of a tiny SD3's time. Only for networks
+        # known to keep no tensor from one call to the next, which a backward pass could then not use.
+        self._inference = policy.architecture in ("flux", "sd3")
         self._patcher, self._batch = patcher, memory_batch
         self._latent_format = patcher.model.latent_format
         self._in_training = False
@@ -187,8 +190,9 @@ class ComfyVelocity:
         else:
             sigma = torch.full((len(x),), sigma, dtype=torch.float32, device=self.device)
         conds = self._of_rows(rows, len(x))
-        denoised = comfy.samplers.sampling_function(self._patcher.model, x, sigma, conds.get("negative"), conds["positive"], self.cfg,
-                                                    model_options=self._options)
+        with torch.inference_mode(self._inference and not torch.is_grad_enabled()):
+            denoised = comfy.samplers.sampling_function(self._patcher.model, x, sigma, conds.get("negative"), conds["positive"], self.cfg,
+                                                        model_options=self._options)
         two = "negative" in conds and (not math.isclose(self.cfg, 1.0) or self._options.get("disable_cfg1_optimization", False))
         self.forwards += len(x) * (2 if two else 1)
         return (x - denoised) / sigma.view(-1, 1, 1, 1)
