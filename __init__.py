@@ -4,8 +4,6 @@ if __package__:  # loaded by ComfyUI; pytest also imports this file, by path and
 
     from .nodes import NODES
 
-    WEB_DIRECTORY = "./web"
-
     class TreeRPO(ComfyExtension):
         async def get_node_list(self):
             return NODES

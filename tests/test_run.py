@@ -1,4 +1,4 @@
-"""run.py itself: finding ComfyUI, its environment, the HTTP and websocket client, messages; no network needed."""
+"""run.py, environments.py and headless.py: finding ComfyUI, environments, the HTTP and websocket client, messages; no network needed."""
 
 import base64
 import hashlib
@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+import environments
+import headless
 import pytest
 import run
 
@@ -42,12 +44,12 @@ def test_discovery_order(home, tmp_path, monkeypatch):
     """Each place is found, and every place added here wins over all places before it."""
     assert run.find_comfyui() is None
     assert run.find_comfyui() != make_comfyui(tmp_path / "unrelated")
-    cached = make_comfyui(run.cache_dir() / "ComfyUI")
+    cached = make_comfyui(environments.cache_dir() / "ComfyUI")
     assert run.find_comfyui() == cached
     default = make_comfyui(home / "comfy" / "ComfyUI")
     assert run.find_comfyui() == default
 
-    config = run.comfy_cli_config(home)
+    config = environments.comfy_cli_config(home)
     config.parent.mkdir(parents=True)
     recent, chosen = make_comfyui(tmp_path / "recent"), make_comfyui(tmp_path / "chosen % 1")
     config.write_text(f"[DEFAULT]\nrecent_workspace = {recent}\n")
@@ -66,7 +68,7 @@ def test_discovery_order(home, tmp_path, monkeypatch):
 
 
 def test_a_broken_comfy_cli_config_is_ignored(home):
-    config = run.comfy_cli_config(home)
+    config = environments.comfy_cli_config(home)
     config.parent.mkdir(parents=True)
     config.write_text("recent_workspace = x\n[[[")
     assert run.find_comfyui() is None
@@ -104,43 +106,43 @@ def builds(home, monkeypatch):
     asked = []
 
     def venv(folder):
-        run.env_python(folder).parent.mkdir(parents=True)
-        run.env_python(folder).touch()
+        environments.env_python(folder).parent.mkdir(parents=True)
+        environments.env_python(folder).touch()
 
     def pip(python, requirements):
         time.sleep(0.2)
         asked.append(requirements)
 
-    monkeypatch.setattr(run, "make_venv", venv)
-    monkeypatch.setattr(run, "pip_install", pip)
+    monkeypatch.setattr(environments, "make_venv", venv)
+    monkeypatch.setattr(environments, "pip_install", pip)
     return asked
 
 
 def test_an_environment_is_made_once(builds, tmp_path):
     folder = tmp_path / "cache" / "env-1"
-    assert run.build_env(folder, ["a"], "things") == run.env_python(folder)
-    assert run.build_env(folder, ["a"], "things") == run.env_python(folder)
+    assert environments.build_env(folder, ["a"], "things") == environments.env_python(folder)
+    assert environments.build_env(folder, ["a"], "things") == environments.env_python(folder)
     assert builds == [["a"]]
 
 
 def test_a_half_made_environment_is_made_anew(builds, tmp_path, monkeypatch):
     folder = tmp_path / "env-1"
-    fake_pip = run.pip_install
+    fake_pip = environments.pip_install
 
     def broken_pip(python, requirements):
         (folder / "rubbish").touch()
         raise run.Problem("pip could not")
 
-    monkeypatch.setattr(run, "pip_install", broken_pip)
+    monkeypatch.setattr(environments, "pip_install", broken_pip)
     with pytest.raises(run.Problem):
-        run.build_env(folder, ["a"], "things")
-    monkeypatch.setattr(run, "pip_install", fake_pip)
-    run.build_env(folder, ["a"], "things")
+        environments.build_env(folder, ["a"], "things")
+    monkeypatch.setattr(environments, "pip_install", fake_pip)
+    environments.build_env(folder, ["a"], "things")
     assert builds == [["a"]] and not (folder / "rubbish").exists()
 
 
 def test_two_runs_do_not_make_the_same_environment_at_once(builds, tmp_path):
-    threads = [threading.Thread(target=run.build_env, args=(tmp_path / "env-1", ["a"], "things")) for _ in range(3)]
+    threads = [threading.Thread(target=environments.build_env, args=(tmp_path / "env-1", ["a"], "things")) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -166,7 +168,7 @@ def test_torch_and_its_companions_are_pinned_together():
 def test_a_failing_pip_is_one_sentence(home, tmp_path):
     pytest.importorskip("pip")
     with pytest.raises(run.Problem) as caught:
-        run.pip_install(sys.executable, ["--no-index", "no-such-package-of-treerpo"])
+        environments.pip_install(sys.executable, ["--no-index", "no-such-package-of-treerpo"])
     assert "no-such-package-of-treerpo" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -178,7 +180,7 @@ def test_foreign_packages_do_not_leak_in(monkeypatch):
 def test_a_process_is_ended_with_its_children(tmp_path):
     child = "import time; time.sleep(60)"
     parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
-    with run.spawned([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+    with environments.spawned([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
     assert process.returncode is not None
     if os.name != "nt":
@@ -202,7 +204,7 @@ def frame(opcode, payload, final=True, mask=None):
         head += bytes([bit | 126]) + size.to_bytes(2, "big")
     else:
         head += bytes([bit | 127]) + size.to_bytes(8, "big")
-    return head + (mask + run.apply_mask(payload, mask) if mask else payload)
+    return head + (mask + headless.apply_mask(payload, mask) if mask else payload)
 
 
 @pytest.mark.parametrize("mask", [None, b"\x01\xff\x80\x7f"])
@@ -210,16 +212,16 @@ def frame(opcode, payload, final=True, mask=None):
 def test_frames_of_every_size(size, mask):
     payload = os.urandom(size)
     data = frame(1, payload, mask=mask)
-    assert run.parse_frame(data + b"next") == (True, 1, payload, len(data))
+    assert headless.parse_frame(data + b"next") == (True, 1, payload, len(data))
     for cut in {0, 1, 2, 3, 5, 9, 13, len(data) - 1}:
         if cut < len(data):
-            assert run.parse_frame(data[:cut]) is None
+            assert headless.parse_frame(data[:cut]) is None
 
 
 def test_the_example_frames_of_rfc_6455():
-    assert run.parse_frame(bytes.fromhex("810548656c6c6f")) == (True, 1, b"Hello", 7)
-    assert run.parse_frame(bytes.fromhex("818537fa213d7f9f4d5158")) == (True, 1, b"Hello", 11)
-    assert run.parse_frame(bytes.fromhex("010348656c")) == (False, 1, b"Hel", 5)
+    assert headless.parse_frame(bytes.fromhex("810548656c6c6f")) == (True, 1, b"Hello", 7)
+    assert headless.parse_frame(bytes.fromhex("818537fa213d7f9f4d5158")) == (True, 1, b"Hello", 11)
+    assert headless.parse_frame(bytes.fromhex("010348656c")) == (False, 1, b"Hel", 5)
 
 
 def speak(frames, heard, accept=True):
@@ -252,7 +254,7 @@ def speak(frames, heard, accept=True):
 def test_websocket_messages():
     heard = []
     frames = frame(1, b'{"a": ', final=False) + frame(9, b"hi") + frame(0, b"1}") + frame(2, b"preview" * 100) + frame(1, b'{"b": 2}')
-    visitor = run.WebSocket(speak(frames + frame(8, b""), heard))
+    visitor = headless.WebSocket(speak(frames + frame(8, b""), heard))
     assert visitor.receive(5) == {"a": 1}
     assert visitor.receive(5) == {"b": 2}
     with pytest.raises(ConnectionError):
@@ -260,23 +262,23 @@ def test_websocket_messages():
     deadline = time.monotonic() + 5
     while not heard and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert run.parse_frame(heard[0])[:3] == (True, 10, b"hi") and heard[0][1] & 0x80, "the pong repeats the ping, masked"
+    assert headless.parse_frame(heard[0])[:3] == (True, 10, b"hi") and heard[0][1] & 0x80, "the pong repeats the ping, masked"
     visitor.close()
 
 
 def test_websocket_silence_and_refusal():
-    visitor = run.WebSocket(speak(b"\x81", []))
+    visitor = headless.WebSocket(speak(b"\x81", []))
     assert visitor.receive(0.2) is None
     visitor.close()
     with pytest.raises(ConnectionError):
-        run.WebSocket(speak(b"", [], accept=False))
+        headless.WebSocket(speak(b"", [], accept=False))
 
 
 def test_nobody_answers():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        with pytest.raises(run.Unreachable, match="No ComfyUI answers at"):
+        with pytest.raises(headless.Unreachable, match="No ComfyUI answers at"):
             run.Client(url).queue({})
 
 
@@ -349,8 +351,8 @@ def test_bad_workflow_files(tmp_path, capsys, text, sentence):
 
 def test_refusals_name_the_node():
     answer = {"error": {"message": "failed"}, "node_errors": {"1": {"class_type": "KSampler", "errors": [{"message": "Too small", "details": "seed"}]}}}
-    assert run.explain(answer, graph()) == "ComfyUI refused the graph: node 'Draw v1.5' (1): Too small: seed"
-    assert "Node 'X' not found" in run.explain({"error": {"message": "Node 'X' not found", "details": ""}, "node_errors": {}}, graph())
+    assert headless.explain(answer, graph()) == "ComfyUI refused the graph: node 'Draw v1.5' (1): Too small: seed"
+    assert "Node 'X' not found" in headless.explain({"error": {"message": "Node 'X' not found", "details": ""}, "node_errors": {}}, graph())
 
 
 def test_unknown_benchmark(capsys):
@@ -490,12 +492,12 @@ def test_errors_are_sentences(server):
     client = run.Client(server.url)
     with pytest.raises(run.ExecutionError, match=r"^node 'Count' \(3\) failed: the reward is NaN$"):
         client.run(picture_graph(fail=True))
-    with pytest.raises(run.PromptRejected, match=r"node 'Count' \(3\): .*steps") as caught:
+    with pytest.raises(headless.PromptRejected, match=r"node 'Count' \(3\): .*steps") as caught:
         client.run(picture_graph(steps=0))
     assert list(caught.value.node_errors) == ["3"]
     unknown = picture_graph()
     unknown["3"]["class_type"] = "NoSuchNode"
-    with pytest.raises(run.PromptRejected, match="NoSuchNode|Count"):
+    with pytest.raises(headless.PromptRejected, match="NoSuchNode|Count"):
         client.run(unknown)
     assert "2" in client.run(picture_graph()), "the server works on"
 
@@ -548,7 +550,7 @@ def test_the_demo_command(comfyui, pack, tmp_path, capsys, monkeypatch):
     left = {"metrics.jsonl", "tree.png", "before_1.png", "before_2.png", "after_1.png", "after_2.png", f"{name}.safetensors", "summary.json"}
     assert {path.name for path in out.iterdir()} == left
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["iterations"] == 4 and summary["reward_first"] == pytest.approx(0.2) and summary["held_out"] == {"before": 0.25, "after": 0.25}
+    assert summary["iterations"] == 4 and summary["reward_first"] == pytest.approx(0.25) and summary["held_out"] == {"before": 0.25, "after": 0.25}
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("iteration") for line in lines) == 4 and "24 forwards" in "".join(lines)
 
@@ -573,5 +575,5 @@ def test_the_pack_is_linked_not_copied(tmp_path):
     (source / "a.py").touch()
     link.parent.mkdir()
     for _ in range(2):  # a kept base directory has the link already
-        run.link_folder(source, link)
+        headless.link_folder(source, link)
     assert (link / "a.py").is_file() and (os.name == "nt" or Path(os.readlink(link)) == source)

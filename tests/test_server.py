@@ -31,7 +31,7 @@ def server(comfyui, tmp_path_factory):
 def first_steps(name, change={}, model="flux"):
     graph = run.load_graph(GRAPHS / "first_steps.json")
     wanted = {("Model", "model"): model, ("Policy", "run_name"): name, ("Save", "lora_name"): name, ("Prompts", "text"): TRAIN,
-              ("Shape", "branching"): 2, ("Shape", "depth"): 2, ("Sigmas", "steps"): 6}
+              ("Shape", "branching"): 2, ("Shape", "depth"): 2, ("Shape", "tail"): 1.0, ("Sigmas", "steps"): 6, ("Update", "learning_rate"): 1e-3}
     for (node, field), value in {**wanted, **change}.items():
         run.set_input(graph, node, field, value)
     return graph
