@@ -5,6 +5,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core import plot
+from ..core.rewards.combine import combine, scores
 from ..core.rewards.measure import KINDS, Measure
 from .schema import RewardModel, Rewards, expert, schema
 
@@ -13,6 +14,7 @@ from .schema import RewardModel, Rewards, expert, schema
 class Scores:
     """What flows along a REWARDS wire: per-image scores by reward name, and the images for the tree's picture."""
     values: dict[str, torch.Tensor]  # each [B]
+    weights: dict[str, float]        # by reward name
     prompts: list[str]               # one per image
     images: torch.Tensor             # [B, H, W, 3] in 0..1
 
@@ -50,6 +52,25 @@ def rgb(text: str) -> tuple[float, float, float]:
         raise ValueError(f"'{text}' is not a colour: write it as #rrggbb, such as #ff8800.") from None
 
 
+class CombineRewards(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        def weight(name):
+            return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.05,
+                                  tooltip="Higher = counts more. Only the proportion matters while learning; below 0 = the less, the better.")
+        return schema(
+            "TreeRPOCombine", "Combine Rewards",
+            description="Two rewards as one; chain it for more. While learning, each is first compared within its prompt's group on its own scale "
+                        "(z-score), then weighted, so that the one with the larger numbers does not win. TreeGRPO uses 0.8 HPSv2.1 + 0.2 CLIPScore.",
+            search_aliases=["multi reward", "weighted reward"],
+            inputs=[RewardModel.Input("reward_a"), weight("weight_a"), RewardModel.Input("reward_b"), weight("weight_b")],
+            outputs=[RewardModel.Output(display_name="reward_model")])
+
+    @classmethod
+    def execute(cls, reward_a, weight_a, reward_b, weight_b) -> io.NodeOutput:
+        return io.NodeOutput(combine(reward_a, weight_a, reward_b, weight_b))
+
+
 class ScoreImages(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -75,19 +96,18 @@ class ScoreImages(io.ComfyNode):
         per_image = [line for line in lines for _ in range(len(images) // len(lines))]
         with torch.inference_mode(False), torch.no_grad():
             images = images.clone()
-            values = reward_model.score(images, per_image).float().cpu()
-        if values.shape != (len(images),):
-            raise ValueError(f"The reward '{reward_model.name}' gave {tuple(values.shape)} scores for {len(images)} images: it must give one per image.")
-        text = table({reward_model.name: values}, per_image)
-        sheet = plot.to_tensor(plot.score_sheet(images, values, per_image, reward_model.name))
-        return io.NodeOutput(Scores({reward_model.name: values}, per_image, images), text, sheet, ui={"text": (text,)})
+            values, weights = scores(reward_model, images, per_image)
+        text = table(values, per_image)
+        total = sum(weights[name] * values[name] for name in values)
+        sheet = plot.to_tensor(plot.score_sheet(images, total, per_image, reward_model.name))
+        return io.NodeOutput(Scores(values, weights, per_image, images), text, sheet, ui={"text": (text,)})
 
 
 def table(values: dict[str, torch.Tensor], prompts: list[str]) -> str:
     """Scores per image, best first, and their mean and spread."""
     rows = []
-    for name, scores in values.items():
-        rows.append(f"{name}: mean {scores.mean():.4f}, std {scores.std(correction=0):.4f}, best {scores.max():.4f} (image {int(scores.argmax())})")
-        for i in scores.argsort(descending=True).tolist():
-            rows.append(f"{scores[i]:9.4f}  image {i:3d}  {prompts[i][:60]}")
+    for name, found in values.items():
+        rows.append(f"{name}: mean {found.mean():.4f}, std {found.std(correction=0):.4f}, best {found.max():.4f} (image {int(found.argmax())})")
+        for i in found.argsort(descending=True).tolist():
+            rows.append(f"{found[i]:9.4f}  image {i:3d}  {prompts[i][:60]}")
     return "\n".join(rows)

@@ -29,7 +29,7 @@ class Shape(io.ComfyNode):
                 expert(io.Int.Input("first_step", default=0, min=0, max=1000, optional=True, tooltip="fixed: the step the window starts at.")),
                 expert(io.Combo.Input("sibling_noise", options=list(SIBLINGS), default="independent", optional=True,
                                       tooltip="Noise among the children of one node. antithetic and orthogonal spread them further apart at no cost.")),
-                expert(io.Float.Input("tail", default=1.0, min=0.05, max=1.0, step=0.05, optional=True,
+                expert(io.Float.Input("tail", default=0.4, min=0.05, max=1.0, step=0.05, optional=True,
                                       tooltip="Share of the steps after the window that are really taken. Lower = faster, slightly rougher images. 1 = all.")),
                 expert(io.Int.Input("steps", default=10, min=3, max=1000, optional=True,
                                     tooltip="Only for the cost shown in the node: the number of sampling steps you train with.")),
@@ -37,7 +37,7 @@ class Shape(io.ComfyNode):
             outputs=[TreeShape.Output(display_name="shape"), io.String.Output(display_name="cost")])
 
     @classmethod
-    def execute(cls, branching, depth, trees, window, ratio=0.5, stride=1, interval=25, first_step=0, sibling_noise="independent", tail=1.0,
+    def execute(cls, branching, depth, trees, window, ratio=0.5, stride=1, interval=25, first_step=0, sibling_noise="independent", tail=0.4,
                 steps=10) -> io.NodeOutput:
         shape = Settings(branching, depth, trees, window, ratio, stride, interval, first_step, sibling_noise, tail)
         text = cost.summary(shape, steps)

@@ -21,6 +21,7 @@ class Credit:
     """What flows along an ADVANTAGES wire: advantages of every window edge, and the rewards they come from."""
     layers: list[torch.Tensor]        # per layer [P * trees * branching^(layer+1)]
     rewards: dict[str, torch.Tensor]  # [P * K] by reward name
+    total: torch.Tensor               # [P * K] their weighted sum
     zero_spread: torch.Tensor         # [P] groups that train nothing
     tree_picture: object              # PIL image
 
@@ -56,11 +57,12 @@ class Advantages(io.ComfyNode):
                     raise ValueError(f"Reward '{name}' scored {len(values)} images, but the tree has {len(forest.leaves)} leaves: decode and score all "
                                      "leaves of this tree, and nothing else.")
             prompts = len(forest.prompts)
-            leaf, flat = leaf_advantages(rewards.values, prompts, clip=clip)
+            leaf, flat = leaf_advantages(rewards.values, prompts, rewards.weights, clip)
             layers = edge_advantages(estimator, [p.cpu() for p in forest.log_probs], leaf, forest.branching, prompts, weights, forest.leaves[0].numel())
-            picture = plot.tree_picture(forest, layers, next(iter(rewards.values.values())), rewards.images, rewards.prompts)
+            total = sum(rewards.weights[name] * values for name, values in rewards.values.items())
+            picture = plot.tree_picture(forest, layers, total, rewards.images, rewards.prompts)
         image = plot.to_tensor(picture)
-        return io.NodeOutput(Credit(layers, rewards.values, flat, picture), image, ui=ui.PreviewImage(image, cls=cls))
+        return io.NodeOutput(Credit(layers, rewards.values, total, flat, picture), image, ui=ui.PreviewImage(image, cls=cls))
 
 
 # Inputs that both update nodes share.
@@ -155,7 +157,7 @@ def learn(cls, policy, tree, advantages, objective, learning_rate, max_grad_norm
         if forest.graphs and velocity.fingerprint() != tree.fingerprint:  # the weights have moved or learned since: recompute
             forest.graphs.clear()
         goals = own_images(velocity, images, forest)
-        best = best_rewards(advantages, len(forest.prompts))
+        best = advantages.total.view(len(forest.prompts), -1).amax(1)
         allowed = best >= running_best(run.metrics) if only_good else None
         metrics = update(velocity, forest, advantages.layers, run.adamw(learning_rate, weight_decay=weight_decay), objective, micro_batch=batch,
                          max_grad_norm=max_grad_norm, inner_updates=inner_updates, images=goals, allowed=allowed,
@@ -183,12 +185,6 @@ def own_images(velocity, images: dict | None, forest) -> torch.Tensor | None:
     return velocity.process_in(samples).to(velocity.device).expand(prompts, -1, -1, -1)
 
 
-def best_rewards(credit: "Credit", prompts: int) -> torch.Tensor:
-    """Best mean reward of every prompt's group: [P]."""
-    total = sum(values for values in credit.rewards.values()) / len(credit.rewards)
-    return total.view(prompts, -1).amax(1)
-
-
 def running_best(metrics: list[dict], decay: float = 0.9) -> float:
     """Running mean of `reward_best` over the iterations so far; -inf before the first."""
     mean = float("-inf")
@@ -200,8 +196,7 @@ def running_best(metrics: list[dict], decay: float = 0.9) -> float:
 def reward_metrics(credit: Credit) -> dict[str, float]:
     """Mean and within-group spread of the rewards of an iteration."""
     prompts = len(credit.zero_spread)
-    row = {"reward": sum(float(v.mean()) for v in credit.rewards.values()) / len(credit.rewards),
-           "reward_std": sum(float(v.view(prompts, -1).std(1, correction=0).mean()) for v in credit.rewards.values()) / len(credit.rewards),
+    row = {"reward": float(credit.total.mean()), "reward_std": float(credit.total.view(prompts, -1).std(1, correction=0).mean()),
            "frac_reward_zero_std": float(credit.zero_spread.float().mean())}
     for name, values in credit.rewards.items():
         row[f"rewards/{name}/mean"] = float(values.mean())

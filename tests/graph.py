@@ -37,7 +37,7 @@ class Graph:
         return self.call("Prompts", clip=self.clip, text=text, per_iteration=per_iteration, policy=policy)
 
     def shape(self, **settings):
-        return self.call("Shape", **{**dict(branching=2, depth=2, trees=1, window="random"), **settings})[0]
+        return self.call("Shape", **{**dict(branching=2, depth=2, trees=1, window="random", tail=1.0), **settings})[0]
 
     def noise(self, **settings):
         return self.call("Noise", **{**dict(kind="cps", level=0.7, shape="constant", beta=0.0), **settings})[0]

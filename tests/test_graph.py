@@ -318,3 +318,26 @@ def test_every_option_of_the_update_node(graph, settings):
     assert row["grad_norm"] > 0 and row["skipped"] == 0
     passes = 2 * 3 * settings.get("inner_updates", 1) * (2 if "kl" in settings else 1)
     assert row["update_forwards"] == passes and (row["kl"] > 0) == ("kl" in settings)
+
+
+def test_combined_rewards_are_compared_each_on_its_own_scale(graph):
+    policy = graph.policy()
+    positive, prompts = graph.prompts()
+    tree, leaves = graph.sample(policy, positive)
+    images = graph.decode(leaves)
+    size, light = (graph.call("Measure", measure=kind, direction="more")[0] for kind in ("foreground size", "brightness"))
+    nested = graph.call("Combine", reward_a=graph.call("Combine", reward_a=size, weight_a=0.5, reward_b=light, weight_b=0.25)[0], weight_a=2.0,
+                        reward_b=size, weight_b=1.0)[0]
+    rewards = graph.call("Score", reward_model=nested, images=images, prompts=prompts)[0]
+    assert rewards.weights == {"foreground size": 1.0, "brightness": 0.5, "foreground size 2": 1.0}
+    credit = graph.call("Advantages", tree=tree, rewards=rewards, clip=100.0)[0]
+
+    def z(values):
+        group = values.view(2, -1)
+        return ((group - group.mean(1, keepdim=True)) / group.std(1, correction=0, keepdim=True)).flatten()
+
+    expected = 2 * z(rewards.values["foreground size"]) + 0.5 * z(rewards.values["brightness"])
+    torch.testing.assert_close(credit.layers[-1], expected, atol=1e-4, rtol=1e-4)
+    graph.call("Update", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3)
+    row = policy.run.metrics[-1]
+    assert row["reward"] == pytest.approx(2 * row["rewards/foreground size/mean"] + 0.5 * row["rewards/brightness/mean"], rel=1e-5)
