@@ -12,7 +12,7 @@ from ..core.backends.comfy import ComfyPolicy
 from ..core.checkpoint import Run, refuse_other_settings
 from ..core.lora import TARGETS, Adapters
 from . import tiny
-from .schema import Policy, expert, schema
+from .schema import Policy, expert, plain_name, schema
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,10 +44,7 @@ def open_run(name: str, model, *, rank: int, alpha: float, targets: str, dtype: 
 
 
 def run_folder(name: str) -> Path:
-    name = name.strip()
-    if not name or name in (".", "..") or any(c in name for c in '/\\:*?"<>|'):
-        raise ValueError(f"'{name}' cannot be a run name: use a plain name without slashes or any of :*?\"<>|.")
-    return Path(folder_paths.get_output_directory()) / "treerpo" / name
+    return Path(folder_paths.get_output_directory()) / "treerpo" / plain_name(name, "run")
 
 
 def base_model(model) -> str:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..core.checkpoint import write_atomically
-from .schema import LoraModel, Policy, schema
+from .schema import LoraModel, Policy, plain_name, schema
 
 
 class PolicyToLora(io.ComfyNode):
@@ -54,9 +54,7 @@ class SaveTreeLora(io.ComfyNode):
 
 
 def target(lora_name: str) -> Path:
-    name = lora_name.strip().removesuffix(".safetensors")
-    if not name or name in (".", "..") or any(c in name for c in '/\\:*?"<>|'):
-        raise ValueError(f"'{lora_name}' cannot be a LoRA name: use a plain file name without slashes or any of :*?\"<>|.")
+    name = plain_name(lora_name.strip().removesuffix(".safetensors"), "LoRA")
     return Path(folder_paths.get_folder_paths("loras")[0]) / f"{name}.safetensors"
 
 

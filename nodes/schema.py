@@ -27,3 +27,11 @@ def expert(field: io.Input) -> io.Input:
     """An input shown under "advanced"; ComfyUI 0.3.64 has no argument for it."""
     field.extra_dict = {**field.extra_dict, "advanced": True}
     return field
+
+
+def plain_name(text: str, what: str) -> str:
+    """`text` as a file or folder name, or a ValueError: it may not lead anywhere else."""
+    name = text.strip()
+    if not name or name in (".", "..") or any(c in name for c in '/\\:*?"<>|'):
+        raise ValueError(f"'{text}' cannot be a {what} name: use a plain name without slashes or any of :*?\"<>|.")
+    return name
