@@ -60,7 +60,7 @@ class Adapters:
         generator = torch.Generator("cpu").manual_seed(seed)
         with torch.inference_mode(False):  # ComfyUI runs nodes in inference mode; tensors of it could never be trained
             return cls({name: LoRA(layer.in_features, layer.out_features, rank, alpha, dtype, generator)
-                        for name, layer in _choose(root, targets).items()})
+                        for name, layer in choose_layers(root, targets).items()})
 
     @property
     def names(self) -> list[str]:
@@ -147,7 +147,7 @@ class Adapters:
                 lora.alpha = float(state[key])
 
 
-def _choose(root: nn.Module, targets: str) -> dict[str, nn.Module]:
+def choose_layers(root: nn.Module, targets: str) -> dict[str, nn.Module]:
     """The Linear layers of `root` that `targets` names, or a ValueError that shows what there is.
 
     A layer counts by its in_features and out_features: packed weights (fp8, GGUF) have other classes and shapes.

@@ -8,9 +8,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..core.backends.comfy import ComfyPolicy
+from ..core.backends.comfy import ComfyPolicy, refuse_other_than_flow
 from ..core.checkpoint import Run, refuse_other_settings
-from ..core.lora import TARGETS, Adapters
+from ..core.lora import TARGETS, choose_layers
 from . import tiny
 from .schema import Policy, expert, plain_name, schema
 
@@ -29,18 +29,19 @@ class LivePolicy:
 _RUNS: dict[Path, Run] = {}
 
 
-def open_run(name: str, model, *, rank: int, alpha: float, targets: str, dtype: str, seed: int) -> tuple[Run, Adapters]:
+def open_run(name: str, model, *, rank: int, alpha: float, targets: str, dtype: str, seed: int) -> Run:
     """The run of this name: from memory, else from disk, else new. Other settings than the run's own are refused."""
+    refuse_other_than_flow(model)
     folder = run_folder(name)
-    adapters = ComfyPolicy.new_adapters(model, rank, alpha, targets, DTYPES[dtype], seed)
+    layers = list(choose_layers(model.model.diffusion_model, targets))
     config = {"rank": rank, "alpha": alpha, "targets": targets, "dtype": dtype, "seed": seed, "base_model": base_model(model),
-              "adapted": hashlib.blake2b("\n".join(adapters.names).encode(), digest_size=8).hexdigest()}
+              "adapted": hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()}
     run = _RUNS.get(folder)
     if run is not None and run.iteration > 0 and (folder / "state.pt").exists():
         refuse_other_settings(name, run.config, config)
-        return run, run.adapters
-    run = _RUNS[folder] = Run.open(folder, adapters, config)
-    return run, run.adapters
+        return run
+    run = _RUNS[folder] = Run.open(folder, ComfyPolicy.new_adapters(model, rank, alpha, targets, DTYPES[dtype], seed), config)
+    return run
 
 
 def run_folder(name: str) -> Path:
@@ -158,6 +159,6 @@ class PolicyNode(io.ComfyNode):
         if targets == "pattern" and not pattern.strip():
             raise ValueError("Targets are set to 'pattern', but the pattern is empty: write a regular expression over module names.")
         with torch.inference_mode(False):
-            run, adapters = open_run(run_name, model, rank=rank, alpha=alpha, targets=pattern if targets == "pattern" else targets,
-                                     dtype=adapter_dtype, seed=init_seed)
-            return io.NodeOutput(LivePolicy(ComfyPolicy(model, adapters, checkpointing), run))
+            run = open_run(run_name, model, rank=rank, alpha=alpha, targets=pattern if targets == "pattern" else targets, dtype=adapter_dtype,
+                           seed=init_seed)
+            return io.NodeOutput(LivePolicy(ComfyPolicy(model, run.adapters, checkpointing), run))
