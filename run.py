@@ -163,7 +163,7 @@ def skipped_line(report):
 
 
 def command_bench(args, rest):
-    names = sorted(path.stem for path in (REPO / "benchmarks").glob("*.py") if not path.stem.startswith("_"))
+    names = sorted(path.stem for path in (REPO / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8"))  # the rest are helpers
     if args.name not in names:
         raise Problem(f"There is no benchmark '{args.name}'; there are: {', '.join(names) or 'none yet'}.")
     comfyui = find_comfyui()

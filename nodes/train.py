@@ -126,8 +126,9 @@ class LayerTuningUpdate(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 *_WIRES, _RATE,
-                io.Float.Input("lambda", default=0.1, min=0.0, max=100.0, step=0.01,
-                               tooltip="Weight of the supervised term. Higher = imitates the best image more, explores less. 0 = plain GRPO Update."),
+                io.Float.Input("lambda", default=0.001, min=0.0, max=100.0, step=0.0001, round=False,
+                               tooltip="Weight of the supervised term. Higher = imitates the best image more, explores less; 0.1 already stops the tiny "
+                                       "models from improving. 0 = plain GRPO Update."),
                 io.Combo.Input("target", options=list(TARGETS), default="best-path",
                                tooltip="best-path (published): the velocity on the way to the best image. best-leaf (ours): the velocity from each node's own "
                                        "state straight to the best image. images (ours): to your own images."),

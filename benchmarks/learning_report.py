@@ -1,0 +1,211 @@
+"""From the runs of learning.py to comparisons at equal cost, tables and a plot."""
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+
+import host
+
+DEFAULT = "tree_b3w3"  # the tree that `cost_ratio_to_tree` speaks of, and that the ablations change
+T95 = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by degrees of freedom
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean and half width of its 95 % interval."""
+    spread = statistics.stdev(values) if len(values) > 1 else math.inf
+    return {"difference": statistics.mean(values), "interval": T95.get(len(values) - 1, 2.0) * spread / len(values) ** 0.5}
+
+
+def at(xs: list[float], ys: list[float], x: float) -> float:
+    """Piecewise linear; the last value beyond the end."""
+    for (x0, y0), (x1, y1) in zip(zip(xs, ys), zip(xs[1:], ys[1:])):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return ys[-1]
+
+
+def cost_to_reach(curve: dict, reward: float) -> float | None:
+    """Cost at which the mean curve first reaches this reward; None if it never does."""
+    costs, means = curve["cost"], curve["mean"]
+    for (x0, y0), (x1, y1) in zip(zip(costs, means), zip(costs[1:], means[1:])):
+        if y1 >= reward:
+            return x0 if y0 >= reward else x0 + (x1 - x0) * (reward - y0) / (y1 - y0)
+    return None
+
+
+def mean_curve(runs: list[dict], budget: float) -> dict:
+    """Runs on a common cost grid, averaged."""
+    marks = len(runs[0]["cost"]) - 1
+    grid = [budget * i / marks for i in range(marks + 1)]
+    rewards = [[at(run["cost"], run["reward"], x) for x in grid] for run in runs]
+    return {"cost": grid, "mean": [statistics.mean(c) for c in zip(*rewards)],
+            "std": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*rewards)],
+            "seconds": [statistics.mean(at(run["cost"], run["seconds"], x) for run in runs) for x in grid]}
+
+
+def ratio(runs: list[dict], tree_runs: list[dict], budget: float) -> float | None:
+    """Cost of these runs over the tree's cost for the reward these runs end at."""
+    reached = cost_to_reach(mean_curve(tree_runs, budget), mean_curve(runs, budget)["mean"][-1])
+    return budget / reached if reached else None
+
+
+def ratio_range(runs: list[dict], tree_runs: list[dict], budget: float, draws: int = 400) -> list[float | None]:
+    """5th and 95th percentile of the ratio over seeds drawn with replacement; None = the tree did not get there."""
+    generator, count = random.Random(0), len(runs)
+    found = []
+    for _ in range(draws):
+        seeds = [generator.randrange(count) for _ in range(count)]
+        found.append(ratio([runs[i] for i in seeds], [tree_runs[i] for i in seeds], budget))
+    found.sort(key=lambda value: value or 0.0)
+    return [found[int(0.05 * draws)], found[int(0.95 * draws)]]
+
+
+def baseline(methods: dict) -> str:
+    return next(name for name in methods if name.startswith("window"))
+
+
+def compare(results: dict, snr: dict) -> None:
+    """Fill in every method's mean curve, its final reward, SNR, and how much more it costs than each tree for the reward it ends at."""
+    budget = results["budget"]
+    counts = [len(row["runs"]) for row in results["methods"].values()]
+    results["seeds"] = min([n for n in counts if n >= 3] or counts)  # methods of a run that was stopped are left out
+    found = results["methods"] = {name: {**row, "runs": row["runs"][:results["seeds"]]} for name, row in results["methods"].items()
+                                  if len(row["runs"]) >= results["seeds"]}
+    window = [at(run["cost"], run["reward"], budget) for run in found[baseline(found)]["runs"]]
+    for name, row in found.items():
+        row["curve"] = mean_curve(row["runs"], budget)
+        row["final"], row["final_std"] = row["curve"]["mean"][-1], row["curve"]["std"][-1]
+        row["final_minus_window"] = interval([at(run["cost"], run["reward"], budget) - w for run, w in zip(row["runs"], window)])
+        row["intact"] = statistics.mean(run["intact"][-1] for run in row["runs"])
+        row["snr_per_cost"] = snr.get("methods", {}).get(name, {}).get("snr_per_cost")
+        row["cost_ratio"] = {tree: ratio(row["runs"], found[tree]["runs"], budget) for tree in found if tree.startswith("tree")}
+        tree = DEFAULT if DEFAULT in found else next(name for name in found if name.startswith("tree"))
+        row["cost_ratio_to_tree"] = row["cost_ratio"][tree]
+        row["cost_ratio_5_to_95"] = ratio_range(row["runs"], found[tree]["runs"], budget)
+
+
+def number(value, digits=2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(results: dict) -> None:
+    print(f"\n{results['model']}, {results['reward']} reward, {results['seeds']} seeds, {results['budget']:.0f} cost units per run")
+    print(f"{'':18}{'rate':>8}{'iterations':>11}{'final reward':>18}{'minus window (95 %)':>22}{'intact':>8}{'SNR/1000':>10}{'seconds':>9}"
+          "   its cost / a tree's cost for its final reward")
+    for name, row in results["methods"].items():
+        gap, low_high = row["final_minus_window"], " .. ".join(map(number, row["cost_ratio_5_to_95"]))
+        ratios = "   ".join(f"{tree} {number(value)}" for tree, value in row["cost_ratio"].items())
+        iterations = statistics.mean(run["iterations"] for run in row["runs"])
+        print(f"{name:18}{row['learning_rate']:8g}{iterations:11.1f}{row['final']:10.3f} +-{row['final_std']:5.3f}{gap['difference']:+13.3f} +-"
+              f"{gap['interval']:6.3f}{row['intact']:8.2f}{number(row['snr_per_cost']):>10}{row['curve']['seconds'][-1]:9.1f}   "
+              f"{ratios}   ({DEFAULT}: {low_high})")
+    levels_table(results)
+
+
+def levels_table(results: dict) -> None:
+    """Cost, and share of intact pictures, where the mean curves first reach some rewards on the way to the window baseline's last one."""
+    methods, budget = results["methods"], results["budget"]
+    window = methods[baseline(methods)]
+    first, last = window["curve"]["mean"][0], window["final"]
+    levels = [first + (last - first) * share for share in (0.5, 0.75, 1.0)]
+    results["cost_to_reach"] = {}
+    print(f"{'cost to reach':18}" + "".join(f"{level:20.3f}" for level in levels) + "   (share of pictures with the asked colours there)")
+    for name, row in methods.items():
+        costs = [cost_to_reach(row["curve"], level) for level in levels]
+        intact = [cost and statistics.mean(at(run["cost"], run["intact"], min(cost, budget)) for run in row["runs"]) for cost in costs]
+        results["cost_to_reach"][name] = [{"reward": level, "cost": cost, "intact": share} for level, cost, share in zip(levels, costs, intact)]
+        print(f"{name:18}" + "".join(f"{number(cost, 0):>12}  ({number(share)})" for cost, share in zip(costs, intact)))
+
+
+def ablation_table(results: dict) -> None:
+    print(f"\nablations of {results['default']} with 2 prompts: {results['model']}, {results['reward']} reward, {results['seeds']} seeds, "
+          f"{results['budget']:.0f} cost units; final reward, difference to the default with its 95 % interval")
+    for name, row in results["variants"].items():
+        sure = "" if abs(row["difference"]) <= row["interval"] else "  *"
+        print(f"  {name:36}{row['final']:8.4f}{row['difference']:+9.4f} +- {row['interval']:.4f}  n={len(row['runs'])}{sure}")
+
+
+def plot(panels: list[dict], path: Path) -> None:
+    """Mean reward against cost, a band of one standard deviation, one panel per model and reward."""
+    from PIL import Image, ImageDraw, ImageFont
+    colours = {"independent": (130, 130, 138), "window": (225, 110, 20), "tree_b3w3": (24, 100, 200), "tree_b4w2": (20, 140, 90),
+               "window_inner2": (200, 70, 90), "tree_b3w3_inner2": (0, 150, 200), "window_1prompt": (220, 160, 40),
+               "tree_b3w3_1prompt": (140, 60, 180)}
+    width, height, columns = 620, 380, min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    picture = Image.new("RGB", (width * columns, height * lines), "white")
+    draw = ImageDraw.Draw(picture, "RGBA")
+    font = ImageFont.load_default(13)
+    for number_, results in enumerate(panels):
+        left, top = number_ % columns * width + 64, number_ // columns * height + 40
+        right, bottom = left + width - 90, top + height - 96
+        curves = {name: row["curve"] for name, row in results["methods"].items()}
+        low = min(m - s for c in curves.values() for m, s in zip(c["mean"], c["std"]))
+        high = max(m + s for c in curves.values() for m, s in zip(c["mean"], c["std"]))
+
+        def place(cost, reward):
+            return left + (right - left) * cost / results["budget"], bottom - (bottom - top) * (reward - low) / (high - low)
+
+        title = f"{results['model']}, {results['reward']} reward: mean and standard deviation of {results['seeds']} seeds"
+        draw.text((left, top - 24), title, fill="black", font=font)
+        for i in range(5):
+            reward, cost = low + (high - low) * i / 4, results["budget"] * i / 4
+            draw.line([(left, place(0, reward)[1]), (right, place(0, reward)[1])], fill=(225, 225, 230))
+            draw.text((left - 8, place(0, reward)[1]), f"{reward:.3f}", fill="black", font=font, anchor="rm")
+            draw.text((place(cost, low)[0], bottom + 6), f"{cost:.0f}", fill="black", font=font, anchor="mt")
+        draw.text(((left + right) / 2, bottom + 24), "cost (forwards)", fill="black", font=font, anchor="mt")
+        for i, (name, curve) in enumerate(curves.items()):
+            colour = colours[name]
+            upper = [place(x, m + s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
+            lower = [place(x, m - s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
+            draw.polygon(upper + lower[::-1], fill=(*colour, 40))
+            draw.line([place(x, m) for x, m in zip(curve["cost"], curve["mean"])], fill=colour, width=3, joint="curve")
+            draw.text((left + 10, top + 4 + 17 * i), name, fill=colour, font=font)
+    picture.save(path)
+
+
+def tail_table(results: dict) -> None:
+    for model in (name for name in results if isinstance(results[name], dict)):
+        for q, row in results[model].items():
+            print(f"{model} q {q}: distance {row['relative_distance']:.3f} of the latent's length, {row['distance_to_spread']:.2f} of the spread "
+                 f"in a group; Spearman size {row['spearman_size']:.3f}, shape {row['spearman_shape']:.3f}; size by window start "
+                  + " ".join(f"{place['start']}:{place['spearman_size']:.2f}" for place in row["per_start"]))
+
+
+def snr_table(results: dict, name: str) -> None:
+    window = results["methods"].get("window", {}).get("snr_per_cost")
+    print(f"\ngradient signal-to-noise per 1,000 cost units, {name}, {results['seeds']} gradients each (in brackets: within one window start)")
+    for method, row in results["methods"].items():
+        print(f"  {method:24}{row['snr_per_cost']:7.2f} +- {row['standard_error']:.2f}   ({row['snr_per_cost_within_window']:.2f} +- "
+              f"{row['standard_error_within_window']:.2f})   {row['snr_per_cost'] / window if window else 0:.1f}x window")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def report(folder: Path, target: Path | None = None) -> None:
+    """Print every table there is, join the main files in learning.json, draw the curves."""
+    panels = {}
+    for name in (f"{model}_{reward}" for reward in ("size", "shape") for model in ("flux", "sd3")):
+        results, snr = read(folder / f"learning_{name}.json"), read(folder / f"snr_{name}.json")
+        if results:
+            compare(results, snr)
+            table(results)
+            host.save(results, folder / f"learning_{name}.json")
+            panels[name] = results
+        if snr:
+            snr_table(snr, name)
+    if panels:
+        def short(methods):
+            return {name: {key: value for key, value in row.items() if key != "runs"} for name, row in methods.items()}
+        joined = {name: {**results, "methods": short(results["methods"])} for name, results in panels.items()}
+        first = next(iter(joined.values()))
+        host.save({"seeds": first["seeds"], "methods": first["methods"], "all": joined}, target or folder / "learning.json")
+        plot(list(panels.values()), folder / "learning.png")
+    if ablations := read(folder / "ablations.json"):
+        ablation_table(ablations)
+    if tail := read(folder / "tail.json"):
+        print("\nshortened tails against the whole one")
+        tail_table(tail)
