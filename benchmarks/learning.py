@@ -88,7 +88,7 @@ def snr(lab: Lab, options) -> None:
         "tree_b4w2_orthogonal": base["tree_b4w2"].but(shape={"siblings": "orthogonal"}),
         "tree_b3w3_full_tail": tree.but(prompts=2, shape={"tail": 1.0}),
     }
-    path = RESULTS / f"snr_{options.model}_{options.reward}.json"
+    path = options.json or RESULTS / f"snr_{options.model}_{options.reward}.json"
     results = {"seeds": options.iterations, "unit": lab.unit, "methods": {}}
     for name, method in chosen(kinds, options).items():
         rows = []
@@ -148,7 +148,7 @@ def spearman(a, b) -> float:
 def tail(lab: Lab, options) -> None:
     """Leaves of the same windows with the whole tail and with a share q of it: distance and order of their rewards, per window start."""
     import torch
-    path = RESULTS / "tail.json"
+    path = options.json or RESULTS / "tail.json"
     results = read(path)
     place = options.model if options.reward == "size" else f"{options.model}_weak_captions"
     found = results[place] = {}
