@@ -5,7 +5,6 @@ the baselines are forests of one-leaf trees. The rows run in turn in one process
 random numbers: decoding and scoring 27 leaves costs every row the same and is left out.
 """
 import contextlib
-import ctypes
 import math
 import statistics
 from types import SimpleNamespace
@@ -48,12 +47,6 @@ def network_passes(model):
         yield count
     finally:
         handle.remove()
-
-
-def give_memory_back() -> None:
-    """Hand freed memory back to the system (glibc), so that a row's peak is its own and not hidden in an earlier row's."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Bench:
@@ -110,7 +103,6 @@ def measure(pack, model: str, options) -> tuple[dict, dict]:
         bench = Bench(pack, graph, policy.policy, velocity, options)
         bench.iteration("window")  # warm
         for name in bench.rows:
-            give_memory_back()
             before = velocity.forwards
             with network_passes(graph.model) as count, host.Peak() as peak:
                 bench.iteration(name)

@@ -86,10 +86,11 @@ class Run:
         self.iteration += 1
         self.folder.mkdir(parents=True, exist_ok=True)
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else None
-        state = {"format": FORMAT, "iteration": self.iteration, "adapters": self.adapters.state_dict(), "optimizer": optimizer,
+        adapters = self.adapters.state_dict()
+        state = {"format": FORMAT, "iteration": self.iteration, "adapters": adapters, "optimizer": optimizer,
                  "metrics": self.metrics, "config": self.config}
         write_atomically(self.folder / "state.pt", torch_bytes(state))
-        write_atomically(self.folder / "adapter.safetensors", safetensors_bytes(self.adapters.state_dict(), metadata=self.metadata()))
+        write_atomically(self.folder / "adapter.safetensors", safetensors_bytes(adapters, metadata=self.metadata()))
         write_atomically(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics).encode())
         for name, picture in (pictures or {}).items():

@@ -41,8 +41,8 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low, clip_high)
     return -torch.minimum(plain, clipped), ratio.detach(), (clipped < plain).detach()
 
 
-def log_ratio(kind: str, new: Step, old_log_prob: Tensor, old_mean: Tensor) -> Tensor:
-    """log r per edge [E].
+def log_ratio(kind: str, new: Step, old_log_prob: Tensor, old_mean: Tensor | None) -> Tensor:
+    """log r per edge [E]. old_mean: the sampling policy's means, which only `guard` needs.
 
     guard is GRPO-Guard's: (logp_new - logp_old + mean(dmu^2) / (2 tau^2)) tau, which equals mean(z dmu) and so has mean 0
     whatever tau is. Means are over the elements of a sample, never over the batch.

@@ -57,12 +57,14 @@ class _Loss:
         """(loss of the slice as its share of the whole, diagnostics [6]: grpo, ratio, clipped, edges, kl, sft as sums)."""
         forest, objective, b = self.forest, self.objective, self.forest.branching
         new = score_edges(forest, layer, parents, v)
-        with torch.no_grad():
-            old = score_edges(forest, layer, parents, forest.velocities[layer][parents])
+        old_mean = None
+        if objective.ratio == "guard":
+            with torch.no_grad():
+                old_mean = score_edges(forest, layer, parents, forest.velocities[layer][parents]).mean
         old_log_prob = children_of(forest.log_probs[layer], parents, b)
         low, high = clip_ranges(objective, children_of(self.shares[layer + 1], parents, b).to(v.device))
         advantage = children_of(self.advantages[layer], parents, b).to(new.log_prob)
-        grpo, ratio, clipped = clipped_surrogate(log_ratio(objective.ratio, new, old_log_prob, old.mean), advantage, low, high)
+        grpo, ratio, clipped = clipped_surrogate(log_ratio(objective.ratio, new, old_log_prob, old_mean), advantage, low, high)
         loss = self.layer_weights[layer] * grpo.sum() / self.edges
         kl = sft = torch.zeros((), device=v.device)
         if objective.kl > 0:

@@ -1,14 +1,10 @@
 """The embedded models, loaded with ComfyUI's own loaders."""
 import functools
 
-from pathlib import Path
-
 import comfy.sd
 
 from ..embedded.clip_l import random_clip_l
-from ..embedded.shapes import vae_state_dict
-
-FOLDER = Path(__file__).parent.parent / "embedded"
+from ..embedded.shapes import FOLDER, vae_state_dict
 
 
 @functools.cache

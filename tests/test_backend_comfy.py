@@ -105,7 +105,7 @@ def test_an_euler_loop_is_comfyuis_sampler(model):
     latent = torch.zeros(2, *C_H_W)
     with new_policy(model, trained=False).session(positive, negative, 3.0, shape=C_H_W) as velocity:
         table = comfy.samplers.simple_scheduler(model.get_model_object("model_sampling"), 4)
-        x = float(table[0]) * velocity.noise_like(latent, 3) + (1 - float(table[0])) * velocity.process_in(latent)
+        x = float(table[0]) * comfy.sample.prepare_noise(latent, 3) + (1 - float(table[0])) * velocity.process_in(latent)
         for sigma, following in zip(table.tolist(), table.tolist()[1:]):
             x = x + (following - sigma) * velocity(x, sigma, [0, 0])
         found = velocity.process_out(x)

@@ -12,7 +12,6 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -252,10 +251,6 @@ class ComfyVelocity:
 
     def process_out(self, latent: Tensor) -> Tensor:
         return self._latent_format.process_out(latent.to(torch.float32))
-
-    def noise_like(self, latent: Tensor, seed: int) -> Tensor:
-        """The noise ComfyUI's own samplers draw for this seed: [B, C, H, W] on the CPU."""
-        return comfy.sample.prepare_noise(latent, seed)
 
 
 def thaw(tree):
