@@ -147,7 +147,6 @@ def spearman(a, b) -> float:
 
 def tail(lab: Lab, options) -> None:
     """Leaves of the same windows with the whole tail and with a share q of it: distance and order of their rewards, per window start."""
-    import torch
     path = options.json or RESULTS / "tail.json"
     results = read(path)
     place = options.model if options.reward == "size" else f"{options.model}_weak_captions"
