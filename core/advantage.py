@@ -7,7 +7,7 @@ WEIGHTS = ("mean-logprob", "uniform", "sum-logprob")
 
 
 def check_rewards(rewards: dict[str, Tensor], prompts: int) -> None:
-    """Refuse what cannot be normalised: no reward, a group of one, NaN or inf."""
+    """Refuse what cannot be normalised: no reward, a group of one, no finite score at all."""
     if not rewards:
         raise ValueError("There is no reward: connect Score Images to Tree Advantages.")
     for name, values in rewards.items():
@@ -17,29 +17,46 @@ def check_rewards(rewards: dict[str, Tensor], prompts: int) -> None:
         if group < 2:
             raise ValueError("A group of one leaf has no advantage: raise branching, depth or trees in Tree Shape so that each prompt has "
                              "at least 2 leaves.")
-        bad = int((~torch.isfinite(values)).sum())
-        if bad:
-            raise ValueError(f"Reward '{name}' is not a number for {bad} of {len(values)} images: check the reward model; nothing was trained.")
+        if not torch.isfinite(values).any():
+            raise ValueError(f"Reward '{name}' is not a number for any of the {len(values)} images: check the reward model; nothing was trained.")
 
 
-def leaf_advantages(rewards: dict[str, Tensor], prompts: int, weights: dict[str, float] | None = None,
-                    clip: float = 5.0) -> tuple[Tensor, Tensor]:
+def total_reward(rewards: dict[str, Tensor], weights: dict[str, float] | None = None) -> Tensor:
+    """The weighted sum of raw scores, [B]; NaN where any of them is missing."""
+    total = sum((weights or {}).get(name, 1.0) * values.float() for name, values in rewards.items())
+    return torch.where(torch.isfinite(total), total, torch.nan)
+
+
+def leaf_advantages(rewards: dict[str, Tensor], prompts: int, weights: dict[str, float] | None = None, clip: float = 5.0,
+                    raw: bool = False) -> tuple[Tensor, Tensor]:
     """A(leaf) = sum_m w_m (R_m - mean_m) / (std_m + 1e-8), per prompt group and reward model (TreeGRPO, arXiv 2512.08153).
 
-    rewards: scores [P * K] by reward name, leaves in forest order. weights: by name, default 1.
+    rewards: scores [P * K] by reward name, leaves in forest order. weights: by name, default 1. raw: sum the weighted
+    scores first and normalise the sum (flow_grpo), so that the reward with the larger numbers counts more.
+    A score that is not finite is masked: it counts for nothing, neither in its group's mean nor as an advantage.
     Returns the advantages [P * K], clipped to +-clip, and which groups have zero spread in every reward [P].
     """
     check_rewards(rewards, prompts)
+    if raw:
+        rewards, weights = {"sum": total_reward(rewards, weights)}, None
     total, flat = 0.0, True
     for name, values in rewards.items():
-        group = values.float().view(prompts, -1)
-        std, mean = torch.std_mean(group, dim=1, correction=0, keepdim=True)
-        # A spread of the size of a rounding error is no spread: dividing by it would train on noise.
-        constant = (std <= 1e-6 * group.abs().amax(1, keepdim=True))
-        z = torch.where(constant, 0.0, (group - mean) / (std + 1e-8))
+        z, constant = _group_z(values.float().view(prompts, -1))
         total = total + (weights or {}).get(name, 1.0) * z
-        flat = constant[:, 0] & flat
+        flat = constant & flat
     return total.clamp(-clip, clip).flatten(), flat
+
+
+def _group_z(group: Tensor) -> tuple[Tensor, Tensor]:
+    """z-scores [P, K] of each row over its finite entries, 0 elsewhere, and which rows have no spread [P]."""
+    known = torch.isfinite(group)
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(known, group, 0.0).sum(1, keepdim=True) / count
+    centred = torch.where(known, group - mean, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    # A spread of the size of a rounding error is no spread: dividing by it would train on noise.
+    constant = std <= 1e-6 * torch.where(known, group.abs(), 0.0).amax(1, keepdim=True)
+    return torch.where(constant, 0.0, centred / (std + 1e-8)), constant[:, 0]
 
 
 def backup(edge_log_probs: list[Tensor], leaf_advantages: Tensor, branching: int, weights: str = "mean-logprob",

@@ -1,5 +1,7 @@
 """Pictures of a run: the reward curve, and a tree with its thumbnails, scores and advantages."""
 import functools
+import io
+import math
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +23,12 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return raw.view(1, picture.height, picture.width, 3).float() / 255
 
 
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def to_picture(image: Tensor) -> Image.Image:
     """[H, W, 3] in 0..1 -> PIL picture."""
     return Image.fromarray((image[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
@@ -30,7 +38,8 @@ def reward_curve(metrics: list[dict], width: int = 900, height: int = 300) -> Im
     """Mean reward per iteration, with the spread within the groups as a band."""
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
-    means, spreads = [m["reward"] for m in metrics], [m["reward_std"] for m in metrics]
+    metrics = [m for m in metrics if "reward" in m] or [{"reward": 0.0, "reward_std": 0.0}]
+    means, spreads = [m["reward"] for m in metrics], [m.get("reward_std", 0.0) for m in metrics]
     low, high = min(m - s for m, s in zip(means, spreads)), max(m + s for m, s in zip(means, spreads))
     margin = 0.05 * (high - low) or max(abs(high), 1e-3) * 0.1
     low, high = low - margin, high + margin
@@ -77,7 +86,7 @@ def tree_picture(forest, layers: list[Tensor], scores: Tensor, images: Tensor, p
     for panel in range(shown):
         first = panel * per_prompt
         _draw_group(picture, draw, forest, layers, scores, images, panel, panel * panel_height, thumb, peak)
-        title = f"{prompts[first]}   mean {scores[first:first + per_prompt].mean():.4f}   steps {forest.start + 1} to {forest.start + forest.depth} branch"
+        title = f"{prompts[first]}   mean {score_text(float(scores[first:first + per_prompt].nanmean()))}   steps {forest.start + 1} to {forest.start + forest.depth} branch"
         draw.text((10, panel * panel_height + 8), title, fill=INK, font=font(14))
     more = f" ({len(forest.prompts) - shown} more prompts not shown)" if len(forest.prompts) > shown else ""
     draw.text((10, picture.height - 20), f"blue: better than its group; orange: worse; thicker: more so{more}", fill=GREY, font=font(13))
@@ -116,33 +125,44 @@ def _shade(value: float) -> tuple[int, int, int]:
     return tuple(round(a + (z - a) * share) for a, z in zip((200, 200, 205), end))
 
 
-def score_sheet(images: Tensor, scores: Tensor, prompts: list[str], name: str, columns: int = 4) -> Image.Image:
+def score_text(score: float) -> str:
+    return "no score" if math.isnan(score) else f"{score:.4f}"
+
+
+def score_sheet(images, scores: Tensor, prompts: list[str], name: str, columns: int = 4, labels: list[str] | None = None) -> Image.Image:
     """Images in their order as a contact sheet, each with its score and prompt; the best and the worst are marked.
 
-    images: [B, H, W, 3] in 0..1. scores: [B].
+    images: [B, H, W, 3] in 0..1, or a list of [H, W, 3] of any sizes. scores: [B], NaN = no score. labels: instead of prompts.
     """
-    height, width = images.shape[1:3]
-    scale = 192 / max(height, width)
-    size = (round(width * scale), round(height * scale))
+    longest = max(max(image.shape[:2]) for image in images)
+    scales = [192 / (longest if longest < 192 else max(image.shape[:2])) for image in images]
+    sizes = [(max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))) for image, scale in zip(images, scales)]
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    cell = size[0] + 12, size[1] + 44
+    wide, high = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    cell = wide + 12, high + 44
     picture = Image.new("RGB", (columns * cell[0] + 12, rows * cell[1] + 34), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((12, 8), f"{name}: mean {scores.mean():.4f}", fill=INK, font=font(15))
-    best, worst = int(scores.argmax()), int(scores.argmin())
-    for i, image in enumerate(images):
+    draw.text((12, 8), f"{name}: mean {score_text(float(scores.nanmean()))}", fill=INK, font=font(15))
+    best, worst = int(scores.nan_to_num(-math.inf).argmax()), int(scores.nan_to_num(math.inf).argmin())
+    for i, (image, scale, size) in enumerate(zip(images, scales, sizes)):
         x, y = 12 + i % columns * cell[0], 34 + i // columns * cell[1]
+        left, top = x + (wide - size[0]) // 2, y + high - size[1]
         if best != worst and i in (best, worst):
-            draw.rectangle([x - 4, y - 4, x + size[0] + 3, y + size[1] + 3], fill=BETTER if i == best else WORSE)
+            draw.rectangle([left - 4, top - 4, left + size[0] + 3, top + size[1] + 3], fill=BETTER if i == best else WORSE)
         resampling = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-        picture.paste(to_picture(image).resize(size, resampling), (x, y))
-        draw.text((x, y + size[1] + 5), f"{scores[i]:.4f}", fill=INK, font=font(13))
-        prompt = prompts[i]
-        while prompt and draw.textlength(prompt, font(11)) > size[0]:
-            prompt = prompt[:-2]
-        draw.text((x, y + size[1] + 22), prompt if prompt == prompts[i] else f"{prompt}..", fill=GREY, font=font(11))
+        picture.paste(to_picture(image).resize(size, resampling), (left, top))
+        draw.text((x, y + high + 5), score_text(float(scores[i])), fill=INK, font=font(13))
+        draw.text((x, y + high + 22), shortened(draw, (labels or prompts)[i], 11, wide), fill=GREY, font=font(11))
     return picture
+
+
+def shortened(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
+    """As much of the text as fits into `width` pixels."""
+    short = text.replace("\n", " ")
+    while short and draw.textlength(short, font(size)) > width:
+        short = short[:-2]
+    return short if len(short) == len(text) else f"{short}.."
 
 
 def noise_picture(levels: list[float], kind: str, width: int = 420, height: int = 200) -> Image.Image:

@@ -1,5 +1,5 @@
 """The tree's settings, and the trees of one iteration as flat tensors per layer."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -77,3 +77,11 @@ class Forest:
     def rows(self, layer: int) -> Tensor:
         """Conditioning row of every node of a layer: [P * trees * branching^layer]."""
         return torch.tensor(self.prompts).repeat_interleave(self.trees * self.branching ** layer)
+
+    def only(self, keep: Tensor) -> "Forest":
+        """The trees of these prompts [P], without retained graphs."""
+        def part(layer: Tensor) -> Tensor:
+            return layer.unflatten(0, (len(self.prompts), -1))[keep.to(layer.device)].flatten(0, 1)
+
+        return replace(self, prompts=[row for row, kept in zip(self.prompts, keep.tolist()) if kept], states=[part(x) for x in self.states],
+                       log_probs=[part(x) for x in self.log_probs], velocities=[part(x) for x in self.velocities], leaves=part(self.leaves), graphs={})

@@ -1,10 +1,15 @@
 """TreeRPO's nodes, one file per stage of the graph, in the order an artist wires them."""
 from .policy import PolicyNode, Prompts, TinyModel
-from .reward import CombineRewards, ImageMeasure, ScoreImages
+from .reward import CombineRewards, ImageFolder, ScoreImages
+from .reward_models import (AestheticLoader, ClipScoreLoader, HpsLoader, ImageMeasure, ImageRewardLoader, ImageSimilarity, PickScoreLoader,
+                            ServerRewardNode)
 from .sample import TreeSampler
 from .save import PolicyToLora, SaveTreeLora
 from .shape import DepthNoise, Shape
 from .train import Advantages, GRPOUpdate, LayerTuningUpdate
+from .trainer import ObjectiveNode, PromptListNode, TrainerNode
 
-NODES = [TinyModel, Prompts, PolicyNode, Shape, DepthNoise, TreeSampler, ImageMeasure, CombineRewards, ScoreImages, Advantages, GRPOUpdate,
-         LayerTuningUpdate, PolicyToLora, SaveTreeLora]
+NODES = [TinyModel, Prompts, PolicyNode, Shape, DepthNoise, TreeSampler,
+         ImageRewardLoader, HpsLoader, PickScoreLoader, ClipScoreLoader, AestheticLoader, ImageSimilarity, ImageMeasure, ServerRewardNode,
+         CombineRewards, ImageFolder, ScoreImages, Advantages, GRPOUpdate, LayerTuningUpdate,
+         PromptListNode, ObjectiveNode, TrainerNode, PolicyToLora, SaveTreeLora]

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..core.backends.comfy import ComfyPolicy, refuse_other_than_flow
-from ..core.checkpoint import Run, refuse_other_settings
+from ..core.checkpoint import Run, describe, list_checkpoints, refuse_other_settings
 from ..core.lora import TARGETS, choose_layers
 from . import tiny
 from .schema import Policy, expert, plain_name, schema
@@ -29,19 +29,56 @@ class LivePolicy:
 _RUNS: dict[Path, Run] = {}
 
 
-def open_run(name: str, model, *, rank: int, alpha: float, targets: str, dtype: str, seed: int) -> Run:
-    """The run of this name: from memory, else from disk, else new. Other settings than the run's own are refused."""
+def open_run(name: str, model, *, rank: int, alpha: float, targets: str, dtype: str, seed: int, begin_from: Path | None = None) -> Run:
+    """The run of this name: from memory, else from disk, else new. Other settings than the run's own are refused.
+
+    begin_from: a checkpoint's folder, of this run or another, that a new run takes over as its own beginning.
+    """
     refuse_other_than_flow(model)
     folder = run_folder(name)
     layers = list(choose_layers(model.model.diffusion_model, targets))
     config = {"rank": rank, "alpha": alpha, "targets": targets, "dtype": dtype, "seed": seed, "base_model": base_model(model),
               "adapted": hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()}
     run = _RUNS.get(folder)
-    if run is not None and run.iteration > 0 and (folder / "state.pt").exists():
+    if run is not None and run.iteration > 0 and not run.was_deleted():
         refuse_other_settings(name, run.config, config)
         return run
     run = _RUNS[folder] = Run.open(folder, ComfyPolicy.new_adapters(model, rank, alpha, targets, DTYPES[dtype], seed), config)
+    if begin_from is not None and run.iteration == 0:
+        run.restore(begin_from)
     return run
+
+
+BY_NAME, NOTHING = "(run_name)", "(nothing)"
+
+
+def known_runs() -> list[str]:
+    """Names of the runs on the disk, the newest first."""
+    folder = Path(folder_paths.get_output_directory()) / "treerpo"
+    states = sorted(folder.glob("*/state.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent.name for path in states]
+
+
+def known_checkpoints() -> list[str]:
+    """What a new run can begin from: 'run @ 80', 'run @ best', 'run @ newest'."""
+    found = []
+    for name in known_runs():
+        folder = run_folder(name)
+        best = [f"{name} @ best"] if describe(folder / "best") else []
+        found += [f"{name} @ newest", *best, *(f"{name} @ {checkpoint.iteration}" for checkpoint in list_checkpoints(folder))]
+    return found
+
+
+def checkpoint_folder(choice: str) -> Path | None:
+    """The folder of a choice of `known_checkpoints`."""
+    if choice == NOTHING:
+        return None
+    name, _, which = choice.rpartition(" @ ")
+    folder = run_folder(name)
+    place = {"newest": folder, "best": folder / "best"}.get(which) or folder / "checkpoints" / f"{int(which) if which.isdecimal() else -1:06d}"
+    if not (place / "state.pt").is_file():
+        raise ValueError(f"There is no checkpoint '{choice}' any more: choose another one under begin_from.")
+    return place
 
 
 def run_folder(name: str) -> Path:
@@ -147,6 +184,11 @@ class PolicyNode(io.ComfyNode):
                 expert(io.Boolean.Input("checkpointing", default=True, optional=True,
                                         tooltip="Recompute each block in the backward pass: far less memory, about a third slower updates. Exact either way.")),
                 expert(io.Int.Input("init_seed", default=0, min=0, max=2 ** 31, optional=True, tooltip="Seed of the LoRA's first values.")),
+                expert(io.Combo.Input("resume", options=[BY_NAME, *known_runs()], default=BY_NAME, optional=True,
+                                      tooltip="Go on with one of your runs, instead of typing its name above. Reload the page's node definitions (R) for new ones.")),
+                expert(io.Combo.Input("begin_from", options=[NOTHING, *known_checkpoints()], default=NOTHING, optional=True,
+                                      tooltip="For a new run name: begin from an older checkpoint of this or another run, optimizer and history included. The old run "
+                                              "stays as it is.")),
             ],
             outputs=[Policy.Output(display_name="policy")])
 
@@ -155,10 +197,17 @@ class PolicyNode(io.ComfyNode):
         return float("nan")  # a new NaN each time: the run moves on between queue runs
 
     @classmethod
-    def execute(cls, model, run_name, rank, alpha, targets, pattern="", adapter_dtype="float32", checkpointing=True, init_seed=0) -> io.NodeOutput:
+    def validate_inputs(cls, resume=BY_NAME, begin_from=NOTHING):
+        return True  # a run that is gone is explained when the node runs
+
+    @classmethod
+    def execute(cls, model, run_name, rank, alpha, targets, pattern="", adapter_dtype="float32", checkpointing=True, init_seed=0, resume=BY_NAME,
+                begin_from=NOTHING) -> io.NodeOutput:
         if targets == "pattern" and not pattern.strip():
             raise ValueError("Targets are set to 'pattern', but the pattern is empty: write a regular expression over module names.")
+        if resume != BY_NAME and not (run_folder(resume) / "state.pt").exists():
+            raise ValueError(f"There is no run '{resume}' any more: choose another one under resume, or {BY_NAME}.")
         with torch.inference_mode(False):
-            run = open_run(run_name, model, rank=rank, alpha=alpha, targets=pattern if targets == "pattern" else targets, dtype=adapter_dtype,
-                           seed=init_seed)
+            run = open_run(run_name if resume == BY_NAME else resume, model, rank=rank, alpha=alpha, targets=pattern if targets == "pattern" else targets,
+                           dtype=adapter_dtype, seed=init_seed, begin_from=checkpoint_folder(begin_from))
             return io.NodeOutput(LivePolicy(ComfyPolicy(model, run.adapters, checkpointing), run))

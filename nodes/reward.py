@@ -1,74 +1,124 @@
-"""Reward models, and scoring images with them."""
-from dataclasses import dataclass
+"""Combining rewards, scoring images with them, and the images of a folder to score."""
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import folder_paths
+import node_helpers
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
+from PIL import Image, ImageOps
 
 from ..core import plot
-from ..core.rewards.combine import combine, scores
-from ..core.rewards.measure import KINDS, Measure
-from .schema import RewardModel, Rewards, expert, schema
+from ..core.advantage import total_reward
+from ..core.rewards.combine import Scores, combine, scores
+from .schema import RewardModel, Rewards, expert, growing, grown, schema
+
+MOST_REWARDS = 16
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass
-class Scores:
-    """What flows along a REWARDS wire: per-image scores by reward name, and the images for the tree's picture."""
-    values: dict[str, torch.Tensor]  # each [B]
-    weights: dict[str, float]        # by reward name
-    prompts: list[str]               # one per image
-    images: torch.Tensor             # [B, H, W, 3] in 0..1
-
-
-class ImageMeasure(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            "TreeRPOMeasure", "Image Measure",
-            description="A reward that is measured in the picture itself, without any model: for trying a graph. Foreground size is the share of "
-                        "pixels that differ from the border's median colour.",
-            search_aliases=["reward", "brightness", "colour reward"],
-            inputs=[
-                io.Combo.Input("measure", options=list(KINDS), default="foreground size", tooltip="What to measure."),
-                io.Combo.Input("direction", options=["more", "less"], default="more", tooltip="Whether more or less of it is better."),
-                expert(io.String.Input("colour", default="#ff0000", optional=True,
-                                       tooltip="For measure = colour: the colour the picture's mean should come close to, as #rrggbb.")),
-                expert(io.Float.Input("threshold", default=0.25, min=0.01, max=1.7, step=0.01, optional=True,
-                                      tooltip="For foreground size: how far a pixel must be from the background to count. Higher = only strong differences.")),
-            ],
-            outputs=[RewardModel.Output(display_name="reward_model")])
-
-    @classmethod
-    def execute(cls, measure, direction, colour="#ff0000", threshold=0.25) -> io.NodeOutput:
-        return io.NodeOutput(Measure(measure, rgb(colour), threshold, 1.0 if direction == "more" else -1.0))
-
-
-def rgb(text: str) -> tuple[float, float, float]:
-    digits = text.strip().lstrip("#")
-    try:
-        if len(digits) != 6:
-            raise ValueError
-        return tuple(int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4))
-    except ValueError:
-        raise ValueError(f"'{text}' is not a colour: write it as #rrggbb, such as #ff8800.") from None
+class Scored(Scores):
+    """What flows along a REWARDS wire: the scores, and the images for the tree's picture."""
+    prompts: list[str] = field(default_factory=list)  # one per image
+    images: torch.Tensor | list = ()                  # [B, H, W, 3] in 0..1, or a list of [H, W, 3] of several sizes
 
 
 class CombineRewards(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        def weight(name):
-            return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.05,
-                                  tooltip="Higher = counts more. Only the proportion matters while learning; below 0 = the less, the better.")
         return schema(
             "TreeRPOCombine", "Combine Rewards",
-            description="Two rewards as one; chain it for more. While learning, each is first compared within its prompt's group on its own scale "
-                        "(z-score), then weighted, so that the one with the larger numbers does not win. TreeGRPO uses 0.8 HPSv2.1 + 0.2 CLIPScore.",
-            search_aliases=["multi reward", "weighted reward"],
-            inputs=[RewardModel.Input("reward_a"), weight("weight_a"), RewardModel.Input("reward_b"), weight("weight_b")],
+            description="Several rewards as one. While learning, each is first compared within its prompt's group on its own scale (z-score), then "
+                        "weighted, so that the one with the larger numbers does not win. TreeGRPO uses 0.8 HPSv2.1 + 0.2 CLIPScore.",
+            search_aliases=["multi reward", "weighted reward", "ensemble"],
+            inputs=[
+                growing(RewardModel, "rewards", "reward", MOST_REWARDS),
+                io.String.Input("weights", default="1, 1", tooltip="One number per reward, in their order, such as 0.8, 0.2. Higher = counts more; below 0 "
+                                                                   "= the less, the better. Empty = all count the same."),
+                io.Combo.Input("mode", options=["z-score each, then weight", "raw weighted sum"], default="z-score each, then weight",
+                               tooltip="z-score: rewards of any scale count by their weights. raw: scores are added as they are, so that the reward with the "
+                                       "larger numbers counts more."),
+            ],
             outputs=[RewardModel.Output(display_name="reward_model")])
 
     @classmethod
-    def execute(cls, reward_a, weight_a, reward_b, weight_b) -> io.NodeOutput:
-        return io.NodeOutput(combine(reward_a, weight_a, reward_b, weight_b))
+    def execute(cls, weights, mode, rewards=None, **inputs) -> io.NodeOutput:
+        models = grown(rewards, inputs, "rewards", "reward", MOST_REWARDS)
+        if not models:
+            raise ValueError("Combine Rewards has no reward connected: connect at least one reward model.")
+        return io.NodeOutput(combine(models, numbers(weights, len(models)), raw=mode == "raw weighted sum"))
+
+
+def numbers(text: str, count: int) -> list[float]:
+    """The weights a user wrote; all 1 when there are none."""
+    words = text.replace(",", " ").replace(";", " ").split()
+    try:
+        found = [float(word) for word in words] or [1.0] * count
+    except ValueError:
+        raise ValueError(f"The weights '{text}' are not numbers: write one number per reward, such as 0.8, 0.2.") from None
+    if len(found) != count:
+        raise ValueError(f"There are {len(found)} weights for {count} rewards: write one number per reward, or none.")
+    return found
+
+
+class ImageFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPOFolder", "Image Folder",
+            description="All pictures of a folder, one by one, in the order of their names: to score and rank them, no training involved.",
+            search_aliases=["load images", "batch folder", "rank images"],
+            inputs=[
+                io.String.Input("folder", default="", tooltip="A folder inside ComfyUI's input folder; output/... for one inside the output folder. "
+                                                              "Empty = the input folder itself. Links to other folders work."),
+                io.String.Input("prompt", default="", multiline=True, tooltip="For pictures without a text of their own. A file with the picture's name and "
+                                                                             "the ending .txt is that picture's prompt."),
+                io.Int.Input("limit", default=256, min=1, max=100000, tooltip="At most so many pictures. Higher = more memory."),
+            ],
+            outputs=[io.Image.Output(display_name="images", is_output_list=True), io.String.Output(display_name="names", is_output_list=True),
+                     io.String.Output(display_name="prompts", is_output_list=True)])
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, prompt, limit):
+        try:
+            return sorted((file.name, file.stat().st_mtime) for file in picture_folder(folder).iterdir())
+        except (ValueError, OSError):
+            return float("nan")
+
+    @classmethod
+    def execute(cls, folder, prompt, limit) -> io.NodeOutput:
+        files = [file for file in sorted(picture_folder(folder).iterdir()) if file.suffix.lower() in PICTURES][:limit]
+        if not files:
+            raise ValueError(f"There is no picture in '{folder or 'the input folder'}'.")
+        texts = [file.with_suffix(".txt") for file in files]
+        prompts = [text.read_text("utf-8", errors="replace").strip() if text.is_file() else prompt.strip() for text in texts]
+        return io.NodeOutput([load_picture(file) for file in files], [file.name for file in files], prompts)
+
+
+def picture_folder(text: str) -> Path:
+    """A folder inside ComfyUI's input or output folder; nothing else on the disk is shown."""
+    parts = Path(text.strip().replace("\\", "/")).parts
+    base = folder_paths.get_output_directory() if parts[:1] == ("output",) else folder_paths.get_input_directory()
+    inside = parts[1:] if parts[:1] in (("output",), ("input",)) else parts
+    if any(part in ("..", "/") or ":" in part for part in inside):
+        raise ValueError(f"'{text}' is not inside ComfyUI's input folder: move or link the folder there, or write output/... for one in the output folder.")
+    folder = Path(base).joinpath(*inside)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder '{'/'.join(inside)}' in ComfyUI's {Path(base).name} folder.")
+    return folder
+
+
+def load_picture(file: Path) -> torch.Tensor:
+    """[1, H, W, 3] in 0..1, upright, on white where it was transparent."""
+    try:
+        picture = node_helpers.pillow(ImageOps.exif_transpose, node_helpers.pillow(Image.open, file))
+        if picture.mode in ("RGBA", "LA", "P"):
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return plot.to_tensor(picture)
+    except OSError as error:
+        raise ValueError(f"The picture {file.name} cannot be read ({error}): remove it from the folder.") from error
 
 
 class ScoreImages(io.ComfyNode):
@@ -76,38 +126,83 @@ class ScoreImages(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "TreeRPOScore", "Score Images",
-            description="Scores every image with a reward model. Works on any images; for training, connect the decoded leaves of Tree Sampler.",
-            search_aliases=["reward", "aesthetic score", "rank images"],
-            is_output_node=True,
+            description="Scores every image with a reward model, and ranks them. Works on any images, no training needed; for training, connect the "
+                        "decoded leaves of Tree Sampler.",
+            search_aliases=["reward", "aesthetic score", "rank images", "best of n", "clip score", "hps", "pickscore"],
+            is_output_node=True, is_input_list=True,
             inputs=[
                 RewardModel.Input("reward_model"),
                 io.Image.Input("images"),
                 io.String.Input("prompts", multiline=True, default="", tooltip="One prompt per line. With several, the images are taken in equal "
                                                                                 "parts: the first part belongs to the first prompt, and so on."),
+                io.Int.Input("best_n", default=1, min=1, max=4096, optional=True, tooltip="How many of the best images of each prompt go to the output 'best'."),
+                expert(io.String.Input("names", default="", optional=True, force_input=True, tooltip="Names to show instead of image numbers.")),
             ],
             outputs=[Rewards.Output(display_name="rewards"), io.String.Output(display_name="table"),
-                     io.Image.Output(display_name="sheet", tooltip="The images with their scores, as one picture.")])
+                     io.Image.Output(display_name="sheet", tooltip="The images with their scores, as one picture."),
+                     io.Image.Output(display_name="best", is_output_list=True, tooltip="The best images of each prompt, best first."),
+                     io.Int.Output(display_name="order", is_output_list=True, tooltip="Numbers of all images, counted from 0: the best of its prompt first.")])
 
     @classmethod
-    def execute(cls, reward_model, images, prompts) -> io.NodeOutput:
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()] or [""]
-        if len(images) % len(lines):
-            raise ValueError(f"{len(images)} images cannot be shared out evenly over {len(lines)} prompts: give one prompt per line, each with as many images.")
-        per_image = [line for line in lines for _ in range(len(images) // len(lines))]
+    def execute(cls, reward_model, images, prompts, best_n=(1,), names=()) -> io.NodeOutput:
+        reward = reward_model[0]
         with torch.inference_mode(False), torch.no_grad():
-            images = images.clone()
-            values, weights = scores(reward_model, images, per_image)
-        text = table(values, per_image)
-        total = sum(weights[name] * values[name] for name in values)
-        sheet = plot.to_tensor(plot.score_sheet(images, total, per_image, reward_model.name))
-        return io.NodeOutput(Scores(values, weights, per_image, images), text, sheet, ui={"text": (text,)})
+            every = [image.clone() for batch in images for image in batch]
+            stacked = torch.stack(every) if len({image.shape for image in every}) == 1 else every
+            per_image = spread([text.strip() for text in prompts], len(every))
+            found = scores(reward, stacked, per_image)
+        total = total_reward(found.values, found.weights)
+        order = ranking(found, total, per_image)
+        labels = list(names) if len(names) == len(every) else None
+        text = table(found.values, per_image, labels)
+        sheet = plot.to_tensor(plot.score_sheet(every, total, per_image, reward.name, labels=labels))
+        best = [every[i][None] for group in order for i in group[:best_n[0]]]
+        return io.NodeOutput(Scored(found.values, found.weights, found.raw, per_image, stacked), text, sheet, best,
+                             [i for group in order for i in group], ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": (text,)})
 
 
-def table(values: dict[str, torch.Tensor], prompts: list[str]) -> str:
+def spread(texts: list[str], count: int) -> list[str]:
+    """One prompt per image: as many texts as images, or the lines of one text, each for an equal part of the images."""
+    if len(texts) == count and count > 1:
+        return texts
+    lines = [line.strip() for line in texts[0].splitlines() if line.strip()] or [""]
+    if len(texts) > 1 or count % len(lines):
+        raise ValueError(f"{count} images cannot be shared out evenly over {max(len(texts), len(lines))} prompts: give one prompt per line, each with as "
+                         "many images.")
+    return [line for line in lines for _ in range(count // len(lines))]
+
+
+def ranking(found: Scores, total: torch.Tensor, prompts: list[str]) -> list[list[int]]:
+    """Image numbers of each prompt, best first, those without a score last. Several rewards are compared as while learning:
+    z-scored within the prompt's images, then weighted."""
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    ranked = []
+    for members in groups.values():
+        value = total[members]
+        if len(found.values) > 1 and not found.raw and len(members) > 1:
+            value = sum(found.weights[name] * zscore(scores[members]) for name, scores in found.values.items())
+        ranked.append([members[j] for j in value.nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()])
+    return ranked
+
+
+def zscore(values: torch.Tensor) -> torch.Tensor:
+    """NaN stays NaN."""
+    centred = values - values.nanmean()
+    return centred / (centred.square().nanmean().sqrt() + 1e-8)
+
+
+def table(values: dict[str, torch.Tensor], prompts: list[str], names: list[str] | None = None) -> str:
     """Scores per image, best first, and their mean and spread."""
     rows = []
     for name, found in values.items():
-        rows.append(f"{name}: mean {found.mean():.4f}, std {found.std(correction=0):.4f}, best {found.max():.4f} (image {int(found.argmax())})")
-        for i in found.argsort(descending=True).tolist():
-            rows.append(f"{found[i]:9.4f}  image {i:3d}  {prompts[i][:60]}")
+        known = found[found.isfinite()]
+        if not len(known):
+            rows.append(f"{name}: no score for any of the {len(found)} images")
+            continue
+        order = found.nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()
+        missing = f", {len(found) - len(known)} without a score" if len(known) < len(found) else ""
+        rows.append(f"{name}: mean {known.mean():.4f}, std {known.std(correction=0):.4f}, best {known.max():.4f} (image {order[0]}){missing}")
+        rows += [f"{plot.score_text(float(found[i])):>9}  {names[i] if names else f'image {i:3d}'}  {prompts[i][:60]}" for i in order]
     return "\n".join(rows)

@@ -47,7 +47,6 @@ class SaveTreeLora(io.ComfyNode):
         path = target(lora_name)
         refuse_foreign(path, policy.run.folder.name)
         metadata = {**policy.run.metadata(), "treerpo.prompts_blake2b": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(policy.run.adapters.state_dict(), metadata=metadata))
         text = f"{path.name}: {policy.run.iteration} iterations of run '{policy.run.folder.name}'"
         return io.NodeOutput(str(path), ui={"text": (text,)})

@@ -10,8 +10,10 @@ TreeShape = io.Custom("TREERPO_SHAPE")        # core.tree.TreeShape
 Noise = io.Custom("TREERPO_NOISE")            # core.noise.NoiseSchedule
 Tree = io.Custom("TREERPO_TREE")              # nodes.sample.SampledTree
 RewardModel = io.Custom("TREERPO_REWARD")     # anything with core.rewards' score()
-Rewards = io.Custom("TREERPO_REWARDS")        # nodes.reward.Scores
+Rewards = io.Custom("TREERPO_REWARDS")        # nodes.reward.Scored
 EdgeAdvantages = io.Custom("TREERPO_ADVANTAGES")  # nodes.train.Credit
+Prompts = io.Custom("TREERPO_PROMPTS")         # core.prompts.PromptList
+ObjectiveSettings = io.Custom("TREERPO_OBJECTIVE")  # (core.objective.Objective, only_good)
 LoraModel = io.Custom("LORA_MODEL")           # core's type: dict of tensors
 
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
@@ -20,6 +22,7 @@ _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 def schema(node_id: str, display_name: str, **fields) -> io.Schema:
     """io.Schema without the fields this ComfyUI does not have yet (search_aliases before 0.4)."""
     fields.setdefault("category", CATEGORY)
+    fields["inputs"] = [part for field in fields.get("inputs", []) for part in (field if isinstance(field, list) else [field])]
     return io.Schema(node_id=node_id, display_name=display_name, **{name: value for name, value in fields.items() if name in _KNOWN})
 
 
@@ -35,3 +38,16 @@ def plain_name(text: str, what: str) -> str:
     if not name or name in (".", "..") or any(c in name for c in '/\\:*?"<>|'):
         raise ValueError(f"'{text}' cannot be a {what} name: use a plain name without slashes or any of :*?\"<>|.")
     return name
+
+
+def growing(kind, name: str, prefix: str, most: int) -> io.Input | list[io.Input]:
+    """Inputs that grow as they are connected; on ComfyUI without such inputs, `most` optional ones under the same names."""
+    if hasattr(io, "Autogrow"):
+        return io.Autogrow.Input(name, template=io.Autogrow.TemplatePrefix(kind.Input(prefix), prefix=prefix, min=1, max=most))
+    return [kind.Input(f"{name}.{prefix}{i}", optional=True) for i in range(most)]
+
+
+def grown(together: dict | None, apart: dict, name: str, prefix: str, most: int) -> list:
+    """What is connected to growing inputs, in their order: a dict on new ComfyUI, single inputs on old."""
+    found = {**{key.removeprefix(f"{name}."): value for key, value in apart.items()}, **(together or {})}
+    return [found[key] for key in (f"{prefix}{i}" for i in range(most)) if found.get(key) is not None]

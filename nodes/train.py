@@ -8,9 +8,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core import plot
-from ..core.advantage import ESTIMATORS, WEIGHTS, edge_advantages, leaf_advantages
+from ..core.advantage import ESTIMATORS, WEIGHTS, edge_advantages, leaf_advantages, total_reward
 from ..core.memory import MicroBatch
 from ..core.objective import RATIOS, STEP_WEIGHTS, TARGETS, Objective
+from ..core.training import best_rewards, reward_metrics, running_best
 from ..core.update import update
 from .schema import EdgeAdvantages, Policy, Rewards, Tree, expert, schema
 from .policy import LivePolicy
@@ -21,7 +22,7 @@ class Credit:
     """What flows along an ADVANTAGES wire: advantages of every window edge, and the rewards they come from."""
     layers: list[torch.Tensor]        # per layer [P * trees * branching^(layer+1)]
     rewards: dict[str, torch.Tensor]  # [P * K] by reward name
-    total: torch.Tensor               # [P * K] their weighted sum
+    total: torch.Tensor               # [P * K] their weighted sum, NaN where one is missing
     zero_spread: torch.Tensor         # [P] groups that train nothing
     tree_picture: object              # PIL image
 
@@ -57,9 +58,9 @@ class Advantages(io.ComfyNode):
                     raise ValueError(f"Reward '{name}' scored {len(values)} images, but the tree has {len(forest.leaves)} leaves: decode and score all "
                                      "leaves of this tree, and nothing else.")
             prompts = len(forest.prompts)
-            leaf, flat = leaf_advantages(rewards.values, prompts, rewards.weights, clip)
+            leaf, flat = leaf_advantages(rewards.values, prompts, rewards.weights, clip, rewards.raw)
             layers = edge_advantages(estimator, [p.cpu() for p in forest.log_probs], leaf, forest.branching, prompts, weights, forest.leaves[0].numel())
-            total = sum(rewards.weights[name] * values for name, values in rewards.values.items())
+            total = total_reward(rewards.values, rewards.weights)
             picture = plot.tree_picture(forest, layers, total, rewards.images, rewards.prompts)
         image = plot.to_tensor(picture)
         return io.NodeOutput(Credit(layers, rewards.values, total, flat, picture), image, ui=ui.PreviewImage(image, cls=cls))
@@ -158,13 +159,14 @@ def learn(cls, policy, tree, advantages, objective, learning_rate, max_grad_norm
         if forest.graphs and velocity.fingerprint() != tree.fingerprint:  # the weights have moved or learned since: recompute
             forest.graphs.clear()
         goals = own_images(velocity, images, forest)
-        best = advantages.total.view(len(forest.prompts), -1).amax(1)
+        best = best_rewards(advantages.total, len(forest.prompts))
         allowed = best >= running_best(run.metrics) if only_good else None
         metrics = update(velocity, forest, advantages.layers, run.adamw(learning_rate, weight_decay=weight_decay), objective, micro_batch=batch,
                          max_grad_norm=max_grad_norm, inner_updates=inner_updates, images=goals, allowed=allowed,
                          check=comfy.model_management.throw_exception_if_processing_interrupted)
-        row = {**reward_metrics(advantages), **metrics, "reward_best": float(best.mean()), "window_start": forest.start,
-               "rollout_forwards": tree.rollout_forwards, "forwards": tree.rollout_forwards + metrics["update_forwards"],
+        row = {**reward_metrics(advantages.rewards, advantages.total, len(forest.prompts)),
+               "frac_reward_zero_std": float(advantages.zero_spread.float().mean()), **metrics,
+               "reward_best": float(best[best.isfinite()].mean()), "window_start": forest.start, "rollout_forwards": tree.rollout_forwards, "forwards": tree.rollout_forwards + metrics["update_forwards"],
                "learning_rate": learning_rate, "seconds": time.perf_counter() - tree.began, "seconds/rollout": tree.seconds,
                "seconds/update": time.perf_counter() - began}
         curve = plot.reward_curve([*run.metrics, row])
@@ -184,21 +186,3 @@ def own_images(velocity, images: dict | None, forest) -> torch.Tensor | None:
         raise ValueError(f"The images are {list(samples.shape)} as latents, but the leaves are {list(forest.leaves.shape[1:])} for {prompts} prompts: encode "
                          "images of the training size, one per prompt or one for all.")
     return velocity.process_in(samples).to(velocity.device).expand(prompts, -1, -1, -1)
-
-
-def running_best(metrics: list[dict], decay: float = 0.9) -> float:
-    """Running mean of `reward_best` over the iterations so far; -inf before the first."""
-    mean = float("-inf")
-    for row in metrics:
-        mean = row["reward_best"] if mean == float("-inf") else decay * mean + (1 - decay) * row["reward_best"]
-    return mean
-
-
-def reward_metrics(credit: Credit) -> dict[str, float]:
-    """Mean and within-group spread of the rewards of an iteration."""
-    prompts = len(credit.zero_spread)
-    row = {"reward": float(credit.total.mean()), "reward_std": float(credit.total.view(prompts, -1).std(1, correction=0).mean()),
-           "frac_reward_zero_std": float(credit.zero_spread.float().mean())}
-    for name, values in credit.rewards.items():
-        row[f"rewards/{name}/mean"] = float(values.mean())
-    return row

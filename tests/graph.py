@@ -23,6 +23,8 @@ class Graph:
     def call(self, name, **inputs):
         node = self.nodes[f"TreeRPO{name}"]
         prepared = type(node.__name__, (node,), {"hidden": SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)})
+        if node.define_schema().is_input_list:
+            inputs = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
         with torch.inference_mode():
             return prepared.execute(**inputs).result
 
@@ -63,6 +65,9 @@ class Graph:
         reward = self.call("Measure", **{**dict(measure="foreground size", direction="more"), **measure})[0]
         return self.call("Score", reward_model=reward, images=images, prompts=prompts)[0]
 
+    def combine(self, rewards, weights="", mode="z-score each, then weight"):
+        return self.call("Combine", rewards={f"reward{i}": reward for i, reward in enumerate(rewards)}, weights=weights, mode=mode)[0]
+
     def iteration(self, policy, *, sampling=None, update=None, text=TRAIN):
         """One queue run: the metrics row it leaves."""
         positive, prompts = self.prompts(text, policy=policy)
@@ -71,6 +76,15 @@ class Graph:
         credit = self.call("Advantages", tree=tree, rewards=rewards)[0]
         self.call("Update", policy=policy, tree=tree, advantages=credit, **{**UPDATE, **(update or {})})
         return policy.run.metrics[-1]
+
+    def train(self, policy, iterations, *, text=TRAIN, file=None, held_out=0.0, reward=None, objective=None, **settings):
+        """One queue run of the Trainer node: its outputs."""
+        listed = {} if file is None else {"file": file}
+        prompts = self.call("PromptList", text=text, held_out=held_out, **listed)[0]
+        reward = reward or self.call("Measure", measure="foreground size", direction="more")[0]
+        fixed = dict(policy=policy, clip=self.clip, vae=self.vae, prompts=prompts, sigmas=self.sigmas(), latent_image=self.latent(), reward_model=reward,
+                     iterations=iterations, shape=self.shape(), noise=self.noise(), objective=objective)
+        return self.call("Trainer", **{**fixed, **dict(per_iteration=0, learning_rate=1e-3, seed=1, shuffle=False), **settings})
 
     def ksampler(self, model, positive, seed=1, steps=6, batch=1, latent=None):
         """ComfyUI's own KSampler (euler, simple, cfg 1)."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from core.advantage import backup, branch_advantages, edge_advantages, leaf_advantages
+from core.advantage import backup, branch_advantages, edge_advantages, leaf_advantages, total_reward
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "step_values.json").read_text())
 
@@ -104,9 +104,41 @@ def test_outliers_are_clipped():
 
 @pytest.mark.parametrize("rewards, prompts, message", [
     ({}, 1, "no reward"), ({"r": torch.ones(3)}, 3, "group of one"), ({"r": torch.ones(5)}, 2, "5 scores for 2 prompts"),
-    ({"r": torch.tensor([1.0, float("nan")])}, 1, "'r' is not a number for 1 of 2 images"),
-    ({"r": torch.tensor([1.0, float("inf")])}, 1, "not a number"),
+    ({"r": torch.tensor([float("nan"), float("inf")])}, 1, "'r' is not a number for any of the 2 images"),
 ])
 def test_bad_rewards_are_refused(rewards, prompts, message):
     with pytest.raises(ValueError, match=message):
         leaf_advantages(rewards, prompts)
+
+
+@pytest.mark.parametrize("hole", [float("nan"), float("inf"), float("-inf")])
+def test_a_missing_score_is_masked_and_never_counts_as_zero(hole):
+    known = torch.tensor([3.0, 5.0, 9.0])
+    alone, _ = leaf_advantages({"r": known}, 1)
+    masked, flat = leaf_advantages({"r": torch.tensor([3.0, hole, 5.0, 9.0])}, 1)
+    torch.testing.assert_close(masked[[0, 2, 3]], alone)
+    assert masked[1] == 0 and not flat
+    other = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    both, _ = leaf_advantages({"r": torch.tensor([3.0, hole, 5.0, 9.0]), "other": other}, 1)
+    torch.testing.assert_close(both, masked + leaf_advantages({"other": other}, 1)[0])
+
+
+def test_a_group_without_any_score_trains_nothing_and_leaves_the_others_alone():
+    rewards = torch.tensor([float("nan")] * 3 + [1.0, 2.0, 4.0])
+    leaf, flat = leaf_advantages({"r": rewards}, 2)
+    assert flat.tolist() == [True, False] and leaf[:3].abs().max() == 0
+    torch.testing.assert_close(leaf[3:], leaf_advantages({"r": rewards[3:]}, 1)[0])
+
+
+def test_the_raw_sum_lets_the_larger_numbers_count_more():
+    small, large = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([400.0, 100.0, 300.0, 200.0])
+    raw, _ = leaf_advantages({"small": small, "large": large}, 1, {"small": 2.0, "large": 0.5}, raw=True)
+    torch.testing.assert_close(raw, leaf_advantages({"sum": 2 * small + 0.5 * large}, 1)[0])
+    assert raw.argsort().tolist() == large.argsort().tolist()
+    hole, _ = leaf_advantages({"small": small, "large": torch.tensor([400.0, float("nan"), 300.0, 200.0])}, 1, raw=True)
+    assert hole[1] == 0 and hole.isfinite().all()
+
+
+def test_the_total_is_missing_where_a_part_is():
+    total = total_reward({"a": torch.tensor([1.0, float("nan")]), "b": torch.tensor([2.0, 2.0])}, {"a": 3.0})
+    assert total[0] == 5 and total[1].isnan()

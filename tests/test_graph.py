@@ -326,8 +326,8 @@ def test_combined_rewards_are_compared_each_on_its_own_scale(graph):
     tree, leaves = graph.sample(policy, positive)
     images = graph.decode(leaves)
     size, light = (graph.call("Measure", measure=kind, direction="more")[0] for kind in ("foreground size", "brightness"))
-    nested = graph.call("Combine", reward_a=graph.call("Combine", reward_a=size, weight_a=0.5, reward_b=light, weight_b=0.25)[0], weight_a=2.0,
-                        reward_b=size, weight_b=1.0)[0]
+    inner = graph.combine([size, light], "0.5, 0.25")
+    nested = graph.combine([inner, size], "2 1")
     rewards = graph.call("Score", reward_model=nested, images=images, prompts=prompts)[0]
     assert rewards.weights == {"foreground size": 1.0, "brightness": 0.5, "foreground size 2": 1.0}
     credit = graph.call("Advantages", tree=tree, rewards=rewards, clip=100.0)[0]

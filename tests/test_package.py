@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = [path for path in ROOT.glob("core/*.py") if path.name != "fallback.py"] + list(ROOT.glob("core/rewards/*.py"))
 ALLOWED = {"torch", "safetensors"} | sys.stdlib_module_names
+PICTURES = {name: {"PIL"} for name in ("plot.py", "dashboard.py", "measure.py", "server.py")} | {"pixels.py": {"PIL", "numpy"}, "image_reward.py":
+                                                                                                  {"ImageReward", "huggingface_hub"}}  # the last: when used
 
 
 def imported(path):
@@ -21,7 +23,7 @@ def imported(path):
 
 @pytest.mark.parametrize("path", METHOD, ids=lambda path: path.stem)
 def test_the_method_knows_no_host(path):
-    allowed = ALLOWED | ({"PIL"} if path.name == "plot.py" else set())
+    allowed = ALLOWED | PICTURES.get(path.name, set())
     assert set(imported(path)) <= allowed
 
 

@@ -56,18 +56,19 @@ class ComfyPolicy:
         return self.adapters.state_dict()
 
     @contextmanager
-    def session(self, positive, negative=None, cfg: float = 1.0, *, shape, memory_batch: int | None = None):
+    def session(self, positive, negative=None, cfg: float = 1.0, *, shape, memory_batch: int | None = None, alone: bool = False):
         """The policy on its device, ready to sample and to train: yields a ComfyVelocity; gradients are off outside its grad().
 
         positive, negative: CONDITIONING of one entry each, with a row per prompt (the negative: one row for all, or as
         many). shape: (C, H, W) of the latents. memory_batch: latents per model call, for the memory estimate; None = one
-        per prompt. Bad input raises ValueError before anything is loaded or sampled.
+        per prompt. alone: whenever it loads, all other models leave the device. Bad input raises ValueError before anything is loaded or
+        sampled.
         """
         refuse_wrong_latent(self, shape)
         with torch.inference_mode(False), torch.no_grad():
             texts = {"positive": thaw(positive)} | ({"negative": thaw(negative)} if negative is not None else {})
             prompts = refuse_wrong_conditioning(self, texts, cfg)
-            velocity = ComfyVelocity(self, self._clone(), cfg, tuple(shape), prompts, memory_batch or prompts)
+            velocity = ComfyVelocity(self, self._clone(), cfg, tuple(shape), prompts, memory_batch or prompts, alone)
             with ExitStack() as stack:
                 stack.enter_context(_training_kernels())
                 stack.callback(velocity.close)
@@ -91,14 +92,14 @@ class ComfyVelocity:
     """`velocity(x, sigma, rows) -> v` of a policy, alive inside its session. `forwards` counts latents through the network,
     twice where CFG runs a second pass."""
 
-    def __init__(self, policy: ComfyPolicy, patcher, cfg: float, shape: tuple, prompts: int, memory_batch: int):
+    def __init__(self, policy: ComfyPolicy, patcher, cfg: float, shape: tuple, prompts: int, memory_batch: int, alone: bool):
         self.policy, self.cfg, self.shape, self.prompts = policy, cfg, shape, prompts
         self.device = patcher.load_device
         self.forwards = 0
         # Inference mode spares each small operation its autograd bookkeeping, 5 % of a tiny SD3's time. Only for networks
         # known to keep no tensor from one call to the next, which a backward pass could then not use.
         self._inference = policy.architecture in ("flux", "sd3")
-        self._patcher, self._batch = patcher, memory_batch
+        self._patcher, self._batch, self._alone = patcher, memory_batch, alone
         self._latent_format = patcher.model.latent_format
         self._in_training = False
         self._conds, self._options, self._models, self._norms = {}, None, [], []
@@ -146,6 +147,9 @@ class ComfyVelocity:
         patcher = self._patcher
         adapters = self.policy.adapters.to(self.device)
         models = self._models + patcher.get_nested_additional_models()
+        if self._alone:
+            loaded = comfy.model_management.current_loaded_models
+            comfy.model_management.free_memory(1e30, self.device, keep_loaded=[entry for entry in loaded if entry.model in (patcher, *models)])
         comfy.model_management.load_models_gpu([patcher, *models], memory_required=self._memory() + self._control_memory)
         thaw_weights(patcher.model)
         patcher.pre_run()

@@ -1,5 +1,5 @@
 """Several reward models as one. They stay apart until the advantages: z-scored per group first, then weighted."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,10 +9,19 @@ from torch import Tensor
 class Combined:
     """Reward models with weights. Scores are kept by name; core.advantage.leaf_advantages weights them (TreeGRPO)."""
     parts: list[tuple[object, float]]  # (reward model, weight)
+    raw: bool = False                  # sum the raw scores instead of z-scoring each first
 
     @property
     def name(self) -> str:
         return " + ".join(f"{weight:g} {model.name}" for model, weight in self.parts)
+
+
+@dataclass
+class Scores:
+    """Per-image scores by reward name, and how they count together. NaN = no score for this image."""
+    values: dict[str, Tensor]                               # each [B]
+    weights: dict[str, float] = field(default_factory=dict)  # by reward name
+    raw: bool = False                                       # see Combined
 
 
 def parts(reward) -> list[tuple[object, float]]:
@@ -20,22 +29,41 @@ def parts(reward) -> list[tuple[object, float]]:
     return list(reward.parts) if isinstance(reward, Combined) else [(reward, 1.0)]
 
 
-def combine(first, first_weight: float, second, second_weight: float) -> Combined:
-    """Both rewards, each of which may be a combination itself: weights multiply."""
-    return Combined([(model, weight * outer) for reward, outer in ((first, first_weight), (second, second_weight)) for model, weight in parts(reward)])
+def combine(rewards: list, weights: list[float], raw: bool = False) -> Combined:
+    """Rewards, each of which may be a combination itself: weights multiply."""
+    return Combined([(model, weight * outer) for reward, outer in zip(rewards, weights) for model, weight in parts(reward)], raw)
 
 
-def scores(reward, images: Tensor, prompts: list[str], chunk: int = 64) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """({name: scores [B]}, {name: weight}), images [B, H, W, 3] scored `chunk` at a time. Equal names are numbered."""
-    values, weights = {}, {}
+def scores(reward, images: Tensor | list[Tensor], prompts: list[str], chunk: int = 64) -> Scores:
+    """Every image scored by every part of the reward, `chunk` at a time. Equal names are numbered.
+
+    images: [B, H, W, 3], or a list of [H, W, 3] whose sizes may differ. A reward with `group_wise = True` gets all
+    neighbouring images of one prompt in a single call, since it compares them with each other; those need one size.
+    """
+    found = Scores({}, {}, getattr(reward, "raw", False))
     for model, weight in parts(reward):
         name, number = model.name, 2
-        while name in values:
+        while name in found.values:
             name, number = f"{model.name} {number}", number + 1
-        found = [model.score(images[i:i + chunk], prompts[i:i + chunk]).float().cpu() for i in range(0, len(images), chunk)]
-        for i, part in enumerate(found):
-            expected = min(chunk, len(images) - i * chunk)
-            if part.shape != (expected,):
-                raise ValueError(f"The reward '{name}' gave {tuple(part.shape)} scores for {expected} images: it must give one per image.")
-        values[name], weights[name] = torch.cat(found), weight
-    return values, weights
+        values = [_checked(model, images, prompts, part) for part in _slices(images, prompts, chunk, getattr(model, "group_wise", False))]
+        found.values[name], found.weights[name] = torch.cat(values), weight
+    return found
+
+
+def _slices(images, prompts: list[str], chunk: int, grouped: bool) -> list[slice]:
+    """Neighbouring images of one size, at most `chunk` of them; grouped: those of one prompt, however many."""
+    cuts, first = [], 0
+    for i in range(1, len(images) + 1):
+        here = i < len(images) and images[i].shape == images[first].shape and (prompts[i] == prompts[first] if grouped else i - first < chunk)
+        if not here:
+            cuts.append(slice(first, i))
+            first = i
+    return cuts
+
+
+def _checked(model, images, prompts: list[str], part: slice) -> Tensor:
+    batch = images[part] if torch.is_tensor(images) else torch.stack(images[part])
+    values = model.score(batch, prompts[part]).float().cpu()
+    if values.shape != (len(batch),):
+        raise ValueError(f"The reward '{model.name}' gave {tuple(values.shape)} scores for {len(batch)} images: it must give one per image.")
+    return values

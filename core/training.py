@@ -1,0 +1,331 @@
+"""The training loop: N iterations of rollout, scores, credit and update, and what keeps a long run safe.
+
+A host gives the model: `sigmas` [T+1], `session(prompts)` -> a context manager with a velocity model whose conditioning
+rows are these prompts, `roots(velocity, noise)` -> latents to start from, `decode(velocity, leaves)` -> images
+[B, H, W, 3] in 0..1 on the CPU. ComfyUI's is in nodes/trainer.py.
+"""
+import copy
+import importlib
+import logging
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .advantage import edge_advantages, leaf_advantages, total_reward
+from .checkpoint import Run
+from .ema import Ema
+from .health import Evaluation, Skips, Watch, diversity, drift
+from .memory import MicroBatch
+from .noise import NoiseSchedule
+from .objective import Objective
+from .prompts import PromptList, order
+from .rewards.combine import Scores, scores
+from .rollout import grow
+from .tree import Forest, TreeShape
+from .update import update
+
+log = logging.getLogger("treerpo")
+
+
+@dataclass
+class Settings:
+    """How a run is trained. All of it may change when the run goes on; what is part of the adapters themselves is not in here."""
+    per_iteration: int = 1           # prompts per iteration; 0 = all
+    shuffle: bool = True             # prompts in a new order every epoch; off = in turn
+    seed: int = 0                    # of every noise and of the prompts' order
+    new_noise: bool = True           # new noise every iteration
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0       # 0 = off
+    inner_updates: int = 1           # optimizer steps per iteration
+    optimizer: str = "adamw"         # adamw | adamw8bit (bitsandbytes)
+    estimator: str = "treegrpo"      # see core.advantage
+    weights: str = "mean-logprob"
+    advantage_clip: float = 5.0
+    only_good: bool = True           # LayerTuning-RL: imitate only a best image as good as the best ones were on average
+    micro_batch: int = 0             # latents per model call; 0 = all at once
+    retain_share: float = 0.0        # share of the free memory for graphs kept from sampling; 0 = none
+    ema: float = 0.0                 # decay of the adapters' moving average; 0 = none
+    save_every: int = 1              # iterations between two saved states
+    keep_last: int = 3               # checkpoints kept beside the newest state
+    keep_every: int = 20             # iterations between two checkpoints
+    evaluate_every: int = 0          # iterations between two evaluations on held-out prompts; 0 = none
+    most_skips: int = 5              # iterations in a row in which nothing could be learned, before the run stops
+    on_alarm: str = "pause"          # what to do when the health watch speaks: pause | warn | off
+    shape: dict = field(default_factory=dict)      # the tree's, the noise's and the objective's settings, for the record
+    schedule: dict = field(default_factory=dict)
+    objective: dict = field(default_factory=dict)
+
+
+@dataclass
+class Event:
+    """What the trainer tells after every iteration, for bars and pictures."""
+    row: dict                # the iteration's metrics
+    forest: Forest | None    # None where nothing was learned
+    layers: list[Tensor]     # edge advantages
+    images: Tensor           # [P * K, H, W, 3]
+    total: Tensor            # [P * K] their rewards
+    prompts: list[str]       # one per image
+    message: str = ""        # what the health watch says
+
+
+class Trainer:
+    """Trains a run's adapters on a host. `step()` is one iteration; `train(n)` goes on until the run has n."""
+
+    def __init__(self, run: Run, host, prompts: PromptList, shape: TreeShape, schedule: NoiseSchedule, objective: Objective, reward, settings: Settings,
+                 *, judge=None, images: Callable | None = None, check: Callable[[], None] | None = None, progress=None):
+        """judge: a reward that is not trained on. images: velocity -> [P, C, H, W], for the objective's target "images". check: called between all
+        pieces of work, may raise to stop. progress(done, total, denoised): model forwards of this iteration's rollout."""
+        self.run, self.host, self.prompts, self.shape, self.schedule = run, host, prompts, shape, schedule
+        self.objective, self.reward, self.settings, self.judge, self.images = objective, reward, settings, judge, images
+        self.check, self.progress = check or (lambda: None), progress
+        self.micro_batch = MicroBatch(settings.micro_batch)
+        settings.shape, settings.schedule, settings.objective = asdict(shape), asdict(schedule), asdict(objective)
+        self.changes = run.change_settings(asdict(settings))
+        run.ema = Ema(run.adapters, settings.ema) if settings.ema else None
+        if run.extra.pop("paused", False):  # the user has read why, and goes on: the watch begins anew
+            run.extra.pop("watch", None)
+        self.watch = Watch.from_dict(run.extra["watch"]) if "watch" in run.extra else Watch(judge=judge.name if judge is not None else None)
+        self.skips = Skips(**run.extra.get("skips", {}))
+        self._base: HeldOut | None = None
+        if settings.evaluate_every and not prompts.held_out:
+            raise ValueError("Evaluation needs held-out prompts: raise held_out in Prompt List, or set evaluate_every to 0.")
+
+    def train(self, iterations: int, report: Callable[[Event], None] = lambda event: None) -> str:
+        """Go on until the run has `iterations` in all; a sentence on how it ended. The run is saved on every way out."""
+        try:
+            if self.settings.evaluate_every and self.run.iteration < iterations and not self.run.metrics:
+                self._baseline()
+            while self.run.iteration < iterations:
+                event = self.step()
+                report(event)
+                if event.message and self.settings.on_alarm == "pause":
+                    self.run.extra["paused"] = True
+                    self.run.save()
+                    return f"Paused after iteration {self.run.iteration}. {event.message}"
+                if self.skips.too_many(self.settings.most_skips):
+                    raise RuntimeError(f"{self.skips.sentence()} The run is saved at iteration {self.run.iteration}.")
+            return f"{self.run.iteration} iterations done."
+        finally:
+            if self.run.iteration and self.run.unsaved:
+                self.run.save()
+
+    def step(self) -> Event:
+        """One iteration: sample, score, learn, write down. If it is interrupted the policy is what it was before it."""
+        state = self._snapshot() if self.settings.inner_updates > 1 else None
+        try:
+            row, event = self._iterate()
+        except BaseException:
+            if state is not None:
+                self._restore(state)
+            raise
+        event.message = self._write(row)
+        return event
+
+    def _iterate(self) -> tuple[dict, Event]:
+        settings, run, began = self.settings, self.run, time.perf_counter()
+        iteration = run.iteration
+        chosen = [self.prompts.train[i] for i in order(len(self.prompts.train), settings.per_iteration, iteration, settings.seed, settings.shuffle)]
+        texts = [text for text in chosen for _ in range(self.shape.leaves)]
+        with self.host.session(chosen, self.micro_batch) as velocity:
+            forest = self._sample(velocity, len(chosen), iteration if settings.new_noise else 0)
+            sampled = time.perf_counter()
+            images = self.host.decode(velocity, forest.leaves)
+            decoded = time.perf_counter()
+            found = self._score(images, texts, forest)
+            scored = time.perf_counter()
+            row, layers = self._learn(velocity, forest, found)
+            row["forwards"] = row["rollout_forwards"] + row["update_forwards"]
+        now = time.perf_counter()
+        row |= {"seconds": now - began, "seconds/rollout": sampled - began, "seconds/decode": decoded - sampled, "seconds/reward": scored - decoded,
+                "seconds/update": now - scored}
+        total = total_reward(found.values, found.weights)
+        return row, Event(row, forest, layers, images, total, texts)
+
+    def _sample(self, velocity, count: int, iteration: int) -> Forest:
+        settings, sigmas = self.settings, self.host.sigmas
+        start = self.shape.start(self.run.iteration, len(sigmas) - 1, settings.seed)
+        numbers = list(range(count))
+        roots = self.host.roots(velocity, noise.roots(velocity.shape, settings.seed, iteration, numbers, self.shape.trees))
+        retain = settings.retain_share * velocity.free_memory() if settings.retain_share else 0
+        return grow(velocity, roots, sigmas, self.shape, self.schedule, start=start, prompts=numbers, seed=settings.seed, iteration=iteration,
+                    micro_batch=self.micro_batch, retain=retain, progress=self._progress)
+
+    def _progress(self, done: int, total: int, denoised: Tensor) -> None:
+        self.check()
+        if self.progress is not None:
+            self.progress(done, total, denoised)
+
+    def _score(self, images: Tensor, texts: list[str], forest: Forest) -> Scores:
+        """Scores of all leaves; NaN for those whose latent is not finite."""
+        self.check()
+        found = scores(self.reward, images.nan_to_num(0.0), texts)
+        broken = ~forest.leaves.flatten(1).isfinite().all(1).cpu()
+        for values in found.values.values():
+            values[broken] = math.nan
+        return found
+
+    def _learn(self, velocity, forest: Forest, found: Scores) -> tuple[dict, list[Tensor]]:
+        """One update on the prompts that can be learned from; the row of metrics, and the edge advantages."""
+        settings, prompts = self.settings, len(forest.prompts)
+        total = total_reward(found.values, found.weights)
+        broken = broken_groups(forest, found)
+        row = {**reward_metrics(found.values, total, prompts), "window_start": forest.start, "rollout_forwards": velocity.forwards,
+               "skipped_groups": int(broken.sum()), "learning_rate": settings.learning_rate}
+        if broken.all():
+            self.skips.note(True)
+            return {**row, "frac_reward_zero_std": 1.0, "skipped": 0, "update_forwards": 0}, []
+        if broken.any():
+            forest, found = forest.only(~broken), only(found, ~broken)
+        kept = len(forest.prompts)
+        leaf, flat = leaf_advantages(found.values, kept, found.weights, settings.advantage_clip, found.raw)
+        layers = edge_advantages(settings.estimator, [p.cpu() for p in forest.log_probs], leaf, forest.branching, kept, settings.weights,
+                                 forest.leaves[0].numel())
+        best = best_rewards(total_reward(found.values, found.weights), kept)
+        allowed = best >= running_best(self.run.metrics) if settings.only_good else None
+        goals = self.images(velocity, forest) if self.images is not None else None
+        before = velocity.forwards
+        metrics = update(velocity, forest, layers, self.optimizer(), self.objective, micro_batch=self.micro_batch, max_grad_norm=settings.max_grad_norm,
+                         inner_updates=settings.inner_updates, images=goals, allowed=allowed, check=self.check)
+        if self.run.ema is not None:
+            self.run.ema.update()
+        self.skips.note(metrics["skipped"] == settings.inner_updates)
+        return {**row, "frac_reward_zero_std": float(flat.float().mean()), **metrics, "reward_best": float(best[best.isfinite()].mean()),
+                "update_forwards": velocity.forwards - before}, layers
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.run.adamw(self.settings.learning_rate, weight_decay=self.settings.weight_decay,
+                              kind=adamw8bit() if self.settings.optimizer == "adamw8bit" else torch.optim.AdamW)
+
+    def _snapshot(self) -> dict:
+        """The policy and its optimizer as they are, on the CPU: for the one case in which an interrupt can hit between two steps."""
+        optimizer = self.run.optimizer
+        return {"adapters": self.run.adapters.state_dict(), "optimizer": copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None}
+
+    def _restore(self, state: dict) -> None:
+        self.run.adapters.load_state_dict(state["adapters"])
+        if state["optimizer"] is None:
+            self.run.optimizer = None
+        else:
+            self.run.optimizer.load_state_dict(state["optimizer"])
+
+    def _write(self, row: dict) -> str:
+        """Evaluate if it is time to, count the iteration, save what is due; what the health watch says."""
+        run, settings = self.run, self.settings
+        done = run.iteration + 1
+        message, best = "", False
+        if settings.evaluate_every and done % settings.evaluate_every == 0:
+            found, base = self.evaluate(), self._baseline()
+            row |= found.row(base)
+            judged = row.get("eval/judge", row["eval/reward"])
+            best = judged > run.extra.get("best", -math.inf)
+            run.extra["best"] = max(judged, run.extra.get("best", -math.inf))
+            if not self.watch.evaluations:
+                self.watch.evaluate(base.evaluation(0, base))
+            self.watch.evaluate(found.evaluation(done, base))
+        self.watch.see(row)
+        message = (self.watch.verdict() or "") if settings.on_alarm != "off" else ""
+        run.extra |= {"watch": self.watch.to_dict(), "skips": self.skips.to_dict()}
+        run.record({key: value for key, value in row.items() if not (isinstance(value, float) and not math.isfinite(value))})  # JSON knows no NaN
+        if done % settings.save_every == 0:
+            run.save()
+        if best or (settings.keep_last and done % settings.keep_every == 0):
+            run.keep(settings.keep_last if done % settings.keep_every == 0 else 0, best)
+        return message
+
+    def _baseline(self) -> "HeldOut":
+        """The base model on the held-out prompts; worked out once per trainer, since it never changes."""
+        if self._base is None:
+            self._base = self.evaluate(base=True)
+        return self._base
+
+    def evaluate(self, base: bool = False) -> "HeldOut":
+        """The held-out prompts on fixed noise, one image each, by ODE over the whole schedule; with the average where there is one."""
+        texts, sigmas = self.prompts.held_out, self.host.sigmas
+        straight, still = TreeShape(branching=1, depth=1, window="fixed"), NoiseSchedule("ode", 0.0)
+        seed = noise.seed_for(self.settings.seed, "held out")
+        with self.host.session(texts, self.micro_batch) as velocity:
+            roots = self.host.roots(velocity, noise.roots(velocity.shape, seed, 0, list(range(len(texts))), 1))
+            average = self.run.ema.applied() if self.run.ema is not None else nullcontext()
+            with velocity.reference() if base else average:
+                forest = grow(velocity, roots, sigmas, straight, still, start=0, prompts=list(range(len(texts))), micro_batch=self.micro_batch,
+                              progress=lambda *_: self.check())
+            images = self.host.decode(velocity, forest.leaves)
+            self.check()
+            reward = scores(self.reward, images, texts)
+            judge = scores(self.judge, images, texts) if self.judge is not None else None
+        return HeldOut(images, total_reward(reward.values, reward.weights), total_reward(judge.values, judge.weights) if judge else None)
+
+
+@dataclass
+class HeldOut:
+    """One image per held-out prompt, always from the same noise."""
+    images: Tensor         # [H, height, width, 3]
+    reward: Tensor         # [H] the reward that is trained
+    judge: Tensor | None   # [H] the one that is not
+
+    def evaluation(self, iteration: int, base: "HeldOut") -> Evaluation:
+        """As the health watch takes it."""
+        return Evaluation(iteration, self.reward.tolist(), self.judge.tolist() if self.judge is not None else [], diversity(self.images, 1),
+                          drift(self.images, base.images), diversity(base.images, 1))
+
+    def row(self, base: "HeldOut") -> dict[str, float]:
+        """Metrics, beside the base model's on the same prompts and noise."""
+        row = {"eval/reward": float(self.reward.nanmean()), "eval/base_reward": float(base.reward.nanmean()),
+               "eval/drift": drift(self.images, base.images), "eval/diversity": diversity(self.images, 1), "eval/base_diversity": diversity(base.images, 1)}
+        if self.judge is not None:
+            row |= {"eval/judge": float(self.judge.nanmean()), "eval/base_judge": float(base.judge.nanmean())}
+        return row
+
+
+def adamw8bit():
+    """bitsandbytes' AdamW with moments of 8 bits."""
+    try:
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The optimizer adamw8bit needs the package bitsandbytes, which cannot be used here ({error}): pip install bitsandbytes, or choose "
+                         "adamw.") from error
+
+
+def reward_metrics(values: dict[str, Tensor], total: Tensor, prompts: int) -> dict[str, float]:
+    """Mean and within-group spread of the rewards of an iteration; images without a score do not count."""
+    group = total.view(prompts, -1)
+    spread = (group - group.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    row = {"reward": float(group.nanmean()), "reward_std": float(spread.nanmean())}
+    return row | {f"rewards/{name}/mean": float(found.nanmean()) for name, found in values.items()}
+
+
+def best_rewards(total: Tensor, prompts: int) -> Tensor:
+    """The best reward of each prompt [P]; -inf where none has a score."""
+    return total.nan_to_num(-math.inf).view(prompts, -1).amax(1)
+
+
+def running_best(metrics: list[dict], decay: float = 0.9) -> float:
+    """Running mean of `reward_best` over the iterations so far; -inf before the first."""
+    mean = -math.inf
+    for row in metrics:
+        if math.isfinite(best := row.get("reward_best", math.nan)):
+            mean = best if mean == -math.inf else decay * mean + (1 - decay) * best
+    return mean
+
+
+def broken_groups(forest: Forest, found: Scores) -> Tensor:
+    """Prompts that cannot be learned from [P]: a latent that is not finite, or a reward without a single finite score."""
+    prompts = len(forest.prompts)
+    broken = torch.zeros(prompts, dtype=torch.bool)
+    for layer in (*forest.states, *forest.velocities, forest.leaves):
+        broken |= ~layer.view(prompts, -1).isfinite().all(1).cpu()
+    for values in found.values.values():
+        broken |= ~values.view(prompts, -1).isfinite().any(1)
+    return broken
+
+
+def only(found: Scores, keep: Tensor) -> Scores:
+    """The scores of these prompts [P]."""
+    return Scores({name: values.view(len(keep), -1)[keep].flatten() for name, values in found.values.items()}, found.weights, found.raw)

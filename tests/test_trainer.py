@@ -1,0 +1,257 @@
+"""The Trainer node in real ComfyUI, in this process: it is the by-hand graph in a loop, and its runs survive."""
+import json
+import math
+
+import pytest
+import torch
+from graph import Graph
+
+
+@pytest.fixture(params=["flux", "sd3"])
+def graph(request, pack, tmp_path):
+    return Graph(pack, tmp_path, request.param)
+
+
+@pytest.fixture
+def flux(pack, tmp_path):
+    return Graph(pack, tmp_path, "flux")
+
+
+def timeless(rows):
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_trainer_is_the_by_hand_graph_in_a_loop(graph):
+    policy = graph.policy("by hand")
+    for _ in range(3):
+        graph.iteration(policy)
+    trained = graph.policy("trainer")
+    graph.train(trained, 3)
+    keys = ("reward", "reward_std", "rewards/foreground size/mean", "window_start", "forwards", "update_forwards", "loss", "grad_norm", "ratio_first")
+    for by_hand, row in zip(policy.run.metrics, trained.run.metrics, strict=True):
+        assert [row[key] for key in keys] == pytest.approx([by_hand[key] for key in keys], rel=1e-5, abs=1e-7)
+    for key, value in policy.run.adapters.state_dict().items():
+        torch.testing.assert_close(trained.run.adapters.state_dict()[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_outputs(flux):
+    policy, lora, loss, history, picture, status = flux.train(flux.policy(), 2)
+    assert [json.loads(line)["iteration"] for line in history.splitlines()] == [0, 1]
+    assert len(loss["loss"]) == 2 and picture.shape[-1] == 3 and picture.std() > 0 and status == "2 iterations done."
+    same(lora, policy.run.adapters.state_dict())
+    again = flux.train(policy, 2)
+    assert again[-1] == "2 iterations done." and len(again[3].splitlines()) == 2, "a run that is done is not trained further"
+    assert len(flux.train(policy, 3)[3].splitlines()) == 3
+
+
+def test_two_runs_with_one_seed_are_identical_apart_from_times(flux):
+    rows = []
+    for name in ("one", "two"):
+        policy = flux.policy(name)
+        flux.train(policy, 3, per_iteration=1, shuffle=True)
+        rows.append(timeless(policy.run.metrics))
+    assert rows[0] == rows[1]
+    flux.train(third := flux.policy("three"), 3, per_iteration=1, shuffle=True, seed=2)
+    assert timeless(third.run.metrics) != rows[0]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(save_every=2, ema=0.5), dict(inner_updates=2, evaluate_every=2, keep_every=2)])
+def test_stopped_and_resumed_equals_never_stopped(flux, settings):
+    through = flux.policy("through")
+    flux.train(through, 5, held_out=1 if "evaluate_every" in settings else 0, **settings)
+    for until in (1, 2, 5):
+        flux.forget()
+        flux.train(flux.policy("stopped"), until, held_out=1 if "evaluate_every" in settings else 0, **settings)
+    flux.forget()
+    stopped = flux.policy("stopped")
+    assert timeless(stopped.run.metrics) == timeless(through.run.metrics)
+    same(stopped.run.adapters.state_dict(), through.run.adapters.state_dict())
+    lines = (stopped.run.folder / "metrics.jsonl").read_text().splitlines()
+    assert timeless(map(json.loads, lines)) == timeless(through.run.metrics)
+
+
+class StopHere(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("inner_updates", [1, 3])
+def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, monkeypatch, inner_updates):
+    """ComfyUI's stop button is asked between all pieces of work: stop at each of them once, go on, and end where an undisturbed run ends."""
+    import comfy.model_management
+    flux.train(through := flux.policy("through"), 2, inner_updates=inner_updates)
+    asked = count = 0
+
+    def stop():
+        nonlocal count
+        count += 1
+        if count == asked:
+            raise StopHere
+
+    clean = flux.ksampler(flux.model, flux.prompts("a red circle on a white background")[0])
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", stop)
+    stopped = 0
+    for asked in range(1, 200, 11 if inner_updates == 1 else 17):
+        flux.forget()
+        policy, count = flux.policy(f"stopped {asked}"), 0
+        try:
+            flux.train(policy, 2, inner_updates=inner_updates)
+        except StopHere:
+            stopped += 1
+            done = policy.run.iteration
+            assert (policy.run.folder / "state.pt").exists() == (done > 0)
+            assert torch.equal(flux.ksampler(flux.model, flux.prompts("a red circle on a white background")[0]), clean)
+            count = asked
+            flux.train(policy, 2, inner_updates=inner_updates)
+        else:
+            break
+        same(policy.run.adapters.state_dict(), through.run.adapters.state_dict())
+    assert stopped > 3
+
+
+class Broken:
+    """Foreground size, but not a number for some calls or images."""
+    name = "broken"
+
+    def __init__(self, bad):
+        self.bad, self.calls = bad, 0
+
+    def score(self, images, prompts):
+        values = images.mean((1, 2, 3)) + torch.arange(len(images)) * 0.01
+        self.calls += 1
+        return self.bad(values.clone(), self.calls)
+
+
+def nan_first_group(values, call):
+    values[:4] = math.nan
+    return values
+
+
+def test_a_group_without_numbers_is_skipped_and_counted(flux):
+    policy = flux.policy()
+    flux.train(policy, 2, reward=Broken(nan_first_group))
+    row = policy.run.metrics[-1]
+    assert row["skipped_groups"] == 1 and row["grad_norm"] > 0 and math.isfinite(row["reward"]) and row["update_forwards"] == 3
+
+
+def test_a_run_that_learns_nothing_stops_with_the_reason_and_is_saved(flux):
+    policy = flux.policy()
+    before = policy.run.adapters.state_dict()
+    with pytest.raises(RuntimeError, match="Nothing could be learned in 3 iterations in a row"):
+        flux.train(policy, 9, reward=Broken(lambda values, call: values * math.nan), most_skips=3)
+    assert policy.run.iteration == 3 and (policy.run.folder / "state.pt").exists()
+    same(policy.run.adapters.state_dict(), before)
+    single = flux.policy("single")
+    flux.train(single, 5, reward=Broken(lambda values, call: values * (math.nan if call % 2 else 1)), most_skips=2)
+    assert single.run.iteration == 5 and [row["skipped_groups"] for row in single.run.metrics] == [2, 0, 2, 0, 2]
+
+
+def test_a_model_that_gives_nan_trains_nothing(flux, monkeypatch):
+    network = flux.model.model.diffusion_model
+    handle = network.register_forward_hook(lambda module, args, output: output * math.nan)
+    policy = flux.policy()
+    before = policy.run.adapters.state_dict()
+    try:
+        with pytest.raises(RuntimeError, match="not finite numbers"):
+            flux.train(policy, 9, most_skips=2)
+    finally:
+        handle.remove()
+    same(policy.run.adapters.state_dict(), before)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(flux, monkeypatch):
+    policy = flux.policy()
+    for parameter in policy.run.adapters.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+    before = policy.run.adapters.state_dict()
+    with pytest.raises(RuntimeError, match="Nothing could be learned in 2 iterations"):
+        flux.train(policy, 9, most_skips=2)
+    assert [row["skipped"] for row in policy.run.metrics] == [1, 1]
+    same(policy.run.adapters.state_dict(), before)
+
+
+class Judge:
+    """Likes an image the less, the larger its foreground: it must fall when size is trained."""
+    name = "judge"
+
+    def __init__(self, reward):
+        self.reward = reward
+
+    def score(self, images, prompts):
+        return 1 - self.reward.score(images, prompts)
+
+
+def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux):
+    size = flux.call("Measure", measure="foreground size", direction="more")[0]
+    text = "\n".join(f"a {colour} {shape} on a white background" for colour in ("red", "blue", "green") for shape in ("circle", "square", "cross"))
+    settings = dict(text=text, held_out=6, judge=Judge(size), evaluate_every=2, per_iteration=2, learning_rate=3e-3, keep_every=2, keep_last=9)
+    policy = flux.policy()
+    status = flux.train(policy, 40, **settings)[-1]
+    assert status.startswith("Paused after iteration") and "judge" in status and "Roll back to iteration" in status
+    paused = policy.run.iteration
+    assert paused < 40 and (policy.run.folder / "best" / "state.pt").exists()
+    assert [row["iteration"] + 1 for row in policy.run.metrics if "eval/judge" in row] == list(range(2, paused + 1, 2))
+    flux.forget()
+    again = flux.policy()
+    assert flux.train(again, paused + 2, **settings)[-1] == f"{paused + 2} iterations done.", "going on after a pause is the user's decision"
+    warned = flux.policy("warned")
+    assert flux.train(warned, paused + 1, on_alarm="off", **settings)[-1] == f"{paused + 1} iterations done."
+
+
+def test_the_average_is_what_is_evaluated_and_saved(flux):
+    policy = flux.policy()
+    lora = flux.train(policy, 4, ema=0.9)[1]
+    own = policy.run.adapters.state_dict()
+    assert any(not torch.equal(own[key], lora[key]) for key in own)
+    from safetensors.torch import load_file
+    same(load_file(policy.run.folder / "adapter.safetensors"), lora)
+
+
+def test_a_new_run_begins_from_a_checkpoint_and_the_old_one_stays(flux):
+    old = flux.policy("old")
+    flux.train(old, 4, keep_every=2, keep_last=5)
+    before = (old.run.folder / "state.pt").read_bytes()
+    assert flux.pack.nodes.policy.known_checkpoints() == ["old @ newest", "old @ 4", "old @ 2"]
+    new = flux.policy("new", begin_from="old @ 2")
+    assert new.run.iteration == 2 and len(new.run.metrics) == 2
+    flux.train(new, 4, keep_every=2, keep_last=5)
+    same(new.run.adapters.state_dict(), old.run.adapters.state_dict())
+    assert (old.run.folder / "state.pt").read_bytes() == before
+    flux.forget()
+    assert flux.policy("new", begin_from="old @ 2").run.iteration == 4, "only a new run begins anywhere"
+    assert flux.policy("whatever", resume="old").run.folder.name == "old"
+
+
+def test_changed_settings_are_told(flux):
+    policy = flux.policy()
+    flux.train(policy, 1)
+    status = flux.train(policy, 2, learning_rate=5e-4)[-1]
+    assert "learning_rate 0.001 -> 0.0005" in status
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(evaluate_every=2), "Evaluation needs held-out prompts"),
+    (dict(optimizer="adamw8bit"), "needs the package bitsandbytes"),
+    (dict(text="  \n"), "no prompt in it"),
+    (dict(file="../secret.txt"), "not inside ComfyUI's input folder"),
+    (dict(file="absent.txt"), "There is no prompt file"),
+])
+def test_bad_input_is_one_sentence_and_loses_nothing(flux, change, sentence):
+    policy = flux.policy()
+    flux.train(policy, 1)
+    before = (policy.run.folder / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match=sentence):
+        flux.train(policy, 2, **change)
+    assert (policy.run.folder / "state.pt").read_bytes() == before
+
+
+def test_prompts_from_a_file(flux, tmp_path):
+    import folder_paths
+    folder_paths.set_input_directory(str(tmp_path))
+    (tmp_path / "list.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a blue square"}\n')
+    prompts, summary = flux.call("PromptList", text="", file="list.jsonl")
+    assert prompts.train == ["a red circle", "a blue square"] and summary.startswith("2 prompts")
