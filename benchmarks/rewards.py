@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 KINDS = ("hps_v2", "clipscore", "pickscore", "image_reward", "aesthetic")
 PROMPTS = ["a photo of a cat on a mat", "an oil painting of a ship in a storm, dramatic light"]
 
@@ -49,6 +49,45 @@ def hf_clip(folder: Path, large: bool, dtype: torch.dtype) -> Path:
     return folder / "model.safetensors"
 
 
+def image_reward_shapes() -> dict[str, torch.Size]:
+    """BLIP's ViT-L/16 at 224 and BERT-base with cross-attention, as ImageReward.pt names them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, out: int, fan_in: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, fan_in), (out,)
+
+    def norm(name: str, width: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (width,), (width,)
+
+    see, read = "blip.visual_encoder", "blip.text_encoder"
+    shapes |= {f"{see}.cls_token": (1, 1, 1024), f"{see}.pos_embed": (1, 197, 1024), f"{see}.patch_embed.proj.weight": (1024, 3, 16, 16),
+               f"{see}.patch_embed.proj.bias": (1024,), f"{read}.embeddings.word_embeddings.weight": (30524, 768),
+               f"{read}.embeddings.position_embeddings.weight": (512, 768)}
+    for i in range(24):
+        for name, out, fan_in in (("attn.qkv", 3072, 1024), ("attn.proj", 1024, 1024), ("mlp.fc1", 4096, 1024), ("mlp.fc2", 1024, 4096)):
+            linear(f"{see}.blocks.{i}.{name}", out, fan_in)
+        norm(f"{see}.blocks.{i}.norm1", 1024)
+        norm(f"{see}.blocks.{i}.norm2", 1024)
+    norm(f"{see}.norm", 1024)
+    norm(f"{read}.embeddings.LayerNorm", 768)
+    for i in range(12):
+        layer = f"{read}.encoder.layer.{i}"
+        for attention, context in (("attention", 768), ("crossattention", 1024)):
+            for part, fan_in in (("query", 768), ("key", context), ("value", context)):
+                linear(f"{layer}.{attention}.self.{part}", 768, fan_in)
+            linear(f"{layer}.{attention}.output.dense", 768, 768)
+            norm(f"{layer}.{attention}.output.LayerNorm", 768)
+        linear(f"{layer}.intermediate.dense", 3072, 768)
+        linear(f"{layer}.output.dense", 768, 3072)
+        norm(f"{layer}.output.LayerNorm", 768)
+    linear("blip.vision_proj", 256, 1024)
+    linear("blip.text_proj", 256, 768)
+    sizes = (768, 1024, 128, 64, 16, 1)
+    for i, fan_in, out in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):
+        linear(f"mlp.layers.{i}", out, fan_in)
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+
 def make(kind: str, folder: Path) -> Path:
     """The official file, in full size."""
     if kind == "hps_v2":
@@ -58,8 +97,11 @@ def make(kind: str, folder: Path) -> Path:
         file = folder / "HPS_v2.1_compressed.pt"
         torch.save({"state_dict": random_weights({name: value.shape for name, value in model.state_dict().items()}, torch.float16)}, file)
     elif kind == "image_reward":
-        from golden.models import full_size_image_reward
-        file = full_size_image_reward(folder)
+        file = folder / "ImageReward.pt"
+        torch.save(random_weights(image_reward_shapes(), torch.float32), file)
+        (folder / "med_config.json").write_text(json.dumps(dict(num_attention_heads=12, num_hidden_layers=12, hidden_size=768, intermediate_size=3072,
+                                                                vocab_size=30524, layer_norm_eps=1e-12, add_cross_attention=True, hidden_act="gelu")))
+        (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz,")]))
     elif kind == "aesthetic":
         sizes = (768, 1024, 128, 64, 16, 1)
         shapes = {f"layers.{i}.{part}": torch.Size((out, fan_in) if part == "weight" else (out,))

@@ -1,5 +1,6 @@
 """The Trainer: a whole run in one node; its prompts, its objective, and what it will need of the memory."""
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -315,9 +316,9 @@ def memory() -> int | None:
 
 def send_text(text: str, node_id) -> None:
     """A status line under the node; there is no server in tests and scripts."""
-    from server import PromptServer
-    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+    instance = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if node_id is not None and instance is not None:
+        instance.send_progress_text(text, node_id)
 
 
 def _tensorboard(folder: Path):

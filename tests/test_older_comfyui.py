@@ -8,7 +8,7 @@ import pytest
 
 from conftest import COMFYUI
 
-FILES = ("test_backend_comfy.py", "test_graph.py", "test_bad_input.py")
+FILES = ("test_backend_comfy.py", "test_graph.py", "test_bad_input.py", "test_reward_nodes.py", "test_trainer.py")
 
 
 def others() -> list[Path]:
@@ -25,7 +25,7 @@ def test_sd3_on(comfyui):
     if comfyui is None:
         pytest.skip("no older ComfyUI (set TREERPO_COMFYUI_OLDER, or put a ComfyUI-* folder beside ComfyUI)")
     tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", *(str(tests / name) for name in FILES), "-q", "-k", "sd3 or bad_input", "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *(str(tests / name) for name in FILES), "-q", "-k", "sd3 or bad_input or reward_nodes", "-p", "no:cacheprovider", "--tb=short"]
     result = subprocess.run(command, cwd=tests, env={**os.environ, "COMFYUI_PATH": str(comfyui)}, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     last = result.stdout.strip().splitlines()[-1]

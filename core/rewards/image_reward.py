@@ -224,6 +224,7 @@ def _tokenizer(file: Path, given: Path | None):
     """BERT's WordPiece, cutting and padding to 35 tokens."""
     vocabulary = _vocabulary(file, Path(given) if given else None)
     words = package("tokenizers", "tokenizers").BertWordPieceTokenizer(str(vocabulary), lowercase=True)
+    words.add_special_tokens(["[DEC]", "[ENC]"])  # BLIP's, in this order; the embedding has their two rows, vocab.txt does not
     words.enable_truncation(TOKENS)
     words.enable_padding(length=TOKENS, pad_id=words.token_to_id("[PAD]") or 0)
     return words

@@ -30,7 +30,10 @@ def short_side(images: Tensor, size: int, rounded_crop: bool, differentiable: bo
     height, width = images.shape[1:3]
     new = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
     whole = quantise(images[..., :3])
-    resized = resize_with_gradient(whole, *new) if differentiable else resize_with_pillow(whole, *new)
+    resized = resize_with_pillow(whole, *new)
+    if differentiable:  # Pillow's values, torch's gradient
+        near = resize_with_gradient(whole, *new)
+        resized = near + (resized.to(near) - near).detach()
     top, left = (crop_offset(length, size, rounded_crop) for length in new)
     return normalise(resized[..., top:top + size, left:left + size] / 255)
 
@@ -55,12 +58,11 @@ def resize_with_pillow(images: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(resized).to(images.device).movedim(-1, 1).float()
 
 
-def resize_with_gradient(images: Tensor, height: int, width: int, rounding: bool = True) -> Tensor:
-    """The same with a gradient, within a step of Pillow: it too filters width, then height, and rounds after each."""
+def resize_with_gradient(images: Tensor, height: int, width: int) -> Tensor:
+    """The same with a gradient, within a step of Pillow, which also filters width, then height, and rounds after each. Here nothing is
+    rounded."""
     pixels = images.movedim(-1, 1)
     for size in ((pixels.shape[2], width), (height, width)):
         if pixels.shape[2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-            if rounding:
-                pixels = pixels + (pixels.round() - pixels).detach()
     return pixels

@@ -27,8 +27,6 @@ from PIL import Image
 import inputs
 import models
 
-ENVIRONMENTS = {"image_reward": "requirements-image-reward.txt"}  # of the others: requirements-clip.txt
-
 
 def pictures() -> list:
     return [Image.fromarray(inputs.rgb(image)) for image in inputs.images().values()]
@@ -152,7 +150,8 @@ def pickscore(folder: Path) -> dict:
 
 def versions(kind: str) -> dict[str, str]:
     """Of Python and of every package that the environment's requirements name."""
-    lines = (Path(__file__).parent / ENVIRONMENTS.get(kind, "requirements-clip.txt")).read_text().splitlines()
+    files = sorted(Path(__file__).parent.glob("requirements-image-reward*.txt" if kind == "image_reward" else "requirements-clip*.txt"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
     names = [re.match(r"[\w.-]+", line)[0] for line in lines if line and not line.startswith("#")]
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 

@@ -167,16 +167,20 @@ def hf_clip(kind: str) -> tuple[Weights, dict[str, str]]:
 
 
 def _hf_config(act: str, width: int, text: int, patch: int) -> dict[str, str]:
-    both = dict(hidden_act=act, num_hidden_layers=2, layer_norm_eps=1e-5, attention_dropout=0.0, projection_dim=64, initializer_factor=1.0,
-                initializer_range=0.02)
-    config = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=64, logit_scale_init_value=2.6592, initializer_factor=1.0, torch_dtype="float32",
-                  text_config=dict(both, model_type="clip_text_model", hidden_size=text, intermediate_size=4 * text, num_attention_heads=text // 64,
-                                   vocab_size=len(_vocabulary()), max_position_embeddings=77, bos_token_id=0, eos_token_id=2, pad_token_id=1),
-                  vision_config=dict(both, model_type="clip_vision_model", hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64,
-                                     image_size=IMAGE, patch_size=patch, num_channels=3))
-    processor = dict(crop_size=dict(height=IMAGE, width=IMAGE), do_center_crop=True, do_convert_rgb=True, do_normalize=True, do_rescale=True, do_resize=True,
-                     image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711], resample=3,
-                     image_processor_type="CLIPImageProcessor", processor_class="CLIPProcessor", rescale_factor=1 / 255, size=dict(shortest_edge=IMAGE))
+    both = dict(hidden_act=act, num_hidden_layers=2, layer_norm_eps=1e-5, attention_dropout=0.0, projection_dim=64,
+                initializer_factor=1.0, initializer_range=0.02)
+    config = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=64, logit_scale_init_value=2.6592,
+                  initializer_factor=1.0, torch_dtype="float32",
+                  text_config=dict(both, model_type="clip_text_model", hidden_size=text, intermediate_size=4 * text,
+                                   num_attention_heads=text // 64, vocab_size=len(_vocabulary()), max_position_embeddings=77,
+                                   bos_token_id=0, eos_token_id=2, pad_token_id=1),  # not the tokenizer's: as in the official files
+                  vision_config=dict(both, model_type="clip_vision_model", hidden_size=width, intermediate_size=4 * width,
+                                     num_attention_heads=width // 64, image_size=IMAGE, patch_size=patch, num_channels=3))
+    processor = dict(crop_size=dict(height=IMAGE, width=IMAGE), do_center_crop=True, do_convert_rgb=True, do_normalize=True,
+                     do_rescale=True, do_resize=True, resample=3,
+                     image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
+                     image_processor_type="CLIPImageProcessor", processor_class="CLIPProcessor", rescale_factor=1 / 255,
+                     size=dict(shortest_edge=IMAGE))
     return {"config.json": _json(config), "preprocessor_config.json": _json(processor)}
 
 
@@ -197,17 +201,20 @@ def _hf_tokenizer() -> dict[str, str]:
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     bytewise = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     tokenizer = dict(
-        version="1.0", truncation=None, padding=None, added_tokens=[dict(id=words[token], content=token, **flags, special=True) for token in (start, end)],
-        normalizer=dict(type="Sequence", normalizers=[dict(type="NFC"), dict(type="Replace", pattern=dict(Regex=r"\s+"), content=" "), dict(type="Lowercase")]),
-        pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="Split", pattern=dict(Regex=pattern), behavior="Removed", invert=True), bytewise]),
+        version="1.0", truncation=None, padding=None,
+        added_tokens=[dict(id=words[token], content=token, **flags, special=True) for token in (start, end)],
+        normalizer=dict(type="Sequence", normalizers=[dict(type="NFC"), dict(type="Replace", pattern=dict(Regex=r"\s+"), content=" "),
+                                                      dict(type="Lowercase")]),
+        pre_tokenizer=dict(type="Sequence",
+                           pretokenizers=[dict(type="Split", pattern=dict(Regex=pattern), behavior="Removed", invert=True), bytewise]),
         post_processor=dict(type="RobertaProcessing", sep=[end, words[end]], cls=[start, words[start]], trim_offsets=False, add_prefix_space=False),
         decoder=dict(bytewise, add_prefix_space=True),
         model=dict(type="BPE", dropout=None, unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False, vocab=words,
                    merges=[" ".join(pair) for pair in MERGES]))
     special = {name: dict(content=token, **flags) for name, token in (("bos_token", start), ("eos_token", end), ("unk_token", end))}
     special["pad_token"] = end
-    config = dict(bos_token=start, eos_token=end, unk_token=end, pad_token=end, errors="replace", model_max_length=77, processor_class="CLIPProcessor",
-                  clean_up_tokenization_spaces=False, tokenizer_class="CLIPTokenizer",
+    config = dict(bos_token=start, eos_token=end, unk_token=end, pad_token=end, errors="replace", model_max_length=77,
+                  processor_class="CLIPProcessor", clean_up_tokenization_spaces=False, tokenizer_class="CLIPTokenizer",
                   added_tokens_decoder={str(words[token]): dict(content=token, **flags, special=True) for token in (start, end)})
     return {"tokenizer.json": _json(tokenizer), "vocab.json": json.dumps(words, ensure_ascii=False), "special_tokens_map.json": _json(special),
             "merges.txt": "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in MERGES), "tokenizer_config.json": _json(config)}
