@@ -97,6 +97,8 @@ def compare(client, name, args, out):
     graph = load_graph(REPO / "workflows" / "api" / "compare.json")
     set_input(graph, "Model", "model", args.model)
     set_input(graph, "LoRA", "lora_name", f"{name}.safetensors")
+    known = client.object_info()
+    graph = {node_id: node for node_id, node in graph.items() if node["class_type"] in known}  # older ComfyUI has no Compare Images
     outputs = client.run(graph, progress_bar("  before and after "))
     scores, pictures = {}, []
     for when in ("before", "after"):

@@ -73,6 +73,7 @@ class Event:
     total: Tensor            # [P * K] their rewards
     prompts: list[str]       # one per image
     message: str = ""        # what the health watch says
+    note: str = ""           # what else there is to say, such as that the memory ran out
 
 
 class Trainer:
@@ -129,7 +130,7 @@ class Trainer:
         return event
 
     def _iterate(self) -> tuple[dict, Event]:
-        settings, run, began = self.settings, self.run, time.perf_counter()
+        settings, run, began, size = self.settings, self.run, time.perf_counter(), self.micro_batch.size
         iteration = run.iteration
         chosen = [self.prompts.train[i] for i in order(len(self.prompts.train), settings.per_iteration, iteration, settings.seed, settings.shuffle)]
         texts = [text for text in chosen for _ in range(self.shape.leaves)]
@@ -145,8 +146,10 @@ class Trainer:
         now = time.perf_counter()
         row |= {"seconds": now - began, "seconds/rollout": sampled - began, "seconds/decode": decoded - sampled, "seconds/reward": scored - decoded,
                 "seconds/update": now - scored}
-        total = total_reward(found.values, found.weights)
-        return row, Event(row, forest, layers, images, total, texts)
+        event = Event(row, forest, layers, images, total_reward(found.values, found.weights), texts)
+        if self.micro_batch.size != size:
+            event.note = f"The memory ran out: going on with {self.micro_batch.size} latents at a time."
+        return row, event
 
     def _sample(self, velocity, count: int, iteration: int) -> Forest:
         settings, sigmas = self.settings, self.host.sigmas

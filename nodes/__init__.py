@@ -1,4 +1,5 @@
 """TreeRPO's nodes, one file per stage of the graph, in the order an artist wires them."""
+from .look import Preflight
 from .policy import PolicyNode, Prompts, TinyModel
 from .reward import CombineRewards, ImageFolder, ScoreImages
 from .reward_models import (AestheticLoader, ClipScoreLoader, HpsLoader, ImageMeasure, ImageRewardLoader, ImageSimilarity, PickScoreLoader,
@@ -12,4 +13,4 @@ from .trainer import ObjectiveNode, PromptListNode, TrainerNode
 NODES = [TinyModel, Prompts, PolicyNode, Shape, DepthNoise, TreeSampler,
          ImageRewardLoader, HpsLoader, PickScoreLoader, ClipScoreLoader, AestheticLoader, ImageSimilarity, ImageMeasure, ServerRewardNode,
          CombineRewards, ImageFolder, ScoreImages, Advantages, GRPOUpdate, LayerTuningUpdate,
-         PromptListNode, ObjectiveNode, TrainerNode, PolicyToLora, SaveTreeLora]
+         PromptListNode, ObjectiveNode, Preflight, TrainerNode, PolicyToLora, SaveTreeLora]

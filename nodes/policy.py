@@ -139,6 +139,7 @@ class Prompts(io.ComfyNode):
 
 # Conditioning by text encoder and text: a prompt is encoded once, not once per iteration.
 _ENCODED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+REMEMBERED = 4e9  # bytes of main memory per text encoder: about 500 prompts of T5-XXL
 
 
 def encode(clip, text: str):
@@ -146,8 +147,16 @@ def encode(clip, text: str):
     known = _ENCODED.setdefault(clip.cond_stage_model, {})
     key = (text, clip.patcher.patches_uuid, clip.layer_idx)
     if key not in known or clip.use_clip_schedule:  # scheduled hooks may change from run to run
-        known[key] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        made = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        if sum(map(size, known.values())) + size(made) > REMEMBERED:
+            known.clear()
+        known[key] = made
     return known[key]
+
+
+def size(conditioning: list) -> int:
+    """Bytes of a CONDITIONING's texts."""
+    return sum(context.numel() * context.element_size() for context, _ in conditioning)
 
 
 def batch(conditionings: list) -> list:

@@ -275,7 +275,7 @@ class Live:
         self.event = event
         done = self.run.iteration - self.first
         text = status_line(event.row, self.run.iteration, self.iterations, (time.perf_counter() - self.began) / done, memory())
-        send_text(f"{text}\n{event.message}".strip(), self.node_id)
+        send_text("\n".join(filter(None, (text, event.note, event.message))), self.node_id)
         picture = self.picture()
         self.bar.update_absolute(done * 100, None, ("JPEG", picture, 900))
         if self.writer is not None:

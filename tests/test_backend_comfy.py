@@ -181,7 +181,7 @@ def test_gradients_are_finite_differences(model, checkpointing, cfg):
     assert error < 1e-3 * size, pairs  # measured 1e-5 to 3e-4: what the fp32 output leaves
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=["fp32", "bf16", "fp8"])
 def test_checkpointed_gradients_are_the_plain_ones(architecture, dtype):
     model, x, found = tiny.load(architecture, dtype=dtype), tiny.latents(3), {}
     for checkpointing in (False, True):
@@ -194,7 +194,7 @@ def test_checkpointed_gradients_are_the_plain_ones(architecture, dtype):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=["fp32", "bf16", "fp8"])
 def test_the_velocity_is_the_same_with_gradients_on(architecture, dtype, checkpointing):
     """Else the first ratio of an update would not be 1."""
     x, policy = tiny.latents(2), new_policy(tiny.load(architecture, dtype=dtype), checkpointing=checkpointing)
@@ -304,6 +304,29 @@ def test_thawed_weights_share_the_memory(model):
     thaw_weights(model.model)
     assert [p.data_ptr() for p in model.model.parameters()] == pointers
     assert not any(t.is_inference() or t.requires_grad for t in (*model.model.parameters(), *model.model.buffers()))
+
+
+class Stubborn(torch.Tensor):
+    """Packed weights as ComfyUI-GGUF's: clone and detach give the very same object."""
+
+    def clone(self, *args, **kwargs):
+        return self
+
+    def detach(self, *args, **kwargs):
+        return self
+
+
+def test_packed_weights_that_do_not_copy_themselves_are_thawed(comfy):
+    from core.backends.comfy import thaw_weights
+    layer = torch.nn.Linear(3, 3)
+    with torch.inference_mode():
+        packed = torch.randn(3, 3).as_subclass(Stubborn)
+        packed.tensor_type, packed._is_param = "Q8_0", True
+    layer._parameters["weight"] = packed
+    thaw_weights(layer)
+    x = torch.randn(2, 3, requires_grad=True)
+    torch.nn.functional.linear(x, layer.weight).sum().backward()
+    assert type(layer.weight) is Stubborn and layer.weight.tensor_type == "Q8_0" and torch.equal(layer.weight.as_subclass(torch.Tensor), packed.as_subclass(torch.Tensor))
 
 
 def test_attention_without_a_backward_pass_is_replaced(model, architecture, monkeypatch):

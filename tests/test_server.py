@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -154,3 +155,50 @@ def test_every_api_graph_fits_the_nodes(server):
                         assert given in str(fields[field.split(".")[0]]), (path.name, node["_meta"]["title"], field)
                         continue
                     assert fields[field][0] in (given, "*"), (path.name, node["_meta"]["title"], field)
+
+
+def trainer(name, change={}):
+    graph = run.load_graph(GRAPHS / "trainer.json")
+    wanted = {("Policy", "run_name"): name, ("Save", "lora_name"): name, ("Shape", "branching"): 2, ("Shape", "tail"): 1.0, ("Sigmas", "steps"): 6,
+              ("Trainer", "learning_rate"): 1e-3}
+    for (node, field), value in {**wanted, **change}.items():
+        run.set_input(graph, node, field, value)
+    return graph
+
+
+def test_the_stop_button_keeps_the_run_and_the_next_queue_run_goes_on(server):
+    """Stopped over HTTP while the Trainer works; the model is clean, the state is there, and the end is that of an undisturbed run."""
+    client = run.Client(server.url)
+    client.run(trainer("undisturbed", {("Trainer", "iterations"): 6}))
+    for moment in (0.8, 1.6):
+        prompt = client.queue(trainer("stopped", {("Trainer", "iterations"): 6}))
+        state = server.base / "output/treerpo/stopped/state.pt"
+        deadline = time.monotonic() + 60
+        while not state.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(moment)
+        began = time.monotonic()
+        client.interrupt(prompt)
+        with pytest.raises(run.Problem, match="interrupted at node 'Trainer'"):
+            client.wait(prompt)
+        assert time.monotonic() - began < 15 and state.exists()
+        if len(metrics(server, "stopped")) >= 5:
+            break
+    client.run(trainer("stopped", {("Trainer", "iterations"): 6}))
+    assert timeless(metrics(server, "stopped")) == timeless(metrics(server, "undisturbed"))
+    first, second = (load_file(server.base / f"output/treerpo/{name}/adapter.safetensors") for name in ("stopped", "undisturbed"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_trainer_graph_shows_and_leaves_what_it_promises(server):
+    client, seen = run.Client(server.url), []
+    outputs = client.run(trainer("shown", {("Trainer", "iterations"): 5}), lambda title, value, maximum: seen.append((title, value, maximum)))
+    graph = trainer("shown")
+    assert "5 iterations done." in "".join(outputs[run.find_node(graph, "Trainer")]["text"])
+    assert len(outputs[run.find_node(graph, "Dashboard")]["images"]) == 1
+    assert [value for title, value, maximum in seen if title == "Trainer" and maximum == 500][-1] == 500
+    folder = server.base / "output/treerpo/shown"
+    assert {path.name for path in folder.iterdir()} >= {"state.pt", "adapter.safetensors", "config.json", "metrics.jsonl", "dashboard.png", "samples", "best"}
+    assert (server.base / "models/loras/shown.safetensors").is_file()
+    rows = metrics(server, "shown")
+    assert "eval/reward" in rows[4] and "eval/judge" in rows[4] and "eval/reward" not in rows[3]

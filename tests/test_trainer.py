@@ -255,3 +255,111 @@ def test_prompts_from_a_file(flux, tmp_path):
     (tmp_path / "list.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a blue square"}\n')
     prompts, summary = flux.call("PromptList", text="", file="list.jsonl")
     assert prompts.train == ["a red circle", "a blue square"] and summary.startswith("2 prompts")
+
+
+def test_preflight_counts_what_the_model_needs(flux):
+    policy = flux.policy(rank=4)
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    text = flux.call("Preflight", policy=policy, latent_image=latent, vae=flux.vae)[0]
+    assert "It should fit" in text and all(name in text for name in ("sampling", "learning", "decoding", "Estimated, not measured"))
+    look = flux.pack.nodes.look
+    shape = flux.shape(branching=3, depth=3)
+    base, whole = policy.policy.memory((16, 64, 64), 1), policy.policy.memory((16, 64, 64), 27)
+    assert base["weights"] == flux.model.model_size() and base["adapters"] == 16 * policy.run.adapters.count() and whole["sampling"] > base["sampling"]
+    room = base["weights"] + base["adapters"] + policy.policy.memory((16, 64, 64), 5)["learning"]
+    advised = look.report(policy.policy, (16, 64, 64), shape, 1, 0, 1.0, None, None, False, room, "gpu")
+    assert "Set micro_batch to 5." in advised, advised
+    with_cfg = look.report(policy.policy, (16, 64, 64), shape, 1, 0, 4.5, None, None, False, room, "gpu")
+    assert "Set micro_batch to 2." in with_cfg, with_cfg
+    assert "Even one latent at a time does not fit" in look.report(policy.policy, (16, 64, 64), shape, 1, 0, 1.0, None, None, False, 1e6, "gpu")
+    fitting = look.report(policy.policy, (16, 64, 64), shape, 1, 5, 1.0, None, None, False, room, "gpu")
+    assert "It should fit" in fitting
+
+
+def test_out_of_memory_halves_the_micro_batch_says_so_and_goes_on(flux, monkeypatch):
+    flux.train(whole := flux.policy("whole"), 2)
+    network, said = flux.model.model.diffusion_model, []
+    monkeypatch.setattr(flux.pack.nodes.trainer, "send_text", lambda text, node_id: said.append(text))
+
+    def limited(module, args):
+        if len(args[0]) > 3:
+            raise torch.cuda.OutOfMemoryError("no room")
+
+    handle = network.register_forward_pre_hook(limited)
+    try:
+        flux.train(small := flux.policy("small"), 2)
+    finally:
+        handle.remove()
+    assert "The memory ran out: going on with 2 latents at a time." in said[0] and "memory ran out" not in said[1]
+    for key, value in whole.run.adapters.state_dict().items():
+        torch.testing.assert_close(small.run.adapters.state_dict()[key], value, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("when", ["first save", "later"])
+def test_a_full_disk_loses_nothing(flux, monkeypatch, when):
+    """What is there stays whole; once there is room again, the run goes on as if nothing had been."""
+    import errno
+    import os
+    flux.train(through := flux.policy("through"), 3)
+    policy = flux.policy("full")
+    if when == "later":
+        flux.train(policy, 1)
+    before = {path.name: path.read_bytes() for path in policy.run.folder.glob("*.pt")}
+    real = os.fsync
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        flux.train(policy, 3)
+    assert {path.name: path.read_bytes() for path in policy.run.folder.glob("*.pt")} == before
+    monkeypatch.setattr(os, "fsync", real)
+    flux.train(policy, 3)
+    same(policy.run.adapters.state_dict(), through.run.adapters.state_dict())
+
+
+def test_a_damaged_run_offers_an_older_checkpoint(flux):
+    flux.train(flux.policy("hurt"), 3, keep_every=1, keep_last=3)
+    state = flux.policy("hurt").run.folder / "state.pt"
+    state.unlink()
+    state.write_bytes(b"PK\x03\x04 cut short")
+    flux.forget()
+    with pytest.raises(ValueError, match="the checkpoint of iteration 3 is whole: choose 'hurt @ 3' under begin_from and a new run name"):
+        flux.policy("hurt")
+    assert flux.policy("new", begin_from="hurt @ 3").run.iteration == 3
+    assert state.exists(), "nothing is deleted"
+
+
+def test_eight_bit_adam_is_used_where_it_is_installed_and_begins_its_moments_anew(flux, monkeypatch):
+    import sys
+    import types
+
+    class AdamW8bit(torch.optim.AdamW):
+        made = 0
+
+        def __init__(self, *args, **kwargs):
+            type(self).made += 1
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit)))
+    flux.train(policy := flux.policy(), 1)
+    flux.train(policy, 2, optimizer="adamw8bit")
+    assert AdamW8bit.made == 1 and type(policy.run.optimizer) is AdamW8bit
+    flux.forget()
+    again = flux.policy()
+    flux.train(again, 3, optimizer="adamw8bit")
+    assert all(state["step"] == 2 for state in again.run.optimizer.state.values()), "its own moments are taken up, those of the other kind were not"
+
+
+def test_the_live_picture_costs_little(flux):
+    """Drawn and sent once per iteration. Counted, not timed: benchmarks/endurance.py has the share of the time."""
+    calls = []
+    live = flux.pack.nodes.trainer.Live
+    picture = live.picture
+    flux.pack.nodes.trainer.Live.picture = lambda self: calls.append(1) or picture(self)
+    try:
+        flux.train(flux.policy(), 3, keep_every=100)
+    finally:
+        live.picture = picture
+    assert len(calls) <= 3 + 2

@@ -55,6 +55,19 @@ class ComfyPolicy:
         """ComfyUI's LORA_MODEL."""
         return self.adapters.state_dict()
 
+    def memory(self, shape, batch: int, patcher=None) -> dict[str, float]:
+        """Bytes, estimated from shapes and not measured: `weights`; `adapters` with gradients and AdamW's two moments; activations of a call
+        with `batch` latents of `shape` (C, H, W), twice as many with CFG, while `sampling` and while `learning`; and `graph`, what one latent
+        keeps until its backward pass."""
+        patcher = patcher or self.model
+        forward, one = (patcher.model.memory_required([count, *shape]) for count in (batch, 1))
+        # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass; checkpointed, the
+        # blocks' inputs and one whole block.
+        blocks = len(_blocks(patcher.model.diffusion_model))
+        kept = 2 + blocks / 20 if self.checkpointing else max(2, blocks)
+        return {"weights": patcher.model_size(), "adapters": 4 * sum(p.numel() * p.element_size() for p in self.adapters.parameters()),
+                "sampling": forward, "learning": forward * kept, "graph": one * kept}
+
     @contextmanager
     def session(self, positive, negative=None, cfg: float = 1.0, *, shape, memory_batch: int | None = None, alone: bool = False):
         """The policy on its device, ready to sample and to train: yields a ComfyVelocity; gradients are off outside its grad().
@@ -157,15 +170,10 @@ class ComfyVelocity:
             raise RuntimeError(f"ComfyUI did not put the {len(adapters.names)} adapters on the model.")
 
     def _memory(self) -> float:
-        """Bytes beside the weights: activations, and four values per trained one (itself, gradient, AdamW's two)."""
+        """Bytes beside the weights, for ComfyUI to make room."""
         passes = 2 if "negative" in self._conds and not math.isclose(self.cfg, 1.0) else 1
-        forward = self._patcher.model.memory_required([self._batch * passes, *self.shape])
-        # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass; checkpointed, the
-        # blocks' inputs and one whole block. Estimated from shapes, not measured.
-        blocks = len(_blocks(self._patcher.model.diffusion_model))
-        kept = 2 + blocks / 20 if self.policy.checkpointing else max(2, blocks)
-        trained = sum(p.numel() * p.element_size() for p in self.policy.adapters.parameters())
-        return forward * (kept if self._in_training else 1) + 4 * trained
+        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher)
+        return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
 
     def _inject(self, patcher) -> None:
         self._eject(patcher)
@@ -298,8 +306,13 @@ def _autograd_can_save(tensor: Tensor) -> bool:
 
 
 def _normal(tensor: Tensor) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter):  # packed weights know how to copy themselves
-        return tensor.detach().clone()
+    if type(tensor) not in (Tensor, nn.Parameter):  # packed weights know how to copy themselves, but ComfyUI-GGUF's do not
+        copied = tensor.detach().clone()
+        if _autograd_can_save(copied):
+            return copied
+        copied = _normal(tensor.as_subclass(Tensor)).as_subclass(type(tensor))
+        vars(copied).update(vars(tensor))
+        return copied
     fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 

@@ -28,8 +28,10 @@ def package(name: str, pip: str):
     """An optional package, or an error that says how to get it."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"This reward model needs the package {pip}, which cannot be imported here ({error}): pip install {pip}") from error
+    except Exception as error:  # packages that do not fit each other fail in many ways
+        cause = " ".join(str(error).split())
+        raise ValueError(f"This reward model needs the package {pip}, which cannot be imported here ({cause}): pip install {pip}, or repair what "
+                         "the error names.") from error
 
 
 class OpenClip(nn.Module):
@@ -74,6 +76,7 @@ class HfClip(nn.Module):
     def __init__(self, weights: dict[str, Tensor], path: Path, quick_gelu: bool, what: str, tokenizer: Path | None):
         super().__init__()
         transformers = package("transformers", "transformers")
+        package("transformers.models.clip.modeling_clip", "transformers")  # the error of transformers.CLIPModel would hide the cause
         weights = {key: value for key, value in weights.items() if not key.endswith("position_ids")}  # saved by older versions
         self.has_text = "text_model.embeddings.token_embedding.weight" in weights
         given = read_json(beside(path, "config.json"))

@@ -77,6 +77,7 @@ def fill(module: nn.Module, weights: dict[str, Tensor], file: str, what: str) ->
     except RuntimeError as error:
         wrong = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"{file} does not fit {what}: {wrong}") from error
+    missing = [name for name in missing if not name.endswith("position_ids")]  # transformers below 4.31 saves what `_computed` works out
     if missing or unknown:
         parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
                  for kind, names in (("missing", missing), ("unknown", unknown)) if names]

@@ -27,16 +27,19 @@ class Row:
     python: str                # major.minor
     packages: tuple[str, ...]
     comfyui: bool = True       # on top of ComfyUI's requirements, with today's open_clip_torch; else only the packages
+    without: str = ""          # a package of ComfyUI's that is removed before the scores
 
 
 ROWS = {
     "4.50": Row("3.10", ("transformers==4.50.3", "torch==2.5.1")),
-    "4.57": Row("3.12", ("transformers==4.57.6", "torch==2.8.0")),
-    "5.0": Row("3.13", ("transformers==5.0.0", "torch==2.11.0")),
-    "current": Row("3.11", ("transformers>=5.23", "torch>=2.15")),
-    "image-reward": Row("3.11", ("torch==2.2.2", "torchvision==0.17.2", "open_clip_torch"), comfyui=False),
+    "4.57": Row("3.11", ("transformers==4.57.6", "torch==2.8.0")),
+    "5.0": Row("3.12", ("transformers==5.0.0", "torch==2.11.0")),
+    "current": Row("3.13", ("transformers>=5.23", "torch==2.11.0")),  # torchaudio ends at 2.11, and ComfyUI needs the two to match
+    "newest-torch": Row("3.12", ("transformers>=5.23", "torch>=2.15"), without="torchaudio"),
+    "image-reward": Row("3.11", ("torch==2.2.2", "torchvision==0.17.2"), comfyui=False),
 }
-DRY_RUNS = {"TreeRPO's requirements.txt": ("-r", str(REPO / "requirements.txt")), "open_clip_torch": ("open_clip_torch",), "image-reward 1.5": ("image-reward==1.5",)}
+DRY_RUNS = {"TreeRPO's requirements.txt": ("-r", str(REPO / "requirements.txt")), "open_clip_torch": ("open_clip_torch",),
+            "image-reward 1.5": ("image-reward==1.5",)}
 
 
 def run(*command, quiet: bool = False) -> str:
@@ -107,7 +110,8 @@ def dry_run(folder: Path, what: tuple[str, ...]) -> dict:
 def prepare(row: Row, folder: Path, comfyui: Path) -> dict:
     """Make the environment, unless it is there; what each dry run would have changed on the way."""
     record = folder / "install.json"
-    key = [str(row), (comfyui / "requirements.txt").read_text("utf-8") if row.comfyui else OLD_IMAGE_REWARD.read_text("utf-8")]
+    files = (REPO / "requirements.txt", comfyui / "requirements.txt" if row.comfyui else OLD_IMAGE_REWARD)
+    key = [str(row), *(file.read_text("utf-8") for file in files)]
     if record.exists() and (found := json.loads(record.read_text("utf-8")))["key"] == key:
         return found["dry_runs"]
     create(folder, find_python(row.python))
@@ -118,10 +122,13 @@ def prepare(row: Row, folder: Path, comfyui: Path) -> dict:
             found[name] = dry_run(folder, what)
             if name == "open_clip_torch":
                 install(folder, "open_clip_torch")
+        if row.without:
+            run(python_of(folder), "-m", "pip", "uninstall", "--quiet", "--yes", row.without)
     else:
         lines = [line for line in OLD_IMAGE_REWARD.read_text("utf-8").splitlines() if not re.match(r"(torch|torchvision)\b", line)]
         (folder / "requirements.txt").write_text("\n".join(lines) + "\n", "utf-8")
-        install(folder, "-r", str(folder / "requirements.txt"), *row.packages)
+        install(folder, *row.packages, *(line for line in lines if re.match("(setuptools|wheel|numpy)=", line)))
+        install(folder, "--no-build-isolation", "-r", str(folder / "requirements.txt"), *row.packages, "open_clip_torch")
     record.write_text(json.dumps({"key": key, "dry_runs": found}), "utf-8")
     return found
 
@@ -142,44 +149,46 @@ def measure(name: str, cache: Path, comfyui: Path) -> dict:
 def cell(result: dict | None) -> str:
     if result is None:
         return "–"
-    return f"ok, {result['difference']:.0e}" if result["ok"] else f"**no**: {result['why']}"
+    return f"ok, {result['difference']:.0e}".replace("0e+00", "0") if result["ok"] else f"**no**: {result['why'].replace('|', '/')}"
+
+
+def version_table(rows: dict[str, dict]) -> list[str]:
+    names = [name for name in next(iter(rows.values()), {}).get("versions", {}) if any(row["versions"][name] for row in rows.values())]
+    lines = ["| " + " | ".join(["environment", "Python", *names]) + " |", "|" + " --- |" * (len(names) + 2)]
+    return lines + ["| " + " | ".join([name, row["python"], *(row["versions"][package] or "–" for package in names)]) + " |" for name, row in rows.items()]
 
 
 def score_table(rows: dict[str, dict], names: list[str]) -> list[str]:
-    lines = ["| " + " | ".join(["environment", *names, "nothing imported before loading"]) + " |", "|" + " --- |" * (len(names) + 2)]
+    lines = ["| " + " | ".join(["environment", *names, "imports nothing heavy"]) + " |", "|" + " --- |" * (len(names) + 2)]
     for name, row in rows.items():
-        if "error" in row:
-            lines.append(f"| {name} | {row['error'].splitlines()[0]} |" + " |" * len(names))
-            continue
-        v = row["versions"]
-        about = (f"**{name}**: transformers {v['transformers']}, torch {v['torch']}, torchvision {v['torchvision']}, open_clip {v['open_clip_torch']}, timm {v['timm']}, "
-                 f"tokenizers {v['tokenizers']}, numpy {v['numpy']}, Pillow {v['pillow']}, Python {row['python']}")
-        lazy = "ok" if not row["eager_imports"] else f"**no**: {', '.join(row['eager_imports'])}"
-        lines.append("| " + " | ".join([about, *(cell(row["models"].get(model)) for model in names), lazy]) + " |")
+        lazy = f"**no**: {', '.join(row['eager_imports'])}" if row["eager_imports"] else "ok"
+        lines.append("| " + " | ".join([name, *(cell(row["models"].get(model)) for model in names), lazy]) + " |")
     return lines
 
 
 def install_table(rows: dict[str, dict]) -> list[str]:
     lines = ["| environment | pip install | changes | adds |", "| --- | --- | --- | --- |"]
     for name, row in rows.items():
-        for what, found in row.get("dry_runs", {}).items():
+        for what, found in row["dry_runs"].items():
             if "error" in found:
                 lines.append(f"| {name} | {what} | **fails**: {found['error']} | |")
                 continue
             changes = ", ".join(f"{package} {old} → {new}" for package, (old, new) in sorted(found["changes"].items())) or "nothing"
-            adds = ", ".join(f"{package} {version}" for package, version in sorted(found["adds"].items()))
-            lines.append(f"| {name} | {what} | {changes} | {adds or 'nothing' if len(found['adds']) <= 6 else str(len(found['adds'])) + ' packages'} |")
+            adds = ", ".join(f"{package} {version}" for package, version in sorted(found["adds"].items())) or "nothing"
+            lines.append(f"| {name} | {what} | {changes} | {adds if len(found['adds']) <= 6 else str(len(found['adds'])) + ' packages'} |")
     return lines
 
 
 def tables(rows: dict[str, dict]) -> str:
     """Markdown."""
-    names = list(dict.fromkeys(model for row in rows.values() for model in row.get("models", {})))
+    missing = [f"{name}: {row['error']}" for name, row in rows.items() if "error" in row]
+    rows = {name: row for name, row in rows.items() if "error" not in row}
+    names = list(dict.fromkeys(model for row in rows.values() for model in row["models"]))
     extra = [name for name in names if "package" in name]
-    parts = [score_table(rows, [name for name in names if name not in extra]), install_table(rows)]
+    parts = [version_table(rows), score_table(rows, [name for name in names if name not in extra]), install_table(rows), missing]
     if extra:
-        parts.insert(1, score_table({name: row for name, row in rows.items() if any(model in row.get("models", {}) for model in extra)}, extra))
-    return "\n\n".join("\n".join(lines) for lines in parts)
+        parts.insert(2, score_table({name: row for name, row in rows.items() if extra[0] in row["models"]}, extra))
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def failed(row: dict) -> bool:
