@@ -122,9 +122,13 @@ class Run:
 
     def lora(self, averaged: bool = False) -> dict[str, Tensor]:
         """The LoRA's tensors under ComfyUI's names: as trained, or the moving average where it is asked for and the run has one."""
-        if not averaged or self._ema is None:
+        ema = self._ema
+        if ema is None and self._saved_ema is not None and averaged:
+            ema = Ema(self.adapters)
+            ema.load_state_dict(self._saved_ema)
+        if not averaged or ema is None:
             return self.adapters.state_dict()
-        with self._ema.applied():
+        with ema.applied():
             return self.adapters.state_dict()
 
     def change_settings(self, wanted: dict) -> list[str]:

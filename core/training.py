@@ -146,6 +146,7 @@ class Trainer:
         now = time.perf_counter()
         row |= {"seconds": now - began, "seconds/rollout": sampled - began, "seconds/decode": decoded - sampled, "seconds/reward": scored - decoded,
                 "seconds/update": now - scored}
+        row["diversity"] = diversity(images, len(chosen))
         event = Event(row, forest, layers, images, total_reward(found.values, found.weights), texts)
         if self.micro_batch.size != size:
             event.note = f"The memory ran out: going on with {self.micro_batch.size} latents at a time."

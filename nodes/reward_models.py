@@ -103,6 +103,7 @@ class Managed:
 
     def __init__(self, scorer):
         self.scorer, self.name = scorer, scorer.name
+        scorer.check = comfy.model_management.throw_exception_if_processing_interrupted
         device = comfy.model_management.get_torch_device()
         self.patcher = comfy.model_patcher.ModelPatcher(scorer.module, load_device=device, offload_device=comfy.model_management.unet_offload_device())
 

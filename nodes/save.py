@@ -16,14 +16,14 @@ class PolicyToLora(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "TreeRPOToLora", "Policy to LoRA",
-            description="The policy's LoRA as it is now, for core's Load LoRA Model and Save LoRA nodes.",
+            description="The policy's LoRA as it is now, or its moving average where the run has one, for core's Load LoRA Model and Save LoRA nodes.",
             search_aliases=["export lora"],
             inputs=[Policy.Input("policy")],
             outputs=[LoraModel.Output(display_name="lora")])
 
     @classmethod
     def execute(cls, policy) -> io.NodeOutput:
-        return io.NodeOutput(policy.run.adapters.state_dict())
+        return io.NodeOutput(policy.run.lora(averaged=True))
 
 
 class SaveTreeLora(io.ComfyNode):
@@ -47,7 +47,7 @@ class SaveTreeLora(io.ComfyNode):
         path = target(lora_name)
         refuse_foreign(path, policy.run.folder.name)
         metadata = {**policy.run.metadata(), "treerpo.prompts_blake2b": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest()}
-        write_atomically(path, save(policy.run.adapters.state_dict(), metadata=metadata))
+        write_atomically(path, save(policy.run.lora(averaged=True), metadata=metadata))
         text = f"{path.name}: {policy.run.iteration} iterations of run '{policy.run.folder.name}'"
         return io.NodeOutput(str(path), ui={"text": (text,)})
 

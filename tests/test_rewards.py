@@ -163,3 +163,17 @@ def test_a_reward_that_gives_too_few_scores_is_refused():
 
     with pytest.raises(ValueError, match="'wrong' gave .1,. scores for 3 images"):
         scores(Combined([(Wrong(), 1.0)]), torch.rand(3, 4, 4, 3), [""] * 3)
+
+
+def test_a_stop_is_answered_before_every_pass():
+    toy, asked = Toy(batch=2), []
+
+    def check():
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    toy.check = check
+    with pytest.raises(KeyboardInterrupt):
+        toy.score(torch.rand(10, 4, 4, 3), ["a"] * 10)
+    assert toy.batches == [2, 2]

@@ -209,6 +209,8 @@ def test_the_average_is_what_is_evaluated_and_saved(flux):
     assert any(not torch.equal(own[key], lora[key]) for key in own)
     from safetensors.torch import load_file
     same(load_file(policy.run.folder / "adapter.safetensors"), lora)
+    flux.forget()
+    same(flux.call("ToLora", policy=flux.policy())[0], lora)  # also after a restart, before any training
 
 
 def test_a_new_run_begins_from_a_checkpoint_and_the_old_one_stays(flux):
@@ -363,3 +365,36 @@ def test_the_live_picture_costs_little(flux):
     finally:
         live.picture = picture
     assert len(calls) <= 3 + 2
+
+
+def test_it_works_as_it_is_dropped_in(flux):
+    """Only what must be connected is, and every widget is at its default but the number of iterations."""
+    schema = flux.nodes["TreeRPOTrainer"].define_schema()
+    defaults = {field.id: field.default for field in schema.inputs if getattr(field, "default", None) is not None}
+    prompts = flux.call("PromptList", text="a red circle on a white background")[0]
+    wires = dict(policy=flux.policy(), clip=flux.clip, vae=flux.vae, prompts=prompts, sigmas=flux.sigmas(10), latent_image=flux.latent(),
+                 reward_model=flux.call("Measure", measure="brightness", direction="more")[0])
+    assert flux.call("Trainer", **{**defaults, **wires, "iterations": 1})[-1] == "1 iterations done."
+    row = wires["policy"].run.metrics[0]
+    assert row["edges"] == 3 + 9 + 27 and row["diversity"] > 0 and row["grad_norm"] > 0
+
+
+def test_tensorboard_gets_every_metric_and_is_asked_for_only_when_wanted(flux, monkeypatch):
+    written = {}
+
+    class Writer:
+        def add_scalar(self, name, value, step):
+            written.setdefault(name, []).append(step)
+
+        def close(self):
+            written["closed"] = True
+
+    monkeypatch.setattr(flux.pack.nodes.trainer, "_tensorboard", lambda folder: Writer())
+    flux.train(flux.policy(), 2)
+    assert not written
+    flux.train(flux.policy(), 4, tensorboard=True)
+    assert written["reward"] == written["grad_norm"] == [2, 3] and written["closed"]
+    monkeypatch.undo()
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        flux.pack.nodes.trainer._tensorboard(flux.folder)

@@ -12,6 +12,7 @@ class Scorer:
     def __init__(self, name: str, module: nn.Module, device="cpu", dtype: torch.dtype | None = None, batch: int = 16):
         """module: all its weights. batch: images per pass. dtype: None = float16 on CUDA, float32 elsewhere."""
         self.name, self.batch = name, batch
+        self.check = lambda: None  # called before every pass; may raise, so that a stop button is answered
         if dtype is None:
             dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         self.module = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -51,6 +52,7 @@ class Scorer:
             with torch.enable_grad() if differentiable else torch.no_grad():
                 scores = []
                 for first in range(0, len(images), self.batch):
+                    self.check()
                     part = slice(first, first + self.batch)
                     pixels = self.pixels(images[part].to(self.device), differentiable).to(self.dtype)
                     scores.append(self.compare(pixels, *(text[part].to(self.device) for text in texts)).float())

@@ -2,7 +2,8 @@
 
     python tests/compat/check.py [--golden FILE]
 
-The models are tiny and random, in the official file formats (tests/golden/models.py). Needs torch, numpy, Pillow, safetensors and what is to be checked.
+The models are tiny and random, in the official file formats (tests/golden/models.py). Needs torch, numpy, Pillow, safetensors and what is to be
+checked.
 """
 import os
 
@@ -30,7 +31,8 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS / "golden")]
 import inputs
 import models
 
-PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "open_clip_torch", "timm", "safetensors", "numpy", "pillow", "image-reward", "fairscale")
+PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "open_clip_torch", "timm", "safetensors", "numpy", "pillow", "image-reward",
+            "fairscale")
 HEAVY = ("transformers", "open_clip", "ImageReward", "timm")
 TOLERANCE = 1e-6  # of a cosine; as in test_rewards_golden.py
 
@@ -77,8 +79,8 @@ def compare(kind: str, load, golden: dict | None, tolerance: float, rows=slice(N
     if golden is None:
         faults.append("there are no golden scores")
     else:
-        faults += [f"the {name} are not those of the golden scores" for name, ours in (("weights", models.blake2b(kind)), ("inputs", inputs.blake2b()))
-                   if golden[f"{name}_blake2b"] != ours]
+        hashes = {"weights": models.blake2b(kind), "inputs": inputs.blake2b()}
+        faults += [f"the {name} are not those of the golden scores" for name, ours in hashes.items() if golden[f"{name}_blake2b"] != ours]
         expected = torch.tensor(golden["scores"], dtype=torch.float64).reshape(len(found), -1)
         result["difference"] = float((found - expected)[rows][:, columns].abs().max())
         if not result["difference"] <= tolerance:
@@ -88,13 +90,16 @@ def compare(kind: str, load, golden: dict | None, tolerance: float, rows=slice(N
 
 def as_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A CLIP in open_clip's format under transformers' names."""
-    renamed = [("visual.transformer.resblocks.", "vision_model.encoder.layers."), ("transformer.resblocks.", "text_model.encoder.layers."),
-               ("visual.class_embedding", "vision_model.embeddings.class_embedding"), ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
-               ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"), ("visual.ln_pre.", "vision_model.pre_layrnorm."),
-               ("visual.ln_post.", "vision_model.post_layernorm."), ("visual.proj", "visual_projection.weight"), ("text_projection", "text_projection.weight"),
-               ("token_embedding.", "text_model.embeddings.token_embedding."), ("ln_final.", "text_model.final_layer_norm."),
-               ("positional_embedding", "text_model.embeddings.position_embedding.weight"), (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."),
-               (".attn.out_proj.", ".self_attn.out_proj."), (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2.")]
+    renamed = [
+        ("visual.transformer.resblocks.", "vision_model.encoder.layers."), ("transformer.resblocks.", "text_model.encoder.layers."),
+        ("visual.class_embedding", "vision_model.embeddings.class_embedding"), ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
+        ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"), ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+        ("visual.ln_post.", "vision_model.post_layernorm."), ("visual.proj", "visual_projection.weight"),
+        ("text_projection", "text_projection.weight"), ("token_embedding.", "text_model.embeddings.token_embedding."),
+        ("ln_final.", "text_model.final_layer_norm."), ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+        (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".attn.out_proj.", ".self_attn.out_proj."),
+        (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."),
+    ]
     found = {}
     for key, value in weights.items():
         for old, new in renamed:
@@ -109,18 +114,20 @@ def as_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def without_tokenizer(folder: Path, golden: dict) -> dict:
-    """A CLIP in transformers' format with no files beside it. It is the one of "clipscore_open_clip", whose golden scores hold wherever the two
-    formats' rules for cropping and for cleaning prompts agree."""
+    """A CLIP in transformers' format with no files beside it. It is the one of "clipscore_open_clip", whose golden scores hold wherever
+    the two formats' rules for cropping and for cleaning prompts agree."""
     from core.rewards import load, pixels
     from safetensors.torch import save_file
-    save_file(as_transformers(models.build("clipscore_open_clip")[0]), str(folder / "model.safetensors"))
+    kind, file, side = "clipscore_open_clip", folder / "model.safetensors", models.IMAGE
+    save_file(as_transformers(models.build(kind)[0]), str(file))
 
     def same_crop(size):
-        short = min(size)
-        return all(pixels.crop_offset(n * 32 // short, 32, True) == pixels.crop_offset(n * 32 // short, 32, False) for n in size)
+        lengths = [n * side // min(size) for n in size]
+        return all(pixels.crop_offset(length, side, True) == pixels.crop_offset(length, side, False) for length in lengths)
     rows = [i for i, (*size, _) in enumerate(inputs.SIZES.values()) if same_crop(size)]
     columns = [i for i, prompt in enumerate(inputs.PROMPTS) if prompt.isascii() and not set("&<") & set(prompt)]
-    return compare("clipscore_open_clip", lambda: load("clipscore", folder / "model.safetensors"), golden.get("clipscore_open_clip"), TOLERANCE, rows, columns)
+    assert len(rows) > 8 and len(columns) > 8
+    return compare(kind, lambda: load("clipscore", file), golden.get(kind), TOLERANCE, rows, columns)
 
 
 def aesthetic(folder: Path, golden: dict) -> dict:
@@ -163,9 +170,13 @@ def package_tiny(folder: Path, golden: dict) -> dict:
     text, pretrained, mlp = weights["mlp.layers.0.weight"].shape[1], network.BLIP_Pretrain, network.MLP
 
     def tiny_vit(vit, size, checkpoint, layer, drop):
-        return blip.VisionTransformer(img_size=size, patch_size=patch_size, embed_dim=width, depth=2, num_heads=width // 64, drop_path_rate=0.1), width
-    with patch.object(network, "BLIP_Pretrain", lambda image_size, vit, med_config: pretrained(med_config=med_config, image_size=models.IMAGE, vit=vit)), \
-            patch.object(network, "MLP", lambda size: mlp(text)), patch.object(pretrain, "create_vit", tiny_vit):
+        tower = blip.VisionTransformer(img_size=size, patch_size=patch_size, embed_dim=width, depth=2, num_heads=width // 64, drop_path_rate=0.1)
+        return tower, width
+
+    def tiny_blip(image_size, vit, med_config):
+        return pretrained(med_config=med_config, image_size=models.IMAGE, vit=vit)
+    with patch.object(network, "BLIP_Pretrain", tiny_blip), patch.object(network, "MLP", lambda size: mlp(text)), \
+            patch.object(pretrain, "create_vit", tiny_vit):
         return official(image_reward(folder, golden))
 
 
@@ -174,14 +185,16 @@ def package_full(folder: Path, golden: dict) -> dict:
     from core.rewards import image_reward as ours
     network = importlib.import_module("ImageReward.ImageReward")
     texts = models.build("image_reward")[1]
-    config = dict(json.loads(texts["med_config.json"]), hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, vocab_size=30524)
+    config = json.loads(texts["med_config.json"])
+    config.update(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, vocab_size=30524)
     (folder / "med_config.json").write_text(json.dumps(config))
     (folder / "vocab.txt").write_bytes(texts["vocab.txt"].encode())
     with patch.object(sys.modules["ImageReward.models.BLIP.blip_pretrain"], "init_tokenizer", lambda: None):
         weights = network.ImageReward(str(folder / "med_config.json")).state_dict()
     torch.save(livelier(weights), folder / "ImageReward.pt")
     del weights
-    started, images, prompts = time.monotonic(), torch.cat([picture[:, :20, :20] for picture in list(pictures().values())[8:12]]), inputs.PROMPTS[:4]
+    started, prompts = time.monotonic(), inputs.PROMPTS[:4]
+    images = torch.cat([picture[:, :20, :20] for picture in list(pictures().values())[8:12]])
     theirs = ours.load(folder)
     result, expected, faults = {"network": type(theirs.module).__name__}, theirs.score(images, prompts), [gradient_fault(theirs)]
     del theirs
@@ -241,7 +254,8 @@ def main() -> None:
     golden = json.loads(options.golden.read_text("utf-8"))
     checks = dict(CHECKS, **(PACKAGE_CHECKS if importlib.util.find_spec("ImageReward") else {}))
     found = {name: attempt(check, golden) for name, check in checks.items()}
-    print(json.dumps({"python": platform.python_version(), "versions": {name: version(name) for name in PACKAGES}, "eager_imports": eager, "models": found}))
+    versions = {name: version(name) for name in PACKAGES}
+    print(json.dumps({"python": platform.python_version(), "versions": versions, "eager_imports": eager, "models": found}))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,9 @@ def cell(result: dict | None) -> str:
 def version_table(rows: dict[str, dict]) -> list[str]:
     names = [name for name in next(iter(rows.values()), {}).get("versions", {}) if any(row["versions"][name] for row in rows.values())]
     lines = ["| " + " | ".join(["environment", "Python", *names]) + " |", "|" + " --- |" * (len(names) + 2)]
-    return lines + ["| " + " | ".join([name, row["python"], *(row["versions"][package] or "–" for package in names)]) + " |" for name, row in rows.items()]
+    for name, row in rows.items():
+        lines.append("| " + " | ".join([name, row["python"], *(row["versions"][package] or "–" for package in names)]) + " |")
+    return lines
 
 
 def score_table(rows: dict[str, dict], names: list[str]) -> list[str]:
