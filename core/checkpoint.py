@@ -145,6 +145,11 @@ class Run:
         self._count(row)
         self._log()
 
+    def amend(self, values: dict) -> None:
+        """Add values to the newest row, which the next record or save writes."""
+        self.metrics[-1] |= json.loads(json.dumps(values))
+        self._logged, self._written, self._saved = (0, None), None, -1
+
     def commit(self, row: dict, pictures: dict | None = None) -> None:
         """Count one iteration and save the run. On OSError it is counted in memory all the same: nothing learned is lost."""
         self._count(row)

@@ -101,8 +101,8 @@ class Trainer:
     def train(self, iterations: int, report: Callable[[Event], None] = lambda event: None) -> str:
         """Go on until the run has `iterations` in all; a sentence on how it ended. The run is saved on every way out."""
         try:
-            if self.settings.evaluate_every and self.run.iteration < iterations and not self.run.metrics:
-                self._baseline()
+            if self._due():
+                self._assess()
             while self.run.iteration < iterations:
                 event = self.step()
                 report(event)
@@ -220,28 +220,39 @@ class Trainer:
             self.run.optimizer.load_state_dict(state["optimizer"])
 
     def _write(self, row: dict) -> str:
-        """Evaluate if it is time to, count the iteration, save what is due; what the health watch says."""
+        """Count the iteration, evaluate if it is time to, save what is due; what the health watch says."""
         run, settings = self.run, self.settings
-        done = run.iteration + 1
-        message, best = "", False
-        if settings.evaluate_every and done % settings.evaluate_every == 0:
-            found, base = self.evaluate(), self._baseline()
-            row |= found.row(base)
-            judged = row.get("eval/judge", row["eval/reward"])
-            best = judged > run.extra.get("best", -math.inf)
-            run.extra["best"] = max(judged, run.extra.get("best", -math.inf))
-            if not self.watch.evaluations:
-                self.watch.evaluate(base.evaluation(0, base))
-            self.watch.evaluate(found.evaluation(done, base))
         self.watch.see(row)
-        message = (self.watch.verdict() or "") if settings.on_alarm != "off" else ""
-        run.extra |= {"watch": self.watch.to_dict(), "skips": self.skips.to_dict()}
-        run.record({key: value for key, value in row.items() if not (isinstance(value, float) and not math.isfinite(value))})  # JSON knows no NaN
-        if done % settings.save_every == 0:
+        self._remember()
+        run.record(finite(row))  # from here on the update counts, whatever happens to the evaluation
+        best = self._assess() if self._due() else False
+        if run.iteration % settings.save_every == 0:
             run.save()
-        if best or (settings.keep_last and done % settings.keep_every == 0):
-            run.keep(settings.keep_last if done % settings.keep_every == 0 else 0, best)
-        return message
+        keep = settings.keep_last if run.iteration % settings.keep_every == 0 else 0
+        if best or keep:
+            run.keep(keep, best)
+        return (self.watch.verdict() or "") if settings.on_alarm != "off" else ""
+
+    def _due(self) -> bool:
+        """Whether the newest iteration is to be evaluated and was not yet, which an interrupt may have kept it from."""
+        every, rows = self.settings.evaluate_every, self.run.metrics
+        return bool(every and rows and self.run.iteration % every == 0 and "eval/reward" not in rows[-1])
+
+    def _assess(self) -> bool:
+        """Evaluate the policy as it is and add that to the newest iteration's metrics; whether it is the best so far."""
+        run, base, found = self.run, self._baseline(), self.evaluate()
+        row = finite(found.row(base))
+        judged, best = row.get("eval/judge", row.get("eval/reward", -math.inf)), run.extra.get("best", -math.inf)
+        if not self.watch.evaluations:
+            self.watch.evaluate(base.evaluation(0, base))
+        self.watch.evaluate(found.evaluation(run.iteration, base))
+        run.extra["best"] = max(judged, best)
+        self._remember()
+        run.amend({"eval/reward": None, **row})
+        return judged > best
+
+    def _remember(self) -> None:
+        self.run.extra |= {"watch": self.watch.to_dict(), "skips": self.skips.to_dict()}
 
     def _baseline(self) -> "HeldOut":
         """The base model on the held-out prompts; worked out once per trainer, since it never changes."""
@@ -295,6 +306,11 @@ def adamw8bit():
     except (ImportError, AttributeError) as error:
         raise ValueError(f"The optimizer adamw8bit needs the package bitsandbytes, which cannot be used here ({error}): pip install bitsandbytes, or choose "
                          "adamw.") from error
+
+
+def finite(row: dict) -> dict:
+    """The row without what JSON does not know: NaN and infinity."""
+    return {key: value for key, value in row.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
 
 def reward_metrics(values: dict[str, Tensor], total: Tensor, prompts: int) -> dict[str, float]:

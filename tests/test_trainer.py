@@ -79,11 +79,11 @@ class StopHere(BaseException):
     pass
 
 
-@pytest.mark.parametrize("inner_updates", [1, 3])
-def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, monkeypatch, inner_updates):
+@pytest.mark.parametrize("settings", [{}, dict(inner_updates=3), dict(evaluate_every=1, held_out=1)], ids=["plain", "inner updates", "evaluation"])
+def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, monkeypatch, settings):
     """ComfyUI's stop button is asked between all pieces of work: stop at each of them once, go on, and end where an undisturbed run ends."""
     import comfy.model_management
-    flux.train(through := flux.policy("through"), 2, inner_updates=inner_updates)
+    flux.train(through := flux.policy("through"), 2, **settings)
     asked = count = 0
 
     def stop():
@@ -95,22 +95,23 @@ def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, mon
     clean = flux.ksampler(flux.model, flux.prompts("a red circle on a white background")[0])
     monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", stop)
     stopped = 0
-    for asked in range(1, 200, 11 if inner_updates == 1 else 17):
+    for asked in range(1, 200, 17):
         flux.forget()
         policy, count = flux.policy(f"stopped {asked}"), 0
         try:
-            flux.train(policy, 2, inner_updates=inner_updates)
+            flux.train(policy, 2, **settings)
         except StopHere:
             stopped += 1
             done = policy.run.iteration
             assert (policy.run.folder / "state.pt").exists() == (done > 0)
             assert torch.equal(flux.ksampler(flux.model, flux.prompts("a red circle on a white background")[0]), clean)
             count = asked
-            flux.train(policy, 2, inner_updates=inner_updates)
+            flux.train(policy, 2, **settings)
         else:
             break
         same(policy.run.adapters.state_dict(), through.run.adapters.state_dict())
-    assert stopped > 3
+        assert timeless(policy.run.metrics) == timeless(through.run.metrics)
+    assert stopped > 2
 
 
 class Broken:

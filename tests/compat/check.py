@@ -189,6 +189,7 @@ def package_full(folder: Path, golden: dict) -> dict:
     config.update(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, vocab_size=30524)
     (folder / "med_config.json").write_text(json.dumps(config))
     (folder / "vocab.txt").write_bytes(texts["vocab.txt"].encode())
+    torch.manual_seed(0)
     with patch.object(sys.modules["ImageReward.models.BLIP.blip_pretrain"], "init_tokenizer", lambda: None):
         weights = network.ImageReward(str(folder / "med_config.json")).state_dict()
     torch.save(livelier(weights), folder / "ImageReward.pt")
