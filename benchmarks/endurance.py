@@ -88,9 +88,10 @@ def long(model: str, iterations: int) -> dict:
 
     def noted(self, event):
         nonlocal last
+        began = time.perf_counter()
         report(self, event)
         now = time.perf_counter()
-        rows.append((process.memory_info().rss, now - last, event.row["forwards"]))
+        rows.append((process.memory_info().rss, now - last, event.row["forwards"], now - began))
         last = now
 
     trainer.report = noted
@@ -102,7 +103,9 @@ def long(model: str, iterations: int) -> dict:
     slope = statistics.linear_regression(x, [row[0] for row in warm]).slope
     speed = [statistics.median(row[1] / row[2] for row in part) for part in (rows[5:55], rows[-50:])]
     return {"iterations": iterations, "hooks_left": hooks, "injections_left": len(graph.model.injections), "megabytes_at_20_percent": warm[0][0] / 1e6,
-            "megabytes_at_end": warm[-1][0] / 1e6, "bytes_per_iteration": slope, "last_50_against_first_50": speed[1] / speed[0]}
+            "megabytes_at_end": warm[-1][0] / 1e6, "bytes_per_iteration": slope, "last_50_against_first_50": speed[1] / speed[0],
+            "live_picture_share": sum(row[3] for row in rows) / sum(row[1] for row in rows),
+            "seconds_per_iteration": statistics.median(row[1] for row in rows)}
 
 
 def main() -> None:

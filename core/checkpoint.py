@@ -61,6 +61,7 @@ class Run:
         self.config = dict(config)
         self.iteration = 0
         self.metrics: list[dict] = []
+        self._lines: list[str] = []  # of the metrics as JSON, as far as they were needed
         self.extra: dict = {}  # whatever else a trainer has to know after a resume, in JSON's types
         self.optimizer: torch.optim.AdamW | None = None
         self._saved_optimizer: dict | None = None  # until adamw() is asked for
@@ -111,13 +112,15 @@ class Run:
 
     @property
     def ema(self) -> Ema | None:
-        """The moving average that is saved with the run. Setting one restores what the run had saved of it; setting None forgets that."""
+        """The moving average that is saved with the run. Setting one takes over what the run had of it; setting None forgets that."""
         return self._ema
 
     @ema.setter
     def ema(self, ema: Ema | None) -> None:
-        if ema is not None and self._saved_ema is not None:
-            ema.load_state_dict(self._saved_ema)
+        live = self._ema.state_dict() if self._ema is not None and self._ema is not ema else None
+        before = self._saved_ema or live
+        if ema is not None and before is not None:
+            ema.load_state_dict(before)
         self._ema, self._saved_ema = ema, None
 
     def lora(self, averaged: bool = False) -> dict[str, Tensor]:
@@ -148,6 +151,7 @@ class Run:
     def amend(self, values: dict) -> None:
         """Add values to the newest row, which the next record or save writes."""
         self.metrics[-1] |= json.loads(json.dumps(values))
+        del self._lines[len(self.metrics) - 1:]
         self._logged, self._written, self._saved = (0, None), None, -1
 
     def commit(self, row: dict, pictures: dict | None = None) -> None:
@@ -167,7 +171,7 @@ class Run:
         optimizer = self._optimizer_state()
         average = self._ema.state_dict() if self._ema is not None else self._saved_ema
         state = {"format": FORMAT, "iteration": self.iteration, "adapters": self.adapters.state_dict(), "optimizer": optimizer, "ema": average,
-                 "metrics": self.metrics, "extra": json.loads(json.dumps(self.extra)), "config": self.config, "rng": torch.get_rng_state()}
+                 "metrics": self._metrics_text(), "extra": json.loads(json.dumps(self.extra)), "config": self.config, "rng": torch.get_rng_state()}
         write_atomically(self.folder / "state.pt", torch_bytes(state))
         self._saved = self.iteration
         metadata = self.metadata() if self._ema is None else {**self.metadata(), "treerpo.ema": str(self._ema.decay)}
@@ -267,7 +271,7 @@ class Run:
             self.adapters.load_state_dict(state["adapters"])
         except ValueError as error:
             raise ValueError(f"The checkpoint of run '{self.folder.name}' belongs to another model: {error}") from None
-        self.iteration, self.metrics, self.extra = state["iteration"], state["metrics"], state.get("extra", {})
+        self.iteration, self.metrics, self.extra, self._lines = state["iteration"], state["metrics"], state.get("extra", {}), []
         self.optimizer, self._saved_optimizer, self._saved_ema = None, state["optimizer"], state.get("ema")
         if self._ema is not None:
             self._ema.reset()  # for a checkpoint from before there was an average
@@ -277,6 +281,11 @@ class Run:
         if state.get("rng") is not None:
             torch.set_rng_state(state["rng"])
         self._saved = self.iteration
+
+    def _metrics_text(self) -> str:
+        """One line of JSON per iteration. Each is made once: in a long run, making them all anew would slow down every save."""
+        self._lines += [json.dumps(row) for row in self.metrics[len(self._lines):]]
+        return "\n".join(self._lines)
 
     def _log(self) -> None:
         """Bring metrics.jsonl up to date: add the new rows, or write it anew where it is not what this object left there."""
@@ -343,6 +352,8 @@ def read_state(path: Path) -> dict:
         with torch.inference_mode(False):
             state = torch.load(path, map_location="cpu", weights_only=True)
         version = dict(state)["format"]
+        if isinstance(state.get("metrics"), str):  # since format 2
+            state["metrics"] = [json.loads(line) for line in state["metrics"].splitlines()]
         if version <= FORMAT and not (all(isinstance(state[key], kind) for key, kind in KINDS.items()) and "optimizer" in state
                                       and all(isinstance(tensor, Tensor) for tensor in state["adapters"].values())):
             raise TypeError("not the state of a run")

@@ -158,8 +158,10 @@ class Trainer:
         numbers = list(range(count))
         roots = self.host.roots(velocity, noise.roots(velocity.shape, settings.seed, iteration, numbers, self.shape.trees))
         retain = settings.retain_share * velocity.free_memory() if settings.retain_share else 0
-        return grow(velocity, roots, sigmas, self.shape, self.schedule, start=start, prompts=numbers, seed=settings.seed, iteration=iteration,
-                    micro_batch=self.micro_batch, retain=retain, progress=self._progress)
+        forest = grow(velocity, roots, sigmas, self.shape, self.schedule, start=start, prompts=numbers, seed=settings.seed, iteration=iteration,
+                      micro_batch=self.micro_batch, retain=retain, progress=self._progress)
+        self._fingerprint = velocity.fingerprint() if forest.graphs else None
+        return forest
 
     def _progress(self, done: int, total: int, denoised: Tensor) -> None:
         self.check()
@@ -194,14 +196,14 @@ class Trainer:
         best = best_rewards(total_reward(found.values, found.weights), kept)
         allowed = best >= running_best(self.run.metrics) if settings.only_good else None
         goals = self.images(velocity, forest) if self.images is not None else None
-        before = velocity.forwards
+        if forest.graphs and velocity.fingerprint() != self._fingerprint:  # the weights have moved since: recompute
+            forest.graphs.clear()
         metrics = update(velocity, forest, layers, self.optimizer(), self.objective, micro_batch=self.micro_batch, max_grad_norm=settings.max_grad_norm,
                          inner_updates=settings.inner_updates, images=goals, allowed=allowed, check=self.check)
         if self.run.ema is not None:
             self.run.ema.update()
         self.skips.note(metrics["skipped"] == settings.inner_updates)
-        return {**row, "frac_reward_zero_std": float(flat.float().mean()), **metrics, "reward_best": float(best[best.isfinite()].mean()),
-                "update_forwards": velocity.forwards - before}, layers
+        return {**row, "frac_reward_zero_std": float(flat.float().mean()), **metrics, "reward_best": float(best[best.isfinite()].mean())}, layers
 
     def optimizer(self) -> torch.optim.Optimizer:
         return self.run.adamw(self.settings.learning_rate, weight_decay=self.settings.weight_decay,

@@ -25,6 +25,7 @@ from .sample import RETAIN_SHARE, start_latent
 from .schema import LoraModel, Noise, ObjectiveSettings, Policy, Prompts, RewardModel, TreeShape, expert, schema
 from .train import own_images
 
+LIVE_SHARE = 0.01    # of the time at most for the live picture
 DECODED_AT_ONCE = 8  # images between two looks at ComfyUI's stop button
 TEXT_FILES = (".txt", ".jsonl", ".csv")
 NO_FILE = "(the text above)"
@@ -263,6 +264,7 @@ class Live:
     def __init__(self, node_id, run, iterations: int, tensorboard: bool):
         self.node_id, self.run, self.iterations, self.first = node_id, run, iterations, run.iteration
         self.began = time.perf_counter()
+        self.drawn = self.pause = 0.0  # when the picture was drawn, and how long to wait for the next
         self.bar = comfy.utils.ProgressBar(max(iterations - self.first, 1) * 100, node_id=node_id)
         self.event: Event | None = None
         self.writer = _tensorboard(run.folder / "tensorboard") if tensorboard else None
@@ -276,8 +278,13 @@ class Live:
         done = self.run.iteration - self.first
         text = status_line(event.row, self.run.iteration, self.iterations, (time.perf_counter() - self.began) / done, memory())
         send_text("\n".join(filter(None, (text, event.note, event.message))), self.node_id)
-        picture = self.picture()
-        self.bar.update_absolute(done * 100, None, ("JPEG", picture, 900))
+        began = time.perf_counter()
+        if began - self.drawn > self.pause or self.run.iteration == self.iterations:
+            self.bar.update_absolute(done * 100, None, ("JPEG", self.picture(), 900))
+            self.drawn = time.perf_counter()
+            self.pause = (self.drawn - began) / LIVE_SHARE
+        else:
+            self.bar.update_absolute(done * 100)
         if self.writer is not None:
             for name, value in event.row.items():
                 self.writer.add_scalar(name, value, self.run.iteration - 1)
