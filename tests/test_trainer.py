@@ -244,7 +244,7 @@ def test_changed_settings_are_told(flux):
     (dict(file="../secret.txt"), "not inside ComfyUI's input folder"),
     (dict(file="absent.txt"), "There is no prompt file"),
 ])
-def test_bad_input_is_one_sentence_and_loses_nothing(flux, change, sentence):
+def test_wrong_settings_are_one_sentence_and_lose_nothing(flux, change, sentence):
     policy = flux.policy()
     flux.train(policy, 1)
     before = (policy.run.folder / "state.pt").read_bytes()
