@@ -120,10 +120,13 @@ def precision() -> torch.dtype:
     return torch.float16 if comfy.model_management.get_torch_device().type == "cuda" else torch.float32
 
 
-def clip_tokenizer() -> Path | None:
-    """ComfyUI's own copy of CLIP's vocabulary."""
-    folder = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"
-    return folder if (folder / "vocab.json").is_file() else None
+def tokenizer_for(kind: str) -> Path | None:
+    """A vocabulary this machine has, for weights without one beside them: ComfyUI's own copy of CLIP's, or BERT's in models/."""
+    if kind == "image_reward":
+        folder, file = Path(folder_paths.models_dir) / "bert-base-uncased", "vocab.txt"
+    else:
+        folder, file = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer", "vocab.json"
+    return folder if (folder / file).is_file() else None
 
 
 class WeightsNode(io.ComfyNode):
@@ -159,7 +162,7 @@ class WeightsNode(io.ComfyNode):
     @classmethod
     def execute(cls, file, download=False) -> io.NodeOutput:
         path = find_or_fetch(file, cls.official, download)
-        options = {"tokenizer": clip_tokenizer()} if cls.kind in ("pickscore", "clipscore") else {}
+        options = {"tokenizer": tokenizer_for(cls.kind)} if cls.kind != "hps_v2" else {}
         return io.NodeOutput(Managed(load(cls.kind, path, "cpu", precision(), name=cls.shown(path), **options)))
 
     @classmethod

@@ -203,3 +203,14 @@ def test_weights_are_checked(graph, weights, sentence):
         graph.combine([Some("a", 1.0), Some("b", 1.0)], weights)
     with pytest.raises(ValueError, match="no reward connected"):
         graph.combine([])
+
+
+def test_image_reward_finds_berts_vocabulary_in_the_models_folder(graph):
+    from golden import models
+    path = models.write("image_reward", graph.folder / "models" / "rewards" / "ImageReward")
+    with_own = graph.call("ImageReward", file="rewards/ImageReward/ImageReward.pt")[0].score(torch.ones(1, 32, 32, 3), ["a cat"])
+    folder = graph.folder / "models" / "bert-base-uncased"
+    folder.mkdir()
+    (path.parent / "vocab.txt").rename(folder / "vocab.txt")
+    again = graph.call("ImageReward", file="rewards/ImageReward/ImageReward.pt")[0].score(torch.ones(1, 32, 32, 3), ["a cat"])
+    assert torch.equal(with_own, again)

@@ -184,7 +184,8 @@ class ImageReward(Scorer):
 
 
 def load(path: Path, device="cpu", dtype: torch.dtype | None = None, name: str = "ImageReward", tokenizer: Path | None = None) -> ImageReward:
-    """path: ImageReward.pt, or its folder. tokenizer: bert-base-uncased's vocab.txt or its folder; default: beside the weights."""
+    """path: ImageReward.pt, or its folder. tokenizer: bert-base-uncased's vocab.txt or its folder, where there is none beside
+    the weights."""
     file = find(path, "ImageReward.pt")
     weights = open_weights(file)
     if "blip.visual_encoder.pos_embed" not in weights or "mlp.layers.0.weight" not in weights:
@@ -231,9 +232,9 @@ def _tokenizer(file: Path, given: Path | None):
 
 
 def _vocabulary(file: Path, given: Path | None) -> Path:
-    places = [given, given / "vocab.txt"] if given else []
     folders = (file.parent, file.parent / "bert-base-uncased", file.parent.parent / "bert-base-uncased")
-    for place in [*places, *(folder / "vocab.txt" for folder in folders)]:
+    places = [given, given / "vocab.txt"] if given else []
+    for place in [*(folder / "vocab.txt" for folder in folders), *places]:
         if place.is_file():
             return place
     if importlib.util.find_spec("huggingface_hub") is not None:
