@@ -4,6 +4,8 @@ if __package__:  # loaded by ComfyUI; pytest also imports this file, by path and
 
     from .nodes import NODES
 
+    WEB_DIRECTORY = "web"  # help pages
+
     class TreeRPO(ComfyExtension):
         async def get_node_list(self):
             return NODES

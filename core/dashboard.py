@@ -255,7 +255,7 @@ def brief(value: float) -> str:
     if size < 1e-3 or size >= 1e5:
         digits, power = f"{value:.1e}".split("e")
         return f"{digits}e{int(power)}"
-    return _no_zero(f"{value:.{min(3, max(0, 2 - math.floor(math.log10(size))))}f}")
+    return _no_zero(f"{value:.{min(3 if size >= 1e-2 else 4, max(0, 2 - math.floor(math.log10(size))))}f}")
 
 
 def _no_zero(text: str) -> str:

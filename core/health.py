@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIDE = 32          # pixels of the copies that are compared: enough for what is where, blind to fine texture
+LARGEST = 1e30     # beyond it a number is taken for a missing one
 FEWEST_IMAGES = 4  # below, a mean difference says nothing
 
 
@@ -222,8 +223,8 @@ def _mean(scores: list[float]) -> float:
 
 
 def _finite(scores) -> list[float]:
-    """Any sequence of numbers as a list of floats; NaN for what is not finite."""
-    return [float(score) if math.isfinite(score) else math.nan for score in scores]
+    """Any sequence of numbers as a list of floats; NaN for what is not finite, or too large to be a score."""
+    return [float(score) if abs(score) < LARGEST else math.nan for score in scores]
 
 
 def _times(errors: float) -> str:

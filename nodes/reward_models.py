@@ -71,17 +71,18 @@ def weight_path(choice: str) -> Path | None:
 
 
 def find_or_fetch(choice: str, official: Official, download: bool) -> Path:
-    path = weight_path(choice)
-    if path is not None:
+    path, own = weight_path(choice), choice == f"rewards/{official.file}"
+    if path is not None and not (own and download):
         return path
-    if choice != f"rewards/{official.file}":
+    if not own:
         raise ValueError(f"There is no file models/{choice} any more: choose another one.")
-    target = folders()["rewards"][0] / official.file
+    target = path or folders()["rewards"][0] / official.file
     if not download:
         raise ValueError(f"{target.name} is not there yet: put it at models/rewards/{official.file}, or switch on 'download' ({official.size}, licence "
                          f"{official.licence}, from {official.source} on Hugging Face).")
     for source, remote, place in ((official.source, official.remote, target), *((s, r, target.with_name(r)) for s, r in official.more)):
-        fetch(source, remote, place)
+        if not place.is_file():
+            fetch(source, remote, place)
     return target
 
 

@@ -72,8 +72,8 @@ _RATE = io.Float.Input("learning_rate", default=3e-4, min=0.0, max=1.0, step=1e-
                        tooltip="Higher = learns faster, then falls apart. 1e-4 to 3e-4 for FLUX and SD3 LoRAs, 1e-3 for the tiny models.")
 _EXPERT = [
     expert(io.Float.Input("clip_low", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
-                          tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful. The usual 1e-4 is "
-                                  "for 512x512; smaller latents need more (1e-2 for the tiny models).")),
+                          tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful. Only matters with "
+                                  "several inner updates. The usual 1e-4 is for 512x512; smaller latents need more (1e-2 for the tiny models).")),
     expert(io.Float.Input("clip_high", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
                           tooltip="How far one update may make a better branch more likely, per latent element. Lower = more careful.")),
     expert(io.Float.Input("sensitivity", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,

@@ -48,7 +48,8 @@ class PromptListNode(io.ComfyNode):
                                tooltip="Below 1: the share of prompts held out, such as 0.1. From 1: that many prompts. Higher = a more certain judgement, less to learn from."),
                 expert(io.Int.Input("split_seed", default=0, min=0, max=2 ** 31, optional=True, tooltip="Another number holds out other prompts.")),
             ],
-            outputs=[Prompts.Output(display_name="prompts"), io.String.Output(display_name="summary")])
+            outputs=[Prompts.Output(display_name="prompts"), io.String.Output(display_name="summary"),
+                     io.String.Output(display_name="texts", tooltip="All prompts, one per line: for Save Tree LoRA.")])
 
     @classmethod
     def validate_inputs(cls, file=NO_FILE):
@@ -65,7 +66,7 @@ class PromptListNode(io.ComfyNode):
         prompts = split(read(path) if path is not None else parse(text), held_out, split_seed)
         summary = f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out" + (f", {prompts.duplicates} duplicates left out" if prompts.duplicates
                                                                                                   else "")
-        return io.NodeOutput(prompts, summary, ui={"text": (summary,)})
+        return io.NodeOutput(prompts, summary, "\n".join([*prompts.train, *prompts.held_out]), ui={"text": (summary,)})
 
 
 def prompt_files() -> list[str]:
@@ -101,9 +102,10 @@ class ObjectiveNode(io.ComfyNode):
                 expert(io.Boolean.Input("only_good", default=True, optional=True,
                                         tooltip="LayerTuning-RL: imitate a prompt's best image only if it is as good as the best images were on average so far.")),
                 expert(io.Float.Input("clip_low", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
-                                      tooltip="How far one update may make a worse branch less likely, per latent element. Only matters with several inner updates.")),
+                                      tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful. Only matters with several "
+                                              "inner updates.")),
                 expert(io.Float.Input("clip_high", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
-                                      tooltip="How far one update may make a better branch more likely, per latent element.")),
+                                      tooltip="How far one update may make a better branch more likely, per latent element. Lower = more careful.")),
                 expert(io.Float.Input("sensitivity", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
                                       tooltip="Dynamic clip: widens the clip range of a branch with its reward. 0 = off. Our reading of Dynamic-TreeRPO.")),
                 expert(io.Combo.Input("ratio", options=list(RATIOS), default="plain", optional=True, tooltip="guard = GRPO-Guard's normalised ratio.")),

@@ -4,9 +4,13 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples on every machine and in every run
+hypothesis.settings.load_profile("same")
 
 
 def find_comfyui() -> Path | None:
