@@ -257,8 +257,8 @@ def test_prompts_from_a_file(flux, tmp_path):
     import folder_paths
     folder_paths.set_input_directory(str(tmp_path))
     (tmp_path / "list.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a blue square"}\n')
-    prompts, summary = flux.call("PromptList", text="", file="list.jsonl")
-    assert prompts.train == ["a red circle", "a blue square"] and summary.startswith("2 prompts")
+    prompts, summary, texts = flux.call("PromptList", text="", file="list.jsonl")
+    assert prompts.train == ["a red circle", "a blue square"] and summary.startswith("2 prompts") and texts == "a red circle\na blue square"
 
 
 def test_preflight_counts_what_the_model_needs(flux):
