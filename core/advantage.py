@@ -41,13 +41,13 @@ def leaf_advantages(rewards: dict[str, Tensor], prompts: int, weights: dict[str,
         rewards, weights = {"sum": total_reward(rewards, weights)}, None
     total, flat = 0.0, True
     for name, values in rewards.items():
-        z, constant = _group_z(values.float().view(prompts, -1))
+        z, constant = group_z(values.float().view(prompts, -1))
         total = total + (weights or {}).get(name, 1.0) * z
         flat = constant & flat
     return total.clamp(-clip, clip).flatten(), flat
 
 
-def _group_z(group: Tensor) -> tuple[Tensor, Tensor]:
+def group_z(group: Tensor) -> tuple[Tensor, Tensor]:
     """z-scores [P, K] of each row over its finite entries, 0 elsewhere, and which rows have no spread [P]."""
     known = torch.isfinite(group)
     count = known.sum(1, keepdim=True).clamp(min=1)

@@ -171,7 +171,7 @@ class Run:
         optimizer = self._optimizer_state()
         average = self._ema.state_dict() if self._ema is not None else self._saved_ema
         state = {"format": FORMAT, "iteration": self.iteration, "adapters": self.adapters.state_dict(), "optimizer": optimizer, "ema": average,
-                 "metrics": self._metrics_text(), "extra": json.loads(json.dumps(self.extra)), "config": self.config, "rng": torch.get_rng_state()}
+                 "metrics": "\n".join(self._json_lines()), "extra": json.loads(json.dumps(self.extra)), "config": self.config, "rng": torch.get_rng_state()}
         write_atomically(self.folder / "state.pt", torch_bytes(state))
         self._saved = self.iteration
         metadata = self.metadata() if self._ema is None else {**self.metadata(), "treerpo.ema": str(self._ema.decay)}
@@ -180,9 +180,7 @@ class Run:
         write_atomically(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
         self._log()
         for name, picture in (pictures or {}).items():
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            write_atomically(self.folder / name, buffer.getvalue())
+            write_picture(self.folder / name, picture)
 
     def keep(self, last: int, best: bool = False) -> None:
         """Set the newest state aside as checkpoints/<iteration> (if last > 0) and as best/, and keep the newest `last` checkpoints.
@@ -282,17 +280,17 @@ class Run:
             torch.set_rng_state(state["rng"])
         self._saved = self.iteration
 
-    def _metrics_text(self) -> str:
-        """One line of JSON per iteration. Each is made once: in a long run, making them all anew would slow down every save."""
+    def _json_lines(self) -> list[str]:
+        """The metrics as JSON. Each line is made once: in a long run, making them all anew would slow down every save."""
         self._lines += [json.dumps(row) for row in self.metrics[len(self._lines):]]
-        return "\n".join(self._lines)
+        return self._lines
 
     def _log(self) -> None:
         """Bring metrics.jsonl up to date: add the new rows, or write it anew where it is not what this object left there."""
         path, (rows, size) = self.folder / "metrics.jsonl", self._logged
         if size is None or not path.exists() or path.stat().st_size != size:
             rows, size = 0, 0
-        data = "".join(json.dumps(row) + "\n" for row in self.metrics[rows:]).encode()
+        data = "".join(line + "\n" for line in self._json_lines()[rows:]).encode()
         if size == 0:
             write_atomically(path, data)
         elif data:
@@ -456,6 +454,13 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(original, copy)
             copy.flush()
             os.fsync(copy.fileno())
+
+
+def write_picture(path: Path, picture) -> None:
+    """A PIL picture as PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
 
 
 def torch_bytes(state: dict) -> memoryview:

@@ -1,6 +1,5 @@
 """Pictures of a run: the reward curve, and a tree with its thumbnails, scores and advantages."""
 import functools
-import io
 import math
 
 import torch
@@ -21,12 +20,6 @@ def to_tensor(picture: Image.Image) -> Tensor:
     """PIL picture -> [1, H, W, 3] in 0..1."""
     raw = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
     return raw.view(1, picture.height, picture.width, 3).float() / 255
-
-
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def to_picture(image: Tensor) -> Image.Image:

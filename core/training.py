@@ -243,11 +243,12 @@ class Trainer:
     def _assess(self) -> bool:
         """Evaluate the policy as it is and add that to the newest iteration's metrics; whether it is the best so far."""
         run, base, found = self.run, self._baseline(), self.evaluate()
-        row = finite(found.row(base))
-        judged, best = row.get("eval/judge", row.get("eval/reward", -math.inf)), run.extra.get("best", -math.inf)
+        measured = found.row(base)
         if not self.watch.evaluations:
-            self.watch.evaluate(base.evaluation(0, base))
-        self.watch.evaluate(found.evaluation(run.iteration, base))
+            self.watch.evaluate(base.evaluation(0, base.row(base)))
+        self.watch.evaluate(found.evaluation(run.iteration, measured))
+        row = finite(measured)
+        judged, best = row.get("eval/judge", row.get("eval/reward", -math.inf)), run.extra.get("best", -math.inf)
         run.extra["best"] = max(judged, best)
         self._remember()
         run.amend({"eval/reward": None, **row})
@@ -287,10 +288,10 @@ class HeldOut:
     reward: Tensor         # [H] the reward that is trained
     judge: Tensor | None   # [H] the one that is not
 
-    def evaluation(self, iteration: int, base: "HeldOut") -> Evaluation:
-        """As the health watch takes it."""
-        return Evaluation(iteration, self.reward.tolist(), self.judge.tolist() if self.judge is not None else [], diversity(self.images, 1),
-                          drift(self.images, base.images), diversity(base.images, 1))
+    def evaluation(self, iteration: int, row: dict[str, float]) -> Evaluation:
+        """As the health watch takes it; row: what `row` gave."""
+        return Evaluation(iteration, self.reward.tolist(), self.judge.tolist() if self.judge is not None else [], row["eval/diversity"], row["eval/drift"],
+                          row["eval/base_diversity"])
 
     def row(self, base: "HeldOut") -> dict[str, float]:
         """Metrics, beside the base model's on the same prompts and noise."""

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageOps
 
 from ..core import plot
-from ..core.advantage import total_reward
+from ..core.advantage import group_z, total_reward
 from ..core.rewards.combine import Scores, combine, scores
 from .schema import RewardModel, Rewards, expert, growing, grown, schema
 
@@ -182,15 +182,10 @@ def ranking(found: Scores, total: torch.Tensor, prompts: list[str]) -> list[list
     for members in groups.values():
         value = total[members]
         if len(found.values) > 1 and not found.raw and len(members) > 1:
-            value = sum(found.weights[name] * zscore(scores[members]) for name, scores in found.values.items())
+            together = sum(found.weights[name] * group_z(scores[members][None])[0][0] for name, scores in found.values.items())
+            value = torch.where(value.isnan(), value, together)
         ranked.append([members[j] for j in value.nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()])
     return ranked
-
-
-def zscore(values: torch.Tensor) -> torch.Tensor:
-    """NaN stays NaN."""
-    centred = values - values.nanmean()
-    return centred / (centred.square().nanmean().sqrt() + 1e-8)
 
 
 def table(values: dict[str, torch.Tensor], prompts: list[str], names: list[str] | None = None) -> str:

@@ -79,9 +79,7 @@ class TreeSampler(io.ComfyNode):
             prompts = list(range(len(positive[0][0]) if positive else 0))
             with policy.policy.session(positive, negative, cfg, shape=samples.shape[1:], memory_batch=micro_batch or None) as velocity:
                 fresh = noises.roots(samples.shape[1:], seed, iteration, prompts, shape.trees)
-                sigma = float(sigmas[0])
-                roots = (sigma * fresh + (1 - sigma) * velocity.process_in(samples)).to(velocity.device)
-                forest = grow(velocity, roots, sigmas, shape, noise, start=start, prompts=prompts, seed=seed, iteration=iteration,
+                forest = grow(velocity, noisy(velocity, samples, fresh, sigmas), sigmas, shape, noise, start=start, prompts=prompts, seed=seed, iteration=iteration,
                               micro_batch=batch, progress=progress(policy.policy.model, cls.hidden.unique_id),
                               retain=RETAIN_SHARE * velocity.free_memory() if retain_graphs and not policy.policy.checkpointing else 0)
                 fingerprint = velocity.fingerprint() if forest.graphs else None
@@ -97,6 +95,12 @@ def start_latent(model, latent_image: dict) -> torch.Tensor:
     if samples.shape[0] != 1:
         raise ValueError(f"The latent has a batch of {samples.shape[0]}: set batch_size to 1, the number of images comes from Tree Shape.")
     return thaw(samples)
+
+
+def noisy(velocity, samples: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """The roots: a LATENT's samples [1, C, H, W] with noise [B, C, H, W] at the first sigma, on the model's device."""
+    sigma = float(sigmas[0])
+    return (sigma * noise + (1 - sigma) * velocity.process_in(samples)).to(velocity.device)
 
 
 def progress(model, node_id):

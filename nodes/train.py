@@ -70,7 +70,7 @@ class Advantages(io.ComfyNode):
 _WIRES = [Policy.Input("policy"), Tree.Input("tree"), EdgeAdvantages.Input("advantages")]
 _RATE = io.Float.Input("learning_rate", default=3e-4, min=0.0, max=1.0, step=1e-6, round=False,
                        tooltip="Higher = learns faster, then falls apart. 1e-4 to 3e-4 for FLUX and SD3 LoRAs, 1e-3 for the tiny models.")
-_EXPERT = [
+CLIPPING = [  # also Training Objective's
     expert(io.Float.Input("clip_low", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
                           tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful. Only matters with "
                                   "several inner updates. The usual 1e-4 is for 512x512; smaller latents need more (1e-2 for the tiny models).")),
@@ -83,14 +83,20 @@ _EXPERT = [
                           tooltip="guard = GRPO-Guard's normalised ratio: the same meaning of the clip range at every step. Needs a larger clip range.")),
     expert(io.Combo.Input("step_weight", options=list(STEP_WEIGHTS), default="none", optional=True,
                           tooltip="How much each step of the window counts. tau = more for noisier steps (TempFlow-GRPO); guard = more for small steps.")),
-    expert(io.Float.Input("kl", default=0.0, min=0.0, max=1000.0, step=0.001, optional=True,
-                          tooltip="Pulls the policy back towards the base model. Higher = stays closer. Above 0 costs one more forward per node.")),
+]
+STEP = [      # also the Trainer's
     expert(io.Float.Input("max_grad_norm", default=1.0, min=0.0, max=1000.0, step=0.1, optional=True,
                           tooltip="Gradients longer than this are shortened to it. Lower = more careful. 0 = off.")),
     expert(io.Float.Input("weight_decay", default=0.0, min=0.0, max=1.0, step=0.001, optional=True,
                           tooltip="Pulls the LoRA towards zero. Higher = stays closer to the base model. TreeGRPO uses 0.01.")),
     expert(io.Int.Input("inner_updates", default=1, min=1, max=32, optional=True,
                         tooltip="Optimizer steps on the same trees. More = learns more from each tree, but clips more and can over-fit it.")),
+]
+_EXPERT = [
+    *CLIPPING,
+    expert(io.Float.Input("kl", default=0.0, min=0.0, max=1000.0, step=0.001, optional=True,
+                          tooltip="Pulls the policy back towards the base model. Higher = stays closer. Above 0 costs one more forward per node.")),
+    *STEP,
     expert(io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True,
                         tooltip="Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler.")),
 ]

@@ -12,18 +12,18 @@ from comfy_api.latest import io, ui
 
 from ..core import plot
 from ..core.advantage import ESTIMATORS, WEIGHTS
-from ..core.checkpoint import write_atomically
+from ..core.checkpoint import write_picture
 from ..core.dashboard import Sample, dashboard, status_line
 from ..core.noise import NoiseSchedule
-from ..core.objective import RATIOS, STEP_WEIGHTS, TARGETS, Objective
+from ..core.objective import TARGETS, Objective
 from ..core.prompts import parse, read, split
 from ..core.rollout import check_sigmas
 from ..core.training import Event, Settings, Trainer
 from ..core.tree import TreeShape as Shape
 from .policy import LivePolicy, batch, encode
-from .sample import RETAIN_SHARE, start_latent
+from .sample import RETAIN_SHARE, noisy, start_latent
 from .schema import LoraModel, Noise, ObjectiveSettings, Policy, Prompts, RewardModel, TreeShape, expert, schema
-from .train import own_images
+from .train import CLIPPING, STEP, own_images
 
 LIVE_SHARE = 0.01    # of the time at most for the live picture
 DECODED_AT_ONCE = 8  # images between two looks at ComfyUI's stop button
@@ -101,16 +101,7 @@ class ObjectiveNode(io.ComfyNode):
                                tooltip="LayerTuning-RL: best-path (published), best-leaf (ours), or images: your own, connected to the Trainer."),
                 expert(io.Boolean.Input("only_good", default=True, optional=True,
                                         tooltip="LayerTuning-RL: imitate a prompt's best image only if it is as good as the best images were on average so far.")),
-                expert(io.Float.Input("clip_low", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
-                                      tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more careful. Only matters with several "
-                                              "inner updates.")),
-                expert(io.Float.Input("clip_high", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False, optional=True,
-                                      tooltip="How far one update may make a better branch more likely, per latent element. Lower = more careful.")),
-                expert(io.Float.Input("sensitivity", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
-                                      tooltip="Dynamic clip: widens the clip range of a branch with its reward. 0 = off. Our reading of Dynamic-TreeRPO.")),
-                expert(io.Combo.Input("ratio", options=list(RATIOS), default="plain", optional=True, tooltip="guard = GRPO-Guard's normalised ratio.")),
-                expert(io.Combo.Input("step_weight", options=list(STEP_WEIGHTS), default="none", optional=True,
-                                      tooltip="How much each step of the window counts. tau = more for noisier steps (TempFlow-GRPO); guard = more for small steps.")),
+                *CLIPPING,
             ],
             outputs=[ObjectiveSettings.Output(display_name="objective")])
 
@@ -141,8 +132,7 @@ class ComfyHost:
         return self.policy.session(conditioning, self.negative, self.cfg, shape=self.start.shape[1:], memory_batch=micro_batch.size or None, alone=self.alone)
 
     def roots(self, velocity, noise: torch.Tensor) -> torch.Tensor:
-        sigma = float(self.sigmas[0])
-        return (sigma * noise + (1 - sigma) * velocity.process_in(self.start)).to(velocity.device)
+        return noisy(velocity, self.start, noise, self.sigmas)
 
     def decode(self, velocity, leaves: torch.Tensor) -> torch.Tensor:
         images = []
@@ -191,7 +181,7 @@ class TrainerNode(io.ComfyNode):
                                tooltip="When the health watch finds something wrong: pause the run and say why, only say it, or do not look."),
                 io.Float.Input("ema", default=0.0, min=0.0, max=0.9999, step=0.01, optional=True,
                                tooltip="Moving average of the LoRA, used for evaluation and for the LoRA that comes out. Higher = steadier, slower; 0.9 is usual. 0 = off.")]
-            + [expert(field) for field in _EXPERT()],
+            + [expert(field) for field in _advanced()],
             outputs=[Policy.Output(display_name="policy"), LoraModel.Output(display_name="lora"), io.Custom("LOSS_MAP").Output(display_name="loss"),
                      io.String.Output(display_name="history", tooltip="metrics.jsonl: one line per iteration."), io.Image.Output(display_name="dashboard"),
                      io.String.Output(display_name="status")],
@@ -227,7 +217,7 @@ class TrainerNode(io.ComfyNode):
                              ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (status,)})
 
 
-def _EXPERT() -> list[io.Input]:
+def _advanced() -> list[io.Input]:
     return [
         io.Boolean.Input("shuffle", default=True, optional=True, tooltip="Prompts in a new order each time through the list. Off = always in the list's order."),
         io.Combo.Input("estimator", options=list(ESTIMATORS), default="treegrpo", optional=True,
@@ -236,11 +226,7 @@ def _EXPERT() -> list[io.Input]:
         io.Combo.Input("weights", options=list(WEIGHTS), default="mean-logprob", optional=True, tooltip="treegrpo only: how children are weighted."),
         io.Float.Input("advantage_clip", default=5.0, min=0.1, max=100.0, step=0.1, optional=True,
                        tooltip="Largest advantage of a single image. Lower = outliers count less."),
-        io.Float.Input("max_grad_norm", default=1.0, min=0.0, max=1000.0, step=0.1, optional=True,
-                       tooltip="Gradients longer than this are shortened to it. Lower = more careful. 0 = off."),
-        io.Float.Input("weight_decay", default=0.0, min=0.0, max=1.0, step=0.001, optional=True, tooltip="Pulls the LoRA towards zero. TreeGRPO uses 0.01."),
-        io.Int.Input("inner_updates", default=1, min=1, max=32, optional=True,
-                     tooltip="Optimizer steps on the same trees. More = learns more from each tree, but can over-fit it."),
+        *STEP,
         io.Combo.Input("optimizer", options=["adamw", "adamw8bit"], default="adamw", optional=True,
                        tooltip="adamw8bit needs the package bitsandbytes and an NVIDIA GPU; it saves three quarters of the optimizer's memory."),
         io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True,
@@ -297,9 +283,7 @@ class Live:
         """The iteration's images with their scores, as samples/<iteration>.png, and the dashboard."""
         sheet = plot.score_sheet(event.images, event.total, event.prompts, f"iteration {self.run.iteration}", columns=9)
         for name, picture in ((f"samples/{self.run.iteration:06d}.png", sheet), ("dashboard.png", self.picture())):
-            path = self.run.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, plot.png(picture))
+            write_picture(self.run.folder / name, picture)
 
     def picture(self):
         best = worst = None

@@ -8,6 +8,11 @@ TRAIN = "a red circle on a white background\na blue square on a black background
 UPDATE = dict(learning_rate=1e-3, clip_low=1e-2, clip_high=1e-2)
 
 
+def timeless(rows):
+    """Rows of metrics without what differs from run to run."""
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
 class Graph:
     """One ComfyUI session with the embedded model: `call` runs a node, the methods are the graph's stages."""
 

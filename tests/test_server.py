@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import COMFYUI, MISSING, ROOT
 from golden import inputs, models
-from graph import TRAIN
+from graph import TRAIN, timeless
 from safetensors.torch import load_file
 
 import run
@@ -41,10 +41,6 @@ def first_steps(name, change={}, model="flux"):
 
 def metrics(server, name):
     return [json.loads(line) for line in (server.base / "output/treerpo" / name / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(rows):
-    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
 
 
 @pytest.mark.parametrize("model", ["flux", "sd3"])

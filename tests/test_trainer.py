@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from graph import Graph
+from graph import Graph, timeless
 
 
 @pytest.fixture(params=["flux", "sd3"])
@@ -15,10 +15,6 @@ def graph(request, pack, tmp_path):
 @pytest.fixture
 def flux(pack, tmp_path):
     return Graph(pack, tmp_path, "flux")
-
-
-def timeless(rows):
-    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
 
 
 def same(first, second):

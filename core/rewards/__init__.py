@@ -33,10 +33,10 @@ def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | No
         raise ValueError(f"Unknown kind of reward '{kind}': choose one of {', '.join(KINDS)}.")
     with torch.inference_mode(False), torch.no_grad():  # what is loaded inside a ComfyUI node could never have gradients
         if kind == "image_reward":
-            from .image_reward import load as load_kind
-        elif kind == "aesthetic":
-            from .aesthetic import load as load_kind
-        else:
-            from .clip import load
-            return load(kind, Path(path), device, dtype, **options)
-        return load_kind(Path(path), device, dtype, **options)
+            from . import image_reward
+            return image_reward.load(Path(path), device, dtype, **options)
+        if kind == "aesthetic":
+            from . import aesthetic
+            return aesthetic.load(Path(path), device, dtype, **options)
+        from . import clip
+        return clip.load(kind, Path(path), device, dtype, **options)
