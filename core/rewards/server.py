@@ -171,7 +171,7 @@ class ServerReward:
                 return _scores(answer, len(images), self.field) if self.protocol == "scores" else _judgements(answer, len(images), self.pattern)
             except Fault as fault:
                 last = fault
-            if not last.again or attempt == self.retries or stop.wait(min(max(last.wait, FIRST_WAIT * 2 ** attempt), LONGEST_WAIT)):
+            if not last.again or attempt == self.retries or stop.wait(pause(attempt, last.wait)):
                 break
         text = str(last) + (f" (tried {attempt + 1} times)" if attempt else "")
         return Fault(text.replace(key, "***") if key else text, for_all=last.for_all)
@@ -246,6 +246,11 @@ def _opener(address: str) -> urllib.request.OpenerDirector:
     for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
         opener.add_handler(handler)
     return opener
+
+
+def pause(attempt: int, asked: float = 0.0) -> float:
+    """Seconds to wait after a failed attempt, counted from 0: doubling, at least what the server asked for, never above the cap."""
+    return min(max(asked, FIRST_WAIT * 2 ** attempt), LONGEST_WAIT)
 
 
 def _post(address: str, body: bytes, headers: dict[str, str], timeout: float, key: str = "") -> dict:
