@@ -1,4 +1,6 @@
 """Names of FLUX's and SD3's layers: as ComfyUI's files have them, and as diffusers does. Strings and tensors only; neither is imported."""
+import re
+
 import torch
 from torch import Tensor
 
@@ -71,17 +73,54 @@ STACKS = {
 }
 
 
-def diffusers_names(module: str) -> list[str]:
-    """diffusers' module(s) for one of ComfyUI's, e.g. double_blocks.0.img_attn.qkv -> to_q, to_k, to_v of that block."""
+def parts_of(module: str) -> list[str]:
+    """diffusers' module(s) for one of ComfyUI's, e.g. double_blocks.0.img_attn.qkv -> to_q, to_k, to_v of that block; [] for no layer of FLUX or SD3."""
     stack, _, rest = module.partition(".")
     if stack in STACKS:
         number, _, inner = rest.partition(".")
         name, table = STACKS[stack]
-        if inner in table:
-            return [f"{name}.{number}.{part}" for part in table[inner].split()]
-    elif module in MODULES:
-        return [MODULES[module]]
-    raise ValueError(f"The weight '{module}' belongs to no FLUX or SD3 layer that diffusers knows: this model cannot run through diffusers.")
+        return [f"{name}.{number}.{part}" for part in table.get(inner, "").split()] if number.isdigit() else []
+    return [MODULES[module]] if module in MODULES else []
+
+
+def diffusers_names(module: str) -> list[str]:
+    """parts_of, or a ValueError."""
+    names = parts_of(module)
+    if not names:
+        raise ValueError(f"The weight '{module}' belongs to no FLUX or SD3 layer that diffusers knows: this model cannot run through diffusers.")
+    return names
+
+
+def networks_of(module: str) -> set[str]:
+    """The networks, of "flux" and "sd3", that have this module of ComfyUI's."""
+    if not parts_of(module):
+        return set()
+    if module.startswith("final_layer."):
+        return {"flux", "sd3"}
+    return {"flux"} if module.startswith(("double_blocks.", "single_blocks.")) or module.split(".")[0].endswith("_in") else {"sd3"}
+
+
+def comfy_name(name: str, network: str) -> tuple[str, int] | None:
+    """ComfyUI's module for one of diffusers' in "flux" or "sd3", and which of the parts that share its rows it is; None for no layer of that network."""
+    block = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name)
+    if block is None or block[1] not in ("transformer_blocks", "single_transformer_blocks"):
+        return next(((module, 0) for module, part in MODULES.items() if part == name and network in networks_of(module)), None)
+    for stack, (outer, table) in STACKS.items():
+        if outer == block[1] and (stack == "joint_blocks") == (network == "sd3"):
+            for inner, parts in table.items():
+                if block[3] in parts.split():
+                    return f"{stack}.{block[2]}.{inner}", parts.split().index(block[3])
+    return None
+
+
+def from_underscores(flat: str) -> str | None:
+    """ComfyUI's module from its name in kohya's files: double_blocks_0_img_attn_qkv -> double_blocks.0.img_attn.qkv; None for no layer of FLUX or SD3."""
+    for module in MODULES:
+        if module.replace(".", "_") == flat:
+            return module
+    block = re.fullmatch(r"(double_blocks|single_blocks|joint_blocks)_(\d+)_(.+)", flat)
+    inners = STACKS[block[1]][1] if block else ()
+    return next((f"{block[1]}.{block[2]}.{inner}" for inner in inners if inner.replace(".", "_") == block[3]), None)
 
 
 def swapped(module: str, tensor: Tensor, width: int) -> Tensor:

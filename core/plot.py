@@ -9,6 +9,7 @@ from torch import Tensor
 INK, GREY, PALE, PAPER = (35, 35, 40), (130, 130, 138), (225, 225, 230), (255, 255, 255)
 BETTER, WORSE = (24, 100, 200), (225, 110, 20)  # blue and orange: told apart by the colour-blind too
 MAX_PROMPTS = 4                                  # panels in one tree picture
+SHEET_MARGIN, SHEET_STRIP = 4, 20                # pixels around a picture of a numbered sheet, and for the number below it
 
 
 @functools.cache
@@ -148,6 +149,31 @@ def score_sheet(images, scores: Tensor, prompts: list[str], name: str, columns: 
         draw.text((x, y + high + 5), score_text(float(scores[i])), fill=INK, font=font(13))
         draw.text((x, y + high + 22), shortened(draw, (labels or prompts)[i], 11, wide), fill=GREY, font=font(11))
     return picture
+
+
+def numbered_sheet(images, levels=(), title: str = "", side: int = 384, enlarge: bool = False):
+    """Images with their numbers, counted from 1, as a PIL picture, and its layout for those who cut it up again.
+
+    levels: image numbers counted from 0, best level first: the first level is framed blue, the last one orange. side: of the largest image, in pixels.
+    """
+    longest = max(max(image.shape[:2]) for image in images)
+    scale = side / longest if enlarge else min(1.0, side / longest)
+    sizes = [(max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))) for image in images]
+    wide, high = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    columns, top = math.ceil(math.sqrt(len(images))), 24 if title else 0
+    step = wide + 2 * SHEET_MARGIN, high + 2 * SHEET_MARGIN + SHEET_STRIP
+    picture = Image.new("RGB", (columns * step[0], -(-len(images) // columns) * step[1] + top), PAPER)
+    draw = ImageDraw.Draw(picture)
+    if title:
+        draw.text((SHEET_MARGIN, 5), shortened(draw, title, 13, picture.width - 20), fill=INK, font=font(13))
+    for i, (image, size) in enumerate(zip(images, sizes)):
+        x, y = SHEET_MARGIN + i % columns * step[0], SHEET_MARGIN + top + i // columns * step[1]
+        best, worst = len(levels) > 1 and i in levels[0], len(levels) > 1 and i in levels[-1]
+        if best or (worst and (len(levels) > 2 or len(levels[-1]) == 1)):
+            draw.rectangle([x - 4, y - 4, x + size[0] + 3, y + size[1] + 3], fill=BETTER if best else WORSE)
+        picture.paste(to_picture(image.float()).resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS), (x, y))
+        draw.text((x, y + size[1] + SHEET_MARGIN), f"{i + 1}{'  best' if best else ''}", fill=BETTER if best else INK, font=font(15))
+    return picture, {"columns": columns, "image": list(sizes[0]), "step": list(step), "margin": SHEET_MARGIN}
 
 
 def shortened(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:

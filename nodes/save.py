@@ -8,7 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..core.checkpoint import write_atomically
+from ..core.interchange import write
 from .schema import LoraModel, Policy, plain_name, schema
+
+FORMATS = ["ComfyUI", "diffusers (PEFT)"]
 
 
 class PolicyToLora(io.ComfyNode):
@@ -39,15 +42,22 @@ class SaveTreeLora(io.ComfyNode):
                 io.String.Input("lora_name", default="treerpo", tooltip="File name without folder or ending; .safetensors is added."),
                 io.String.Input("prompts", default="", optional=True, force_input=True,
                                 tooltip="Connect the prompts: a fingerprint of them is written into the file, not the prompts themselves."),
+                io.Combo.Input("format", options=FORMATS, default=FORMATS[0], optional=True,
+                               tooltip="ComfyUI = the exact values as trained, for every LoRA loader of ComfyUI; any model. diffusers (PEFT) = for diffusers' "
+                                       "load_lora_weights in Python; ComfyUI's Load LoRA reads it too, its bypass loaders do not. FLUX and SD3 only."),
             ],
             outputs=[io.String.Output(display_name="path")])
 
     @classmethod
-    def execute(cls, policy, lora_name, prompts="") -> io.NodeOutput:
+    def execute(cls, policy, lora_name, prompts="", format=FORMATS[0]) -> io.NodeOutput:
         path = target(lora_name)
         refuse_foreign(path, policy.run.folder.name)
         metadata = {**policy.run.metadata(), "treerpo.prompts_blake2b": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest()}
-        write_atomically(path, save(policy.run.lora(averaged=True), metadata=metadata))
+        lora = policy.run.lora(averaged=True)
+        if format == FORMATS[0]:  # as it is: the policy may be of a model that interchange does not know
+            write_atomically(path, save(lora, metadata=metadata))
+        else:
+            write(path, lora, "diffusers", metadata)
         text = f"{path.name}: {policy.run.iteration} iterations of run '{policy.run.folder.name}'"
         return io.NodeOutput(str(path), ui={"text": (text,)})
 

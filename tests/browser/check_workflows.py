@@ -1,0 +1,216 @@
+"""Every shipped graph as an artist meets it: opened from the template browser, looked through, queued from the page, finished.
+
+    python tests/browser/check_workflows.py [name ...] --comfyui PATH [--pictures FOLDER] [--nodes2] [--thumbnails]
+
+The big models and the reward models' weights are not here: loaders are replaced, in the page, by the tiny model that comes with the pack, and tiny
+random weights lie under the official names; sizes and iterations are made small. Screenshots of the finished graphs go to FOLDER. --nodes2:
+with Nodes 2.0. Needs playwright and a chromium.
+"""
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageChops, ImageDraw, ImageOps
+from page import ROOT, Page, Problem
+
+sys.path[:0] = [str(ROOT / "tests")]
+LOOKS = {"Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0, "Comfy.Graph.CanvasInfo": False}  # all text drawn, nothing over the graph
+
+SUBSTITUTE = """(kind) => {
+    // loaders of big models -> the tiny model's outputs: [output of the loader, output of the tiny model]
+    const loaders = {UNETLoader: [[0, 0]], DualCLIPLoader: [[0, 1]], TripleCLIPLoader: [[0, 1]], VAELoader: [[0, 2]], CheckpointLoaderSimple: [[0, 0], [2, 2]]};
+    const found = app.graph._nodes.filter(node => node.type in loaders);
+    if (!found.length) return 0;
+    const tiny = LiteGraph.createNode("TreeRPOTinyModel");
+    app.graph.add(tiny);
+    tiny.pos = [...found[0].pos];
+    tiny.widgets.find(widget => widget.name === "model").value = kind;
+    for (const node of found) {
+        for (const [from, to] of loaders[node.type])
+            for (const link of [...(node.outputs[from]?.links ?? [])]) {
+                const wire = app.graph.links.get?.(link) ?? app.graph.links[link];
+                tiny.connect(to, app.graph.getNodeById(wire.target_id), wire.target_slot);
+            }
+        app.graph.remove(node);
+    }
+    return found.length;
+}"""
+SMALL = """(changes) => {
+    for (const node of app.graph._nodes)
+        for (const widget of node.widgets ?? [])
+            if (`${node.type}.${widget.name}` in changes) widget.value = changes[`${node.type}.${widget.name}`];
+}"""
+CHANGES = {**{f"{node}.text": "a red circle on a white background\na blue square on a black background\na green triangle on a gray background\na yellow cross on a black background\n"
+                               "a cyan circle on a gray background\nan orange square on a white background\na purple triangle on a black background\na pink cross on a white background"
+              for node in ("TreeRPOPrompts", "TreeRPOPromptList")},
+           "EmptySD3LatentImage.width": 64, "EmptySD3LatentImage.height": 64, "TreeRPOTrainer.iterations": 3, "TreeRPOTrainer.evaluate_every": 3, "TreeRPOPolicy.checkpointing": False,
+           "TreeRPOPolicy.targets": "attention+mlp", "TreeRPOTrainer.learning_rate": 5e-4}
+FAULTS = """() => {
+    const faults = [];
+    for (const node of app.graph._nodes) {
+        if (!(node.type in LiteGraph.registered_node_types) && !["MarkdownNote", "Note"].includes(node.type)) faults.push(`no node ${node.type}`);
+        for (const input of node.inputs ?? [])
+            if (input.link != null && !(app.graph.links.get?.(input.link) ?? app.graph.links[input.link])) faults.push(`${node.type}.${input.name}: broken link`);
+    }
+    return faults;
+}"""
+
+
+OUTCOMES = ["TreeRPOTrainer", "TreeRPOPick", "TreeRPOAdvantages", "SaveImage", "TreeRPOScore"]  # whose picture goes on the card, the first there is
+SHOWN = """(types) => {
+    for (const type of types)
+        for (const node of app.graph._nodes.filter((one) => one.type === type)) {
+            const images = app.nodeOutputs[node.id]?.images;
+            if (images?.length) return images[0];
+        }
+    return null;
+}"""
+CARDS = {
+    "first_steps": ("First steps", "A tiny FLUX learns in seconds. No download."),
+    "trainer": ("Trainer on the tiny model", "A whole run in one node. No download."),
+    "flux_by_hand": ("FLUX.1-dev by hand", "Every stage of tree RL as a node of its own"),
+    "flux_trainer": ("FLUX.1-dev Trainer", "HPSv2.1 as reward, ImageReward as judge"),
+    "sd35_trainer": ("SD3.5 medium Trainer", "TreeGRPO: 0.8 HPSv2.1 + 0.2 CLIPScore"),
+    "dynamic_treerpo": ("Dynamic-TreeRPO", "Sliding window, deeper noise, LayerTuning-RL"),
+    "rank_images": ("Rank a folder of pictures", "Any mix of rewards, no training"),
+    "best_of_n": ("Best of 16", "Draw many, keep the best. No training."),
+    "pick_the_winner": ("Pick the winner", "Your own taste as the reward"),
+    "compare": ("Before and after", "Without and with the LoRA, same noise"),
+}
+
+
+def prepare(base: Path) -> None:
+    """Tiny weights under the official names, and pictures to rank."""
+    from golden import inputs, models
+    rewards = base / "models/rewards"
+    models.write("hps_v2", rewards)
+    models.write("image_reward", rewards / "ImageReward")
+    models.write("clipscore_hf", base / "models/clip_vision/clip-vit-large-patch14")
+    (base / "input").mkdir(exist_ok=True)
+    for name, picture in list(inputs.images().items())[:6]:
+        picture.convert("RGB").save(base / "input" / f"{name}.png")
+
+
+def open_template(page: Page, name: str) -> None:
+    """Load a graph by clicking on its card in the template browser."""
+    page.reload()
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.page.get_by_text("TreeRPO", exact=True).first.click()
+    page.page.get_by_test_id(f"template-workflow-{name}").click()
+    page.page.wait_for_function("() => app.graph._nodes.some(node => node.type.startsWith('TreeRPO'))")
+    page.page.wait_for_timeout(1500)
+
+
+def differences(queued: dict, twin: dict) -> list[str]:
+    """Where what the page would queue is not the API twin. (A widget without a value of its own, such as ImageCompare's, does not count.)"""
+    found = [f"{number}: the page has {queued.get(number, {}).get('class_type')}, the API twin {twin.get(number, {}).get('class_type')}"
+             for number in queued.keys() | twin.keys() if queued.get(number, {}).get("class_type") != twin.get(number, {}).get("class_type")]
+    return found or [f"{number} {node['class_type']}.{field}: the page queues {queued[number]['inputs'].get(field)!r}, the API twin says {value!r}"
+                     for number, node in twin.items() for field, value in node["inputs"].items() if value != "" and queued[number]["inputs"].get(field) != value]
+
+
+def check(page: Page, name: str, pictures: Path | None, cards: bool) -> list[str]:
+    """What is wrong with this graph; nothing, if all is well."""
+    open_template(page, name)
+    twin = json.loads((ROOT / "workflows/api" / f"{name}.json").read_text("utf-8"))
+    queued = json.loads(page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+    if faults := page.evaluate(FAULTS) + differences(queued, twin):
+        return faults
+    page.evaluate(SUBSTITUTE, "sd3" if "sd35" in name else "flux")
+    page.evaluate(SMALL, CHANGES)
+    page.run()
+    if name == "pick_the_winner":  # the first run only asks
+        page.page.keyboard.press("5")
+        page.run()
+        if not list((page.server.base / "output/treerpo/my taste").glob("metrics.jsonl")):
+            return ["the pick was not learned from"]
+    if cards:
+        thumbnail(page, name)
+    if pictures:
+        page.picture(pictures / f"{name}{'_nodes2' if page.settings['Comfy.VueNodes.Enabled'] else ''}.png")
+    return page.errors()
+
+
+REWIRE = """() => {
+    const stages = ["TreeRPOSampler", "VAEDecode", "TreeRPOScore", "TreeRPOAdvantages", "TreeRPOUpdate"], nodes = app.graph._nodes;
+    const all = nodes.find((node) => node.isSubgraphNode?.()), save = nodes.find((node) => node.type === "TreeRPOSaveLora");
+    const wire = (id) => app.graph.links.get?.(id) ?? app.graph.links[id];
+    for (const stage of nodes.filter((node) => stages.includes(node.type)))
+        for (const input of stage.inputs) {
+            const link = input.link == null ? null : wire(input.link), place = all.inputs.findIndex((one) => one.name === input.name);
+            if (link && place >= 0 && all.inputs[place].link == null && !stages.includes(app.graph.getNodeById(link.origin_id).type))
+                app.graph.getNodeById(link.origin_id).connect(link.origin_slot, all, place);
+        }
+    for (const stage of nodes.filter((node) => stages.includes(node.type))) app.graph.remove(stage);
+    all.connect(all.findOutputSlot("policy"), save, save.findInputSlot("policy"));
+}"""
+
+
+def check_blueprint(page: Page) -> list[str]:
+    """The blueprint, found by searching for its name, does the work of the five nodes it stands for."""
+    open_template(page, "first_steps")
+    page.fit()
+    page.page.mouse.dblclick(page.size[0] / 2, page.size[1] - 60)
+    page.page.wait_for_timeout(1000)
+    page.page.keyboard.type("Tree iteration")
+    page.page.wait_for_timeout(1500)
+    page.page.keyboard.press("Enter")
+    page.page.wait_for_function("() => app.graph._nodes.some((node) => node.isSubgraphNode?.())")
+    page.evaluate(REWIRE)
+    page.evaluate(SMALL, {"TreeRPOPolicy.run_name": "blueprint", "TreeRPOSaveLora.lora_name": "blueprint"})
+    page.run()
+    rows = (page.server.base / "output/treerpo/blueprint/metrics.jsonl").read_text("utf-8").splitlines()
+    return page.errors() if len(rows) == 1 else [f"{len(rows)} iterations instead of 1"]
+
+
+def thumbnail(page: Page, name: str) -> None:
+    """workflows/<name>.jpg, a card of the template browser: what the graph is for, the graph, and what comes out of it."""
+    from core.plot import font
+    card = Image.new("RGB", (560, 560), (27, 27, 31))
+    draw = ImageDraw.Draw(card)
+    title, line = CARDS[name]
+    draw.text((24, 18), title, fill=(240, 240, 244), font=font(34))
+    draw.text((24, 64), line, fill=(160, 165, 175), font=font(20))
+    graph = Image.open(io.BytesIO(page.picture())).convert("RGB")
+    graph = graph.crop((80, 100, graph.width - 60, graph.height - 20))
+    graph = graph.crop(ImageChops.difference(graph, Image.new("RGB", graph.size, graph.getpixel((2, graph.height - 2)))).point(lambda v: 255 * (v > 12)).getbbox())
+    graph.thumbnail((512, 230))
+    card.paste(graph, ((560 - graph.width) // 2, 104))
+    top = 104 + graph.height + 16
+    shown = page.evaluate(SHOWN, OUTCOMES)
+    if shown:
+        outcome = Image.open(page.client.download(shown, page.server.base / "thumbnails")).convert("RGB")
+        outcome = ImageOps.contain(outcome, (512, 560 - top - 20))
+        card.paste(outcome, ((560 - outcome.width) // 2, top))
+    card.save(ROOT / "workflows" / f"{name}.jpg", quality=88)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder")
+    parser.add_argument("--pictures", type=Path, help="a folder for screenshots")
+    parser.add_argument("--thumbnails", action="store_true", help="renew workflows/<name>.jpg")
+    parser.add_argument("--nodes2", action="store_true")
+    options = parser.parse_args()
+    if options.pictures:
+        options.pictures.mkdir(parents=True, exist_ok=True)
+    shipped = sorted((path.stem for path in (ROOT / "workflows").glob("*.json")), key=lambda name: name == "compare")  # it needs the LoRA of first_steps
+    page, failed = Page(options.comfyui, options.nodes2, (2400, 1200)), 0
+    page.settings |= LOOKS
+    with page:
+        prepare(page.server.base)
+        for name in options.names or [*shipped, "blueprint"]:
+            try:
+                faults = check_blueprint(page) if name == "blueprint" else check(page, name, options.pictures, options.thumbnails)
+            except Problem as problem:
+                faults = [str(problem)]
+            print(f"{name}: {'; '.join(faults) or 'fine'}", flush=True)
+            failed += bool(faults)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
