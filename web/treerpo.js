@@ -386,6 +386,7 @@ const recallQuestions = async () => (await (await api.fetchApi("/treerpo/pick"))
 
 api.addEventListener("treerpo.pick", (event) => ask(event.detail));
 api.addEventListener("treerpo.pick_done", (event) => forget(event.detail.id));
+api.addEventListener("execution_start", () => asking() && !pending.size && closeDialog()); // the user has queued the graph by other means
 setInterval(tick, 500);
 
 app.registerExtension({
