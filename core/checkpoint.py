@@ -59,6 +59,7 @@ class Run:
         self.folder = Path(folder)
         self.adapters = adapters
         self.config = dict(config)
+        self.writes = True  # False: another process of the same job writes the files
         self.iteration = 0
         self.metrics: list[dict] = []
         self._lines: list[str] = []  # of the metrics as JSON, as far as they were needed
@@ -167,12 +168,11 @@ class Run:
         """Write the run to the disk, with PIL pictures by file name. Each file is the old one or the new one, also after a kill."""
         if self._ema is not None and self._ema.active:
             raise RuntimeError("The run cannot be saved inside ema.applied(): the average would be taken for the policy.")
+        if not self.writes:
+            self._saved = self.iteration
+            return
         self._tidy()
-        optimizer = self._optimizer_state()
-        average = self._ema.state_dict() if self._ema is not None else self._saved_ema
-        state = {"format": FORMAT, "iteration": self.iteration, "adapters": self.adapters.state_dict(), "optimizer": optimizer, "ema": average,
-                 "metrics": "\n".join(self._json_lines()), "extra": json.loads(json.dumps(self.extra)), "config": self.config, "rng": torch.get_rng_state()}
-        write_atomically(self.folder / "state.pt", torch_bytes(state))
+        write_atomically(self.folder / "state.pt", torch_bytes(self._state()))
         self._saved = self.iteration
         metadata = self.metadata() if self._ema is None else {**self.metadata(), "treerpo.ema": str(self._ema.decay)}
         write_atomically(self.folder / "adapter.safetensors", safetensors_bytes(self.lora(averaged=True), metadata=metadata))
@@ -182,12 +182,28 @@ class Run:
         for name, picture in (pictures or {}).items():
             write_picture(self.folder / name, picture)
 
+    def _state(self) -> dict:
+        """All that state.pt holds."""
+        optimizer = self._optimizer_state()
+        average = self._ema.state_dict() if self._ema is not None else self._saved_ema
+        return {"format": FORMAT, "iteration": self.iteration, "adapters": self.adapters.state_dict(), "optimizer": optimizer, "ema": average,
+                "metrics": "\n".join(self._json_lines()), "extra": json.loads(json.dumps(self.extra)), "config": self.config, "rng": torch.get_rng_state()}
+
+    def share(self, ranks) -> None:
+        """Every process of the job (core.parallel.Ranks) holds what the first one holds, which alone reads and writes the files."""
+        state = ranks.broadcast({**self._state(), "metrics": self.metrics} if ranks.rank == 0 else None)
+        if ranks.rank > 0:
+            self.writes = False
+            self._take(state)
+
     def keep(self, last: int, best: bool = False) -> None:
         """Set the newest state aside as checkpoints/<iteration> (if last > 0) and as best/, and keep the newest `last` checkpoints.
 
         Saves first if the iteration is not saved yet. Only whole checkpoints of this run are ever removed. On a file system with hard
         links a checkpoint costs no time, and no space until the newest state has moved on.
         """
+        if not self.writes:
+            return
         if self._written != self.iteration:
             self.save()
         self._tidy()
@@ -287,6 +303,8 @@ class Run:
 
     def _log(self) -> None:
         """Bring metrics.jsonl up to date: add the new rows, or write it anew where it is not what this object left there."""
+        if not self.writes:
+            return
         path, (rows, size) = self.folder / "metrics.jsonl", self._logged
         if size is None or not path.exists() or path.stat().st_size != size:
             rows, size = 0, 0

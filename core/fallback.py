@@ -14,24 +14,25 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from . import noise, plot
-from .advantage import edge_advantages, leaf_advantages
-from .backends.diffusers import DiffusersVelocity, TinyVae, clip_l_features, comfy_lora, load_transformer, simple_sigmas
-from .checkpoint import Run, write_atomically
-from .lora import Adapters
+from . import plot
+from .backends.diffusers import simple_sigmas
+from .backends.host import DiffusersHost, open_model
+from .backends.peft import Attached, new_adapters
+from .checkpoint import Run, write_atomically, write_picture
 from .noise import NoiseSchedule
+from .noise import roots as root_noise
 from .objective import Objective
+from .prompts import PromptList
 from .rewards.measure import Measure
 from .rollout import grow
+from .training import Event, Settings, Trainer
 from .tree import TreeShape
-from .update import update
 
 log = logging.getLogger("treerpo")
-PACKAGES = {"diffusers": "diffusers", "transformers": "transformers", "open_clip": "open_clip_torch"}
+PACKAGES = {"diffusers": "diffusers", "peft": "peft", "transformers": "transformers", "open_clip": "open_clip_torch"}
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -45,85 +46,46 @@ def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-class ComfyNames:
-    """Adapters of diffusers' modules as a Run keeps them: trained as they are, saved under ComfyUI's names."""
-
-    def __init__(self, adapters: Adapters, transformer: torch.nn.Module):
-        self.adapters, self.transformer = adapters, transformer
-
-    def parameters(self):
-        return self.adapters.parameters()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return comfy_lora(self.adapters.state_dict(), self.transformer)
-
-
 class Demo:
     """The embedded model with a LoRA, and the settings of the shipped graphs."""
 
     def __init__(self, model: str, seed: int):
-        from embedded.clip_l import random_clip_l
-        from embedded.shapes import vae_state_dict
-        self.kind, self.seed = model, seed
         self.settings, self.comparison = graph("first_steps"), graph("compare")
-        self.prompts, self.held_out = lines(self.settings["Prompts"]["text"]), lines(self.comparison["Held-out prompts"]["text"])
-        size = self.settings["Size"]
+        self.prompts = PromptList(lines(self.settings["Prompts"]["text"]), lines(self.comparison["Held-out prompts"]["text"]))
+        size, measure, policy = self.settings["Size"], self.settings["Reward"], self.settings["Policy"]
         self.latent = (16, size["height"] // 8, size["width"] // 8)
-        self.vae = TinyVae(vae_state_dict(model), model)
-        measure = self.settings["Reward"]
         self.reward = Measure(measure["measure"], threshold=measure["threshold"], sign=1.0 if measure["direction"] == "more" else -1.0)
-        self.transformer = load_transformer(load_file(str(REPO / "embedded" / f"{model}.safetensors")))
-        policy = self.settings["Policy"]
+        base, self.seed = open_model(f"embedded/{model}"), seed
         targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
-        self.adapters = Adapters.create(self.transformer, policy["rank"], policy["alpha"], targets, seed=policy["init_seed"])
-        self.adapters.inject(self.transformer)
-        features = clip_l_features(random_clip_l(), self.prompts + self.held_out)
-        self.velocity = DiffusersVelocity(self.transformer, self.adapters, *features)
+        self.adapters = new_adapters(base.transformer, policy["rank"], policy["alpha"], targets, seed=policy["init_seed"])
+        self.kind = model
+        self.host = DiffusersHost(base, Attached(self.adapters, base.transformer), simple_sigmas(model, self.settings["Sigmas"]["steps"]), self.latent,
+                                  [*self.prompts.train, *self.prompts.held_out])
 
-    def iterate(self, run: Run) -> None:
-        """One iteration: rollout, rewards, advantages, update, files."""
-        began, before = time.perf_counter(), self.velocity.forwards
-        training = self.settings["Update"]
-        shape, schedule = tree_shape(self.settings["Shape"]), noise_schedule(self.settings["Noise"])
-        sigmas = simple_sigmas(self.kind, self.settings["Sigmas"]["steps"])
-        count = min(self.settings["Prompts"]["per_iteration"] or len(self.prompts), len(self.prompts))
-        chosen, numbers = [(run.iteration * count + j) % len(self.prompts) for j in range(count)], list(range(count))
-        roots = noise.roots(self.latent, self.seed, run.iteration, numbers, shape.trees)
-        forest = grow(self.velocity, roots, sigmas, shape, schedule, start=shape.start(run.iteration, len(sigmas) - 1, self.seed), prompts=chosen,
-                      numbers=numbers, seed=self.seed, iteration=run.iteration)
-        sampled = time.perf_counter()
-        images = self.vae.decode(forest.leaves)
-        texts = [self.prompts[i] for i in chosen for _ in range(shape.leaves)]
-        scores = self.reward.score(images, texts)
-        credit = self.settings["Advantages"]
-        leaf, flat = leaf_advantages({self.reward.name: scores}, count, clip=credit["clip"])
-        layers = edge_advantages(credit["estimator"], forest.log_probs, leaf, shape.branching, count, credit["weights"], forest.leaves[0].numel())
-        scored = time.perf_counter()
-        optimizer = run.adamw(training["learning_rate"], weight_decay=training["weight_decay"])
+    def trainer(self, run: Run) -> Trainer:
+        """The run's trainer, with the settings of the graph's nodes."""
+        training, credit = self.settings["Update"], self.settings["Advantages"]
+        named = {name: training[name] for name in ("learning_rate", "weight_decay", "max_grad_norm", "inner_updates")}
+        settings = Settings(per_iteration=self.settings["Prompts"]["per_iteration"], shuffle=False, seed=self.seed, **named, estimator=credit["estimator"],
+                            weights=credit["weights"], advantage_clip=credit["clip"], only_good=False, on_alarm="off")
         objective = Objective(**{field.name: training[field.name] for field in fields(Objective) if field.name in training})
-        metrics = update(self.velocity, forest, layers, optimizer, objective, max_grad_norm=training["max_grad_norm"],
-                         inner_updates=training["inner_updates"])
-        now = time.perf_counter()
-        row = {"reward": float(scores.mean()), "reward_std": float(scores.view(count, -1).std(1, correction=0).mean()),
-               "frac_reward_zero_std": float(flat.float().mean()), **metrics, "window_start": forest.start,
-               "forwards": self.velocity.forwards - before, "seconds": now - began, "seconds/rollout": sampled - began,
-               "seconds/reward": scored - sampled, "seconds/update": now - scored}
-        run.commit(row, pictures={"reward_curve.png": plot.reward_curve([*run.metrics, row]),
-                                  "tree.png": plot.tree_picture(forest, layers, scores, images, texts)})
+        return Trainer(run, self.host, self.prompts, tree_shape(self.settings["Shape"]), noise_schedule(self.settings["Noise"]), objective, self.reward,
+                       settings)
 
-    def draw(self, rows: list[int], seed: int, steps: int) -> Tensor:
-        """Pictures [B, H, W, 3] of prompts by number, as a KSampler (euler, simple) with this seed draws them as one batch."""
-        roots = noise.roots(self.latent, seed, 0, [0], len(rows))
+    def draw(self, texts: list[str], seed: int, steps: int) -> Tensor:
+        """Pictures [B, H, W, 3] of prompts, as a KSampler (euler, simple) with this seed draws them as one batch."""
         straight = TreeShape(branching=1, depth=1, window="fixed")
-        forest = grow(self.velocity, roots, simple_sigmas(self.kind, steps), straight, NoiseSchedule("ode", 0.0), start=0, prompts=rows)
-        return self.vae.decode(forest.leaves)
+        with self.host.session(texts) as velocity:
+            drawn = root_noise(self.latent, seed, 0, [0], len(texts))
+            forest = grow(velocity, drawn, simple_sigmas(self.kind, steps), straight, NoiseSchedule("ode", 0.0), start=0, prompts=list(range(len(texts))))
+            return self.host.decode(velocity, forest.leaves)
 
     def compare(self, path: Path) -> float:
         """Draw the held-out prompts on fixed noise with the policy as it is, save the pictures; their mean reward."""
         settings = self.comparison["Sample after"]
-        images = self.draw([len(self.prompts) + i for i in range(len(self.held_out))], settings["seed"], settings["steps"])
-        scores = self.reward.score(images, self.held_out)
-        plot.score_sheet(images, scores, self.held_out, self.reward.name).save(path)
+        images = self.draw(self.prompts.held_out, settings["seed"], settings["steps"])
+        scores = self.reward.score(images, self.prompts.held_out)
+        plot.score_sheet(images, scores, self.prompts.held_out, self.reward.name).save(path)
         return float(scores.mean())
 
 
@@ -144,14 +106,18 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     demo = Demo(model, seed)
-    run = Run(out, ComfyNames(demo.adapters, demo.transformer), {"model": model, "seed": seed, "backend": "diffusers", **demo.settings})
+    run = Run(out, demo.adapters, {"model": model, "seed": seed, "backend": "diffusers", **demo.settings})
     before = demo.compare(out / "before.png")
     log.info("%s through diffusers, loaded in %.0f s; held-out prompts %.4f", model.upper(), time.perf_counter() - began, before)
-    while run.iteration < iterations:
-        demo.iterate(run)
-        row = run.metrics[-1]
+
+    def report(event: Event) -> None:
+        row = event.row
+        write_picture(out / "reward_curve.png", plot.reward_curve(run.metrics))
+        write_picture(out / "tree.png", plot.tree_picture(event.forest, event.layers, event.total, event.images, event.prompts))
         log.info("iteration %3d/%d   reward %.4f ± %.4f   %d forwards   %.1f s", run.iteration, iterations, row["reward"], row["reward_std"],
                  row["forwards"], row["seconds"])
+
+    demo.trainer(run).train(iterations, report)
     after = demo.compare(out / "after.png")
     name = f"treerpo-shapes-{model}.safetensors"
     write_atomically(out / name, save(run.adapters.state_dict(), metadata=run.metadata()))

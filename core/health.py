@@ -23,7 +23,7 @@ def diversity(images: Tensor, prompts: int) -> float:
     """
     if prompts < 1 or len(images) % prompts or not len(images):
         raise ValueError(f"{len(images)} images cannot be shared out among {prompts} prompts: give the same number of images to each prompt.")
-    group = _small(images).view(prompts, len(images) // prompts, -1)
+    group = small(images).view(prompts, len(images) // prompts, -1)
     distance = torch.cdist(group, group, compute_mode="donot_use_mm_for_euclid_dist") / group.shape[-1] ** 0.5
     pairs = torch.ones_like(distance[0], dtype=torch.bool).triu(1)
     return float(distance[:, pairs].nanmean(1).nanmean())
@@ -37,10 +37,10 @@ def drift(images: Tensor, base_images: Tensor) -> float:
     if images.shape != base_images.shape:
         raise ValueError(f"The tuned model's images are {list(images.shape)}, the base model's {list(base_images.shape)}: make both of the same "
                          "prompts, seeds and size.")
-    return float((_small(images) - _small(base_images)).square().mean(1).sqrt().nanmean())
+    return float((small(images) - small(base_images)).square().mean(1).sqrt().nanmean())
 
 
-def _small(images: Tensor) -> Tensor:
+def small(images: Tensor) -> Tensor:
     """[B, H, W, 3] -> [B, 3 * 32 * 32] averages over areas, fp32 on the CPU, one image at a time to save memory."""
     return torch.stack([F.adaptive_avg_pool2d(image[..., :3].movedim(-1, 0).float(), SIDE).flatten().cpu() for image in images])
 

@@ -10,8 +10,9 @@ from torch import Tensor
 class MicroBatch:
     """Latents per model call. Halves when the device runs out of memory, and stays there for the rest of the run."""
 
-    def __init__(self, size: int = 0):
-        self.size = size  # 0 = as many as there are
+    def __init__(self, size: int = 0, fixed: bool = False):
+        self.size = size    # 0 = as many as there are
+        self.fixed = fixed  # never halve: other processes make the same calls
 
     def run(self, count: int, work: Callable[[int, int], None]) -> None:
         """Call work(first, last) over 0..count in slices. A slice that runs out of memory is tried again in halves.
@@ -24,6 +25,9 @@ class MicroBatch:
             try:
                 work(first, last)
             except torch.cuda.OutOfMemoryError as error:
+                if self.fixed:
+                    raise RuntimeError(f"{last - first} latents at once do not fit into the memory, and a sharded model cannot try fewer by itself: set "
+                                       "micro_batch lower.") from error
                 if last - first == 1:
                     raise RuntimeError("Not even one latent fits into the memory: train at a smaller size, turn on checkpointing in Tree Policy, or "
                                        "free memory by unloading other models.") from error

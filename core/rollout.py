@@ -61,13 +61,14 @@ class _Calls:
 
 
 def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: NoiseSchedule, *, start: int, prompts: list[int],
-         seed: int = 0, iteration: int = 0, numbers: list[int] | None = None, micro_batch: MicroBatch | None = None,
+         seed: int = 0, iteration: int = 0, numbers: list[int] | None = None, first_tree: int = 0, micro_batch: MicroBatch | None = None,
          retain: float | bool = 0, progress: Progress | None = None) -> Forest:
     """Trees for P prompts, siblings sharing their parent's forward.
 
     velocity: `velocity(x[B,C,H,W], sigma, rows[B]) -> v[B,C,H,W]`; the sum of B over its calls equals core.cost.forwards.
     roots: [P * trees, C, H, W] latents at sigmas[0]. sigmas: [T+1], falling to 0, kept on the CPU.
     prompts: conditioning row of each prompt; numbers: its number in the run, which seeds its noise (default: the same).
+    first_tree: number of the first of these trees, where other processes have the prompts' other trees.
     retain: bytes of memory for the window nodes' graphs: if they fit, the first update needs no forward of its own
     (LeanGRPO's "retain"); 0 = none are kept, True = all, whatever they need. Nothing but those graphs carries gradients.
     """
@@ -91,7 +92,7 @@ def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: No
     for layer, level in enumerate(levels):
         i = start + layer
         v = model(x, table[i], rows, layer)
-        z = _layer_noise(shape, x, seed, iteration, numbers, i)
+        z = _layer_noise(shape, x, seed, iteration, numbers, first_tree, i)
         edge = step(schedule.kind, x.repeat_interleave(shape.branching, 0), v.repeat_interleave(shape.branching, 0), table[i],
                     table[i + 1], level, table[1], noise=z, rho_min=schedule.rho_min)
         x, rows = edge.latent, rows.repeat_interleave(shape.branching)
@@ -107,9 +108,9 @@ def grow(velocity, roots: Tensor, sigmas: Tensor, shape: TreeShape, schedule: No
                   forwards=model.done, iteration=iteration, seed=seed, graphs=retained.graphs if retained else {})
 
 
-def _layer_noise(shape: TreeShape, x: Tensor, seed: int, iteration: int, numbers: list[int], i: int) -> Tensor:
+def _layer_noise(shape: TreeShape, x: Tensor, seed: int, iteration: int, numbers: list[int], first_tree: int, i: int) -> Tensor:
     """Sibling noise below every node of a layer, on x's device: [len(x) * branching, C, H, W]."""
     per_tree = len(x) // (len(numbers) * shape.trees)
     draws = [noise.siblings(shape.siblings, shape.branching, x.shape[1:], seed, iteration, number, tree, i, node)
-             for number in numbers for tree in range(shape.trees) for node in range(per_tree)]
+             for number in numbers for tree in range(first_tree, first_tree + shape.trees) for node in range(per_tree)]
     return torch.cat(draws).to(x.device)

@@ -2,7 +2,10 @@
 
 A host gives the model: `sigmas` [T+1], `session(prompts)` -> a context manager with a velocity model whose conditioning
 rows are these prompts, `roots(velocity, noise)` -> latents to start from, `decode(velocity, leaves)` -> images
-[B, H, W, 3] in 0..1 on the CPU. ComfyUI's is in nodes/trainer.py.
+[B, H, W, 3] in 0..1 on the CPU. ComfyUI's is in nodes/trainer.py, diffusers' in core/backends/host.py.
+
+With several processes (core.parallel) each grows, decodes and scores its share of the trees. Scores and log-probabilities, a number per image and edge,
+then go to all of them, and every process works out all advantages, the whole update and all metrics by itself.
 """
 import copy
 import importlib
@@ -10,7 +13,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Callable
 
 import torch
@@ -20,12 +23,13 @@ from . import noise
 from .advantage import edge_advantages, leaf_advantages, total_reward
 from .checkpoint import Run
 from .ema import Ema
-from .health import Evaluation, Skips, Watch, diversity, drift
+from .health import SIDE, Evaluation, Skips, Watch, diversity, drift, small
 from .memory import MicroBatch
 from .noise import NoiseSchedule
 from .objective import Objective
+from .parallel import ALONE, Ranks
 from .prompts import PromptList, order
-from .rewards.combine import Scores, scores
+from .rewards.combine import Scores, parts, scores
 from .rollout import grow
 from .tree import Forest, TreeShape
 from .update import update
@@ -40,14 +44,14 @@ class Settings:
     shuffle: bool = True             # prompts in a new order every epoch; off = in turn
     seed: int = 0                    # of every noise and of the prompts' order
     new_noise: bool = True           # new noise every iteration
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
+    learning_rate: float = 3e-4      # higher = learns faster, then falls apart
+    weight_decay: float = 0.0        # pulls the LoRA towards zero; higher = stays closer to the base model
     max_grad_norm: float = 1.0       # 0 = off
     inner_updates: int = 1           # optimizer steps per iteration
     optimizer: str = "adamw"         # adamw | adamw8bit (bitsandbytes)
     estimator: str = "treegrpo"      # see core.advantage
-    weights: str = "mean-logprob"
-    advantage_clip: float = 5.0
+    weights: str = "mean-logprob"    # of siblings: mean-logprob | uniform | sum-logprob
+    advantage_clip: float = 5.0      # largest advantage of a single image
     only_good: bool = True           # LayerTuning-RL: imitate only a best image as good as the best ones were on average
     micro_batch: int = 0             # latents per model call; 0 = all at once
     retain_share: float = 0.0        # share of the free memory for graphs kept from sampling; 0 = none
@@ -65,7 +69,7 @@ class Settings:
 
 @dataclass
 class Event:
-    """What the trainer tells after every iteration, for bars and pictures."""
+    """What the trainer tells after every iteration, for bars and pictures. With several processes, of this one's trees, apart from the row."""
     row: dict                # the iteration's metrics
     forest: Forest | None    # None where nothing was learned
     layers: list[Tensor]     # edge advantages
@@ -80,13 +84,14 @@ class Trainer:
     """Trains a run's adapters on a host. `step()` is one iteration; `train(n)` goes on until the run has n."""
 
     def __init__(self, run: Run, host, prompts: PromptList, shape: TreeShape, schedule: NoiseSchedule, objective: Objective, reward, settings: Settings,
-                 *, judge=None, images: Callable | None = None, check: Callable[[], None] | None = None, progress=None):
+                 *, judge=None, images: Callable | None = None, check: Callable[[], None] | None = None, progress=None, ranks: Ranks = ALONE):
         """judge: a reward that is not trained on. images: velocity -> [P, C, H, W], for the objective's target "images". check: called between all
-        pieces of work, may raise to stop. progress(done, total, denoised): model forwards of this iteration's rollout."""
+        pieces of work, may raise to stop. progress(done, total, denoised): model forwards of this iteration's rollout. ranks: the job's processes."""
         self.run, self.host, self.prompts, self.shape, self.schedule = run, host, prompts, shape, schedule
         self.objective, self.reward, self.settings, self.judge, self.images = objective, reward, settings, judge, images
-        self.check, self.progress = check or (lambda: None), progress
-        self.micro_batch = MicroBatch(settings.micro_batch)
+        self.check, self.progress, self.ranks = check or (lambda: None), progress, ranks
+        self.micro_batch = MicroBatch(settings.micro_batch, fixed=ranks.lockstep)
+        refuse_split(ranks, shape, objective, reward, settings, len(prompts.train))
         settings.shape, settings.schedule, settings.objective = asdict(shape), asdict(schedule), asdict(objective)
         self.changes = run.change_settings(asdict(settings))
         run.ema = Ema(run.adapters, settings.ema) if settings.ema else None
@@ -121,89 +126,135 @@ class Trainer:
         """One iteration: sample, score, learn, write down. If it is interrupted the policy is what it was before it."""
         state = self._snapshot() if self.settings.inner_updates > 1 else None
         try:
+            if self.ranks.lockstep:
+                self._agree_to_go_on()
             row, event = self._iterate()
         except BaseException:
             if state is not None:
                 self._restore(state)
             raise
-        event.message = self._write(row)
+        with self.ranks.together():
+            event.message = self._write(row)
+        self.ranks.refuse_drift(self.run.adapters.parameters() if self.ranks.size > 1 else [])
         return event
 
     def _iterate(self) -> tuple[dict, Event]:
         settings, run, began, size = self.settings, self.run, time.perf_counter(), self.micro_batch.size
         iteration = run.iteration
         chosen = [self.prompts.train[i] for i in order(len(self.prompts.train), settings.per_iteration, iteration, settings.seed, settings.shuffle)]
-        texts = [text for text in chosen for _ in range(self.shape.leaves)]
+        own = self.ranks.prompts(len(chosen))
         with self.host.session(chosen, self.micro_batch) as velocity:
-            forest = self._sample(velocity, len(chosen), iteration if settings.new_noise else 0)
-            sampled = time.perf_counter()
-            images = self.host.decode(velocity, forest.leaves)
-            decoded = time.perf_counter()
-            found = self._score(images, texts, forest)
-            scored = time.perf_counter()
-            row, layers = self._learn(velocity, forest, found)
+            with self.ranks.together():
+                forest = self._sample(velocity, own, iteration if settings.new_noise else 0)
+                texts = [chosen[number] for number in own for _ in range(forest.leaves_per_prompt)]
+                sampled = time.perf_counter()
+                images = self.host.decode(velocity, forest.leaves)
+                decoded = time.perf_counter()
+                found = self._score(images, texts, forest)
+                scored = time.perf_counter()
+            row, layers = self._learn(velocity, forest, found, len(chosen))
             row["forwards"] = row["rollout_forwards"] + row["update_forwards"]
         now = time.perf_counter()
         row |= {"seconds": now - began, "seconds/rollout": sampled - began, "seconds/decode": decoded - sampled, "seconds/reward": scored - decoded,
                 "seconds/update": now - scored}
-        row["diversity"] = diversity(images, len(chosen))
+        row["diversity"] = self._diversity(images, len(own), len(chosen))
         event = Event(row, forest, layers, images, total_reward(found.values, found.weights), texts)
         if self.micro_batch.size != size:
             event.note = f"The memory ran out: going on with {self.micro_batch.size} latents at a time."
         return row, event
 
-    def _sample(self, velocity, count: int, iteration: int) -> Forest:
+    def _sample(self, velocity, numbers: list[int], iteration: int) -> Forest:
+        """This process's trees: of the prompts with these numbers."""
         settings, sigmas = self.settings, self.host.sigmas
         start = self.shape.start(self.run.iteration, len(sigmas) - 1, settings.seed)
-        numbers = list(range(count))
-        roots = self.host.roots(velocity, noise.roots(velocity.shape, settings.seed, iteration, numbers, self.shape.trees))
+        trees = self.ranks.trees(self.shape.trees)
+        drawn = noise.roots(velocity.shape, settings.seed, iteration, numbers, self.shape.trees)
+        roots = self.host.roots(velocity, drawn.unflatten(0, (len(numbers), -1))[:, trees.start:trees.stop].flatten(0, 1))
         retain = settings.retain_share * velocity.free_memory() if settings.retain_share else 0
-        forest = grow(velocity, roots, sigmas, self.shape, self.schedule, start=start, prompts=numbers, seed=settings.seed, iteration=iteration,
-                      micro_batch=self.micro_batch, retain=retain, progress=self._progress)
+        forest = grow(velocity, roots, sigmas, replace(self.shape, trees=len(trees)), self.schedule, start=start, prompts=numbers, seed=settings.seed,
+                      iteration=iteration, first_tree=trees.start, micro_batch=self.micro_batch, retain=retain, progress=self._progress)
         self._fingerprint = velocity.fingerprint() if forest.graphs else None
         return forest
 
     def _progress(self, done: int, total: int, denoised: Tensor) -> None:
-        self.check()
+        self._check()
         if self.progress is not None:
             self.progress(done, total, denoised)
 
     def _score(self, images: Tensor, texts: list[str], forest: Forest) -> Scores:
         """Scores of all leaves; NaN for those whose latent is not finite."""
-        self.check()
+        self._check()
         found = scores(self.reward, images.nan_to_num(0.0), texts)
         broken = ~forest.leaves.flatten(1).isfinite().all(1).cpu()
         for values in found.values.values():
             values[broken] = math.nan
         return found
 
-    def _learn(self, velocity, forest: Forest, found: Scores) -> tuple[dict, list[Tensor]]:
-        """One update on the prompts that can be learned from; the row of metrics, and the edge advantages."""
-        settings, prompts = self.settings, len(forest.prompts)
+    def _learn(self, velocity, forest: Forest, found: Scores, prompts: int) -> tuple[dict, list[Tensor]]:
+        """One update on the prompts that can be learned from, of all `prompts`; the row of metrics, and the edge advantages of this process's trees."""
+        settings, ranks, elements = self.settings, self.ranks, forest.leaves[0].numel()
+        own = torch.tensor(forest.prompts)
+        found, log_probs, broken = self._of_all(forest, found)
         total = total_reward(found.values, found.weights)
-        broken = broken_groups(forest, found)
-        row = {**reward_metrics(found.values, total, prompts), "window_start": forest.start, "rollout_forwards": velocity.forwards,
+        row = {**reward_metrics(found.values, total, prompts), "window_start": forest.start, "rollout_forwards": int(ranks.total(velocity.forwards)),
                "skipped_groups": int(broken.sum()), "learning_rate": settings.learning_rate}
         if broken.all():
             self.skips.note(True)
             return {**row, "frac_reward_zero_std": 1.0, "skipped": 0, "update_forwards": 0}, []
         if broken.any():
-            forest, found = forest.only(~broken), only(found, ~broken)
-        kept = len(forest.prompts)
+            forest, found = forest.only(~broken[own]), only(found, ~broken)
+            log_probs = [p.view(prompts, -1)[~broken].flatten() for p in log_probs]
+        kept = int((~broken).sum())
         leaf, flat = leaf_advantages(found.values, kept, found.weights, settings.advantage_clip, found.raw)
-        layers = edge_advantages(settings.estimator, [p.cpu() for p in forest.log_probs], leaf, forest.branching, kept, settings.weights,
-                                 forest.leaves[0].numel())
+        layers = edge_advantages(settings.estimator, log_probs, leaf, forest.branching, kept, settings.weights, elements)
         best = best_rewards(total_reward(found.values, found.weights), kept)
         allowed = best >= running_best(self.run.metrics) if settings.only_good else None
+        if ranks.size > 1:
+            rows = [i for i, number in enumerate((~broken).nonzero().flatten().tolist()) if number in forest.prompts]
+            layers = [ranks.part(layer, rows, kept, self.shape.trees) for layer in layers]
+            allowed = allowed[rows] if allowed is not None else None
         goals = self.images(velocity, forest) if self.images is not None else None
         if forest.graphs and velocity.fingerprint() != self._fingerprint:  # the weights have moved since: recompute
             forest.graphs.clear()
         metrics = update(velocity, forest, layers, self.optimizer(), self.objective, micro_batch=self.micro_batch, max_grad_norm=settings.max_grad_norm,
-                         inner_updates=settings.inner_updates, images=goals, allowed=allowed, check=self.check)
+                         inner_updates=settings.inner_updates, images=goals, allowed=allowed, check=self._check, ranks=ranks)
         if self.run.ema is not None:
             self.run.ema.update()
         self.skips.note(metrics["skipped"] == settings.inner_updates)
         return {**row, "frac_reward_zero_std": float(flat.float().mean()), **metrics, "reward_best": float(best[best.isfinite()].mean())}, layers
+
+    def _of_all(self, forest: Forest, found: Scores) -> tuple[Scores, list[Tensor], Tensor]:
+        """Scores [P * K], log-probabilities [P * edges] per layer, and which prompts cannot be learned from [P], of all processes' trees."""
+        log_probs, broken = [p.cpu() for p in forest.log_probs], broken_latents(forest)
+        if self.ranks.size > 1:
+            names, (*joined, broken) = list(found.values), self.ranks.join([*found.values.values(), *log_probs, broken], len(forest.prompts))
+            found, log_probs = replace(found, values=dict(zip(names, joined))), joined[len(names):]
+            broken = broken.view(-1, self.ranks.per_prompt).any(1)
+        return found, log_probs, broken | unscored(found, len(broken))
+
+    def _diversity(self, images: Tensor, own: int, prompts: int) -> float:
+        """health.diversity over the images of all processes; `own` of the prompts are this one's."""
+        ranks = self.ranks
+        if ranks.size == 1:
+            return diversity(images, prompts)
+        if ranks.per_prompt == 1:
+            groups = torch.tensor([diversity(group, 1) for group in images.unflatten(0, (own, -1))])
+            return float(ranks.join([groups], own)[0].nanmean())
+        return diversity(ranks.join([small(images)], own)[0].view(-1, 3, SIDE, SIDE).movedim(1, -1), prompts)
+
+    def _check(self) -> None:
+        if not self.ranks.lockstep:  # the others would wait for this process inside a model call
+            self.check()
+
+    def _agree_to_go_on(self) -> None:
+        """In lockstep the one place to stop: all processes or none."""
+        error = None
+        try:
+            self.check()
+        except BaseException as raised:
+            error = raised
+        if any(self.ranks.gather(error is not None)):
+            raise error or KeyboardInterrupt()
 
     def optimizer(self) -> torch.optim.Optimizer:
         return self.run.adamw(self.settings.learning_rate, weight_decay=self.settings.weight_decay,
@@ -268,17 +319,24 @@ class Trainer:
         texts, sigmas = self.prompts.held_out, self.host.sigmas
         straight, still = TreeShape(branching=1, depth=1, window="fixed"), NoiseSchedule("ode", 0.0)
         seed = noise.seed_for(self.settings.seed, "held out")
+        own = self.ranks.turns(len(texts))
         with self.host.session(texts, self.micro_batch) as velocity:
-            roots = self.host.roots(velocity, noise.roots(velocity.shape, seed, 0, list(range(len(texts))), 1))
+            roots = self.host.roots(velocity, noise.roots(velocity.shape, seed, 0, own, 1))
             average = self.run.ema.applied() if self.run.ema is not None else nullcontext()
-            with velocity.reference() if base else average:
-                forest = grow(velocity, roots, sigmas, straight, still, start=0, prompts=list(range(len(texts))), micro_batch=self.micro_batch,
-                              progress=lambda *_: self.check())
-            images = self.host.decode(velocity, forest.leaves)
-            self.check()
-            reward = scores(self.reward, images, texts)
-            judge = scores(self.judge, images, texts) if self.judge is not None else None
-        return HeldOut(images, total_reward(reward.values, reward.weights), total_reward(judge.values, judge.weights) if judge else None)
+            with self.ranks.together():
+                with velocity.reference() if base else average:
+                    forest = grow(velocity, roots, sigmas, straight, still, start=0, prompts=own, micro_batch=self.micro_batch,
+                                  progress=lambda *_: self._check())
+                images = self.host.decode(velocity, forest.leaves)
+                self._check()
+                asked = [texts[number] for number in own]
+                reward = scores(self.reward, images, asked)
+                judge = scores(self.judge, images, asked) if self.judge is not None else None
+        totals = [total_reward(found.values, found.weights) for found in (reward, judge) if found is not None]
+        if self.ranks.size > 1:
+            joined = [torch.cat(shares)[:len(texts)] for shares in zip(*self.ranks.gather([small(images), *totals]))]
+            images, totals = joined[0].view(-1, 3, SIDE, SIDE).movedim(1, -1), joined[1:]
+        return HeldOut(images, totals[0], totals[1] if judge is not None else None)
 
 
 @dataclass
@@ -300,6 +358,19 @@ class HeldOut:
         if self.judge is not None:
             row |= {"eval/judge": float(self.judge.nanmean()), "eval/base_judge": float(base.judge.nanmean())}
         return row
+
+
+def refuse_split(ranks: Ranks, shape: TreeShape, objective: Objective, reward, settings: Settings, prompts: int) -> None:
+    """ValueError where the trees cannot be shared out over these processes."""
+    ranks.refuse(min(settings.per_iteration or prompts, prompts), shape.trees)
+    if ranks.per_prompt > 1 and (objective.sft > 0 or objective.sensitivity > 0):
+        raise ValueError("LayerTuning-RL and a clip range with sensitivity compare all images of a prompt with its best one, which another process may hold: "
+                         "set processes.per_prompt to 1.")
+    grouped = [model.name for model, _ in parts(reward) if getattr(model, "group_wise", False)]
+    if ranks.per_prompt > 1 and grouped:
+        raise ValueError(f"The reward '{grouped[0]}' compares all images of a prompt with each other: set processes.per_prompt to 1.")
+    if ranks.lockstep and settings.retain_share:
+        raise ValueError("A sharded model (FSDP) cannot keep graphs from sampling: set settings.retain_share to 0.")
 
 
 def adamw8bit():
@@ -338,15 +409,21 @@ def running_best(metrics: list[dict], decay: float = 0.9) -> float:
     return mean
 
 
-def broken_groups(forest: Forest, found: Scores) -> Tensor:
-    """Prompts that cannot be learned from [P]: a latent that is not finite, or a reward without a single finite score."""
+def broken_latents(forest: Forest) -> Tensor:
+    """Prompts with a latent that is not finite [P]."""
     prompts = len(forest.prompts)
     broken = torch.zeros(prompts, dtype=torch.bool)
     for layer in (*forest.states, *forest.velocities, forest.leaves):
-        broken |= ~layer.view(prompts, -1).isfinite().all(1).cpu()
-    for values in found.values.values():
-        broken |= ~values.view(prompts, -1).isfinite().any(1)
+        broken |= ~layer.reshape(prompts, -1).isfinite().all(1).cpu()
     return broken
+
+
+def unscored(found: Scores, prompts: int) -> Tensor:
+    """Prompts for which a reward has not a single finite score [P]."""
+    without = torch.zeros(prompts, dtype=torch.bool)
+    for values in found.values.values():
+        without |= ~values.view(prompts, -1).isfinite().any(1)
+    return without
 
 
 def only(found: Scores, keep: Tensor) -> Scores:

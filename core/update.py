@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .memory import MicroBatch
 from .objective import Objective, clip_ranges, clipped_surrogate, gaussian_kl, log_ratio, node_values, relative, sft_targets, sft_weights, step_weights
+from .parallel import ALONE, Ranks
 from .steps import Step, step
 from .tree import Forest
 
@@ -31,12 +32,11 @@ def score_edges(forest: Forest, layer: int, parents: slice, v: Tensor) -> Step:
 class _Loss:
     """The loss of slices of window nodes; everything that is known before the forward is worked out once, here."""
 
-    def __init__(self, velocity, forest: Forest, advantages: list[Tensor], objective: Objective, allowed: Tensor, images: Tensor | None):
+    def __init__(self, velocity, forest: Forest, advantages: list[Tensor], objective: Objective, allowed: Tensor, images: Tensor | None, edges: int):
         self.velocity, self.forest, self.objective, self.images = velocity, forest, objective, images
         self.advantages = [a.cpu() for a in advantages]
         self.leaf = self.advantages[-1]
-        self.edges = sum(a.numel() for a in self.advantages)
-        self.nodes = self.edges // forest.branching
+        self.edges, self.nodes = edges, edges // forest.branching
         self.shares = relative(node_values(self.leaf, forest), forest)
         spread = self.leaf.view(len(forest.prompts), -1)
         self.allowed = allowed.cpu() & (spread.amax(1) > spread.amin(1))
@@ -85,7 +85,7 @@ class _Loss:
 
 def policy_gradient(velocity, forest: Forest, advantages: list[Tensor], objective: Objective, *, micro_batch: MicroBatch | None = None,
                     allowed: Tensor | None = None, images: Tensor | None = None, shared: bool = True,
-                    check: Callable[[], None] | None = None) -> dict[str, float]:
+                    check: Callable[[], None] | None = None, ranks: Ranks = ALONE) -> dict[str, float]:
     """Add the gradient of the loss over all window edges to the parameters; returns the loss and its diagnostics.
 
     advantages: per layer, [P * trees * branching^(layer+1)]; the last layer's are also the leaves' values for clip ranges
@@ -94,18 +94,23 @@ def policy_gradient(velocity, forest: Forest, advantages: list[Tensor], objectiv
     allowed: prompts whose best leaf may be imitated [P], default all. images: [P, C, H, W], for target "images".
     shared: one forward per parent; False forwards every edge on its own, `branching` times the cost for the same gradient:
     for comparison only, and not with LayerTuning-RL. check: called before each slice; may raise.
+    ranks: the processes that have the prompts' other trees. The loss is of all edges of all of them; this one adds its own edges' gradient, and the
+    metrics are of all. A forest without prompts is one process's share of which nothing could be learned from.
     """
     parameters = list(velocity.parameters())
     copies = 1 if shared else forest.branching
     if allowed is None:
         allowed = torch.ones(len(forest.prompts), dtype=torch.bool)
-    loss_of = _Loss(velocity, forest, advantages, objective, allowed, images)
+    edges = int(ranks.total(sum(a.numel() for a in advantages)))
+    loss_of = _Loss(velocity, forest, advantages, objective, allowed, images, edges) if forest.prompts else None
     totals = []  # diagnostics per slice, on the device until the end
 
     def learn(layer: int, first: int, last: int) -> None:
         parents = slice(first, last)
         kept = forest.graphs.pop((layer, first), None)
-        if loss_of.is_empty(layer, parents):
+        if first == last or loss_of.is_empty(layer, parents):
+            if ranks.lockstep:
+                _idle(velocity, forest, objective, parameters)
             return
         if check is not None:
             check()
@@ -121,17 +126,35 @@ def policy_gradient(velocity, forest: Forest, advantages: list[Tensor], objectiv
         totals.append(diagnostics)
 
     batch = micro_batch or MicroBatch()
-    for layer in range(forest.depth):
-        batch.run(len(forest.states[layer]), lambda first, last: learn(layer, first, last))
+    with ranks.together():
+        for layer in range(forest.depth):
+            count = len(forest.states[layer])
+            calls = -(-count // (batch.size or max(count, 1)))
+            missing = ranks.most(calls) - calls if ranks.lockstep else 0
+            batch.run(count, lambda first, last: learn(layer, first, last))
+            for _ in range(missing):  # as many model calls as the process with the most nodes
+                learn(layer, 0, 0)
     forest.graphs.clear()
-    grpo, ratio, clipped, scored, kl, sft = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 6
-    edges, nodes = loss_of.edges, loss_of.nodes
+    own = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 6
+    grpo, ratio, clipped, scored, kl, sft = map(sum, zip(*ranks.gather(own)))
+    nodes = edges // forest.branching
     return {"loss": grpo / edges, "ratio_mean": ratio / scored if scored else 1.0, "clip_frac": clipped / scored if scored else 0.0,
             "kl": kl / edges, "sft_loss": sft / nodes, "edges": edges, "edges_trained": int(scored)}
 
 
+def _idle(velocity, forest: Forest, objective: Objective, parameters: list) -> None:
+    """The model calls of a slice, on nothing, for the other processes' sake; they are not counted."""
+    blank, row, counted = torch.zeros((1, *forest.states[0].shape[1:])), [0], velocity.forwards
+    if objective.kl > 0:
+        with torch.no_grad(), velocity.reference():
+            velocity(blank, 0.5, row)
+    with velocity.grad():
+        torch.autograd.grad(velocity(blank, 0.5, row).sum(), parameters, allow_unused=True)
+    velocity.forwards = counted
+
+
 def update(velocity, forest: Forest, advantages: list[Tensor], optimizer: torch.optim.Optimizer, objective: Objective, *,
-           max_grad_norm: float = 1.0, inner_updates: int = 1, **options) -> dict[str, float]:
+           max_grad_norm: float = 1.0, inner_updates: int = 1, ranks: Ranks = ALONE, **options) -> dict[str, float]:
     """`inner_updates` optimizer steps on the same trees; metrics of the last one, `ratio_first` of the first.
 
     A gradient that is not finite changes nothing: the step is skipped and counted in `skipped`. options: as policy_gradient.
@@ -142,7 +165,8 @@ def update(velocity, forest: Forest, advantages: list[Tensor], optimizer: torch.
     try:
         for inner in range(inner_updates):
             optimizer.zero_grad(set_to_none=True)
-            metrics = policy_gradient(velocity, forest, advantages, objective, **options)
+            metrics = policy_gradient(velocity, forest, advantages, objective, ranks=ranks, **options)
+            ranks.add_gradients(parameters)
             metrics["grad_norm"] = 0.0
             if inner == 0:
                 ratio_first = metrics["ratio_mean"]
@@ -154,4 +178,4 @@ def update(velocity, forest: Forest, advantages: list[Tensor], optimizer: torch.
                     skipped += 1
     finally:
         optimizer.zero_grad(set_to_none=True)
-    return {**metrics, "ratio_first": ratio_first, "skipped": skipped, "update_forwards": velocity.forwards - before}
+    return {**metrics, "ratio_first": ratio_first, "skipped": skipped, "update_forwards": int(ranks.total(velocity.forwards - before))}

@@ -102,7 +102,8 @@ def fetch(source: str, remote: str, target: Path) -> None:
 class Managed:
     """A reward model whose weights ComfyUI loads to the GPU when they are needed, and unloads when others need the room."""
 
-    def __init__(self, scorer):
+    def __init__(self, scorer, origin: tuple | None = None):
+        self.origin = origin  # (kind, path, options) of core.rewards.load, for run.yaml
         self.scorer, self.name = scorer, scorer.name
         scorer.check = comfy.model_management.throw_exception_if_processing_interrupted
         device = comfy.model_management.get_torch_device()
@@ -164,7 +165,8 @@ class WeightsNode(io.ComfyNode):
     def execute(cls, file, download=False) -> io.NodeOutput:
         path = find_or_fetch(file, cls.official, download)
         options = {"tokenizer": tokenizer_for(cls.kind)} if cls.kind != "hps_v2" else {}
-        return io.NodeOutput(Managed(load(cls.kind, path, "cpu", precision(), name=cls.shown(path), **options)))
+        options["name"] = cls.shown(path)
+        return io.NodeOutput(Managed(load(cls.kind, path, "cpu", precision(), **options), (cls.kind, path, options)))
 
     @classmethod
     def shown(cls, path: Path) -> str:
@@ -223,7 +225,7 @@ class AestheticLoader(WeightsNode):
         clip = weight_path(clip_file)
         if clip is None:
             raise ValueError("Aesthetic Score needs CLIP ViT-L/14: connect a CLIP_VISION, or choose clip_file.")
-        return io.NodeOutput(Managed(load("aesthetic", path, "cpu", precision(), clip=clip)))
+        return io.NodeOutput(Managed(load("aesthetic", path, "cpu", precision(), clip=clip), ("aesthetic", path, {"clip": clip})))
 
 
 class ClipVisionTower:

@@ -20,6 +20,7 @@ from ..core.prompts import parse, read, split
 from ..core.rollout import check_sigmas
 from ..core.training import Event, Settings, Trainer
 from ..core.tree import TreeShape as Shape
+from .export import export
 from .policy import LivePolicy, batch, encode
 from .sample import RETAIN_SHARE, noisy, start_latent
 from .schema import LoraModel, Noise, ObjectiveSettings, Policy, Prompts, RewardModel, TreeShape, expert, schema
@@ -206,6 +207,7 @@ class TrainerNode(io.ComfyNode):
                               check=comfy.model_management.throw_exception_if_processing_interrupted)
             if run.iteration < iterations:
                 host.encode([*prompts.train, *(prompts.held_out if settings.evaluate_every else [])])
+                export(run, host, prompts, trainer.shape, trainer.schedule, goal, settings, reward_model, judge, iterations)
             live = Live(cls.hidden.unique_id, run, iterations, tensorboard)
             trainer.progress = live.progress
             status = "; ".join([trainer.train(iterations, live.report), *(f"changed: {change}" for change in trainer.changes)])

@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 
 from core import noise
 from core.backends import diffusers as backend
+from core.interchange import comfy_lora
 from core.lora import Adapters
 from core.noise import NoiseSchedule
 from core.rollout import grow
@@ -240,7 +241,7 @@ def test_the_same_seed_grows_the_same_tree(comfy, name):
 def test_the_lora_in_comfyuis_form_is_the_live_policy(comfy, name, targets):
     """Merged into ComfyUI's own network, layer by layer, the converted LoRA gives the live velocity; no key is left over."""
     model, transformer, velocity = tuned(name, targets=targets)
-    lora = backend.comfy_lora(velocity.adapters.state_dict(), transformer)
+    lora = comfy_lora(velocity.adapters.state_dict(), transformer)
     embeds, pooled = conditioning()
     x, sigma = latents(2), torch.tensor([0.9, 0.5])
     before = comfy_velocity(model, name, x, sigma, embeds[:2], pooled[:2])
@@ -267,4 +268,180 @@ def test_bad_input_is_refused_in_words(comfy):
     with pytest.raises(ValueError, match="negative"):
         backend.DiffusersVelocity(transformer, None, embeds, pooled, cfg=2.0)
     with pytest.raises(ValueError, match="nonsense"):
-        backend.comfy_lora({"nonsense.lora_down.weight": torch.zeros(1, 1), "nonsense.lora_up.weight": torch.zeros(1, 1)}, transformer)
+        comfy_lora({"nonsense.lora_down.weight": torch.zeros(1, 1), "nonsense.lora_up.weight": torch.zeros(1, 1)}, transformer)
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all linear"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_peft_computes_with_comfyuis_own_adapters(comfy, name, targets, monkeypatch):
+    """Same names, shapes and first values as in ComfyUI; with trained values the same velocity, and the same gradient of every one of them."""
+    import comfy.model_management
+    from core.backends.comfy import _own_input
+
+    peft = pytest.importorskip("core.backends.peft")
+    pytest.importorskip("peft")
+    monkeypatch.setattr(comfy.model_management, "in_training", True, raising=False)
+    model = network(name)
+    transformer = backend.load_transformer(file_form(model))
+    theirs, ours = Adapters.create(model, 3, 4.5, targets, seed=5), peft.new_adapters(transformer, 3, 4.5, targets, seed=5)
+    first, second = theirs.state_dict(), ours.state_dict()
+    assert list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
+    generator = torch.Generator().manual_seed(6)
+    for parameter in theirs.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    ours.load_state_dict(theirs.state_dict())
+    theirs.inject(model)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.LayerNorm):
+            layer.register_forward_pre_hook(_own_input)  # FLUX updates in place
+    embeds, pooled = conditioning()
+    velocity = backend.DiffusersVelocity(transformer, peft.Attached(ours, transformer), embeds, pooled)
+    x, sigma = latents(2), torch.tensor([0.8, 0.4])
+    expected = comfy_velocity(model, name, x, sigma, embeds[:2], pooled[:2])
+    with velocity.grad():
+        found = velocity(x, sigma, [0, 1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with velocity.reference():
+        assert (velocity(x, sigma, [0, 1]) - found).abs().max() > 0.1
+    assert torch.equal(velocity(x, sigma, [0, 1]), found)
+    gradients = [torch.autograd.grad(v.square().mean(), adapters.parameters(), allow_unused=True) for v, adapters in ((expected, theirs), (found, ours))]
+    assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients[0]) > 10
+    for wanted, gradient in zip(*gradients):
+        if wanted is None or gradient is None:  # the last block's text side, which leads nowhere: zero or not there
+            assert all(g is None or not g.any() for g in (wanted, gradient))
+        else:
+            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3.5"])
+def test_checkpointing_changes_no_gradient(comfy, name):
+    peft = pytest.importorskip("core.backends.peft")
+    pytest.importorskip("peft")
+    transformer = backend.load_transformer(file_form(network(name)))
+    adapters = peft.new_adapters(transformer, 3, 4.5, "all linear", seed=5)
+    for parameter in adapters.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)) * 0.1
+    velocity = backend.DiffusersVelocity(transformer, peft.Attached(adapters, transformer), *conditioning())
+    gradients = []
+    for checkpointing in (False, True):
+        transformer.enable_gradient_checkpointing() if checkpointing else None
+        with velocity.grad():
+            gradients.append(torch.autograd.grad(velocity(latents(2), 0.5, [0, 1]).square().mean(), adapters.parameters(), allow_unused=True))
+    assert sum(gradient is not None for gradient in gradients[0]) > 30
+    for plain, recomputed in zip(*gradients):
+        assert (plain is None) == (recomputed is None) and (plain is None or torch.equal(plain, recomputed))
+
+
+def test_texts_of_two_lengths_are_guided_in_two_passes(comfy):
+    model, transformer, one = tuned("flux", cfg=3.0, learnt=False)
+    embeds, pooled = conditioning()
+    two = backend.DiffusersVelocity(transformer, None, embeds, pooled, (embeds[:1, :4] * 0.5, pooled[:1] * 0.5), 3.0)
+    x, sigma = latents(1), torch.tensor([0.7])
+    with torch.no_grad():
+        positive = comfy_velocity(model, "flux", x, sigma, embeds[:1], pooled[:1])
+        negative = comfy_velocity(model, "flux", x, sigma, embeds[:1, :4] * 0.5, pooled[:1] * 0.5)
+    torch.testing.assert_close(two(x, sigma, [0]), negative + 3 * (positive - negative), rtol=3e-4, atol=3e-4)
+    assert two.forwards == 2
+
+
+def test_a_vae_file_decodes_as_comfyui_does(comfy, tmp_path):
+    """FLUX's and SD3's own VAE in its full size, with random weights: from its file, and inside a checkpoint."""
+    import comfy.sd
+    from safetensors.torch import save_file
+
+    from core.backends.host import open_vae
+    config = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+              "attn_resolutions": [], "dropout": 0.0}
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+    net = AutoencodingEngine(regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+                             encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": config},
+                             decoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Decoder", "params": config})
+    generator, sd = torch.Generator().manual_seed(3), {}
+    for key, tensor in net.state_dict().items():
+        scale = 0.1 if tensor.dim() == 1 else tensor[0].numel() ** -0.5
+        sd[key] = torch.randn(tensor.shape, generator=generator) * scale + (1.0 if "norm" in key and key.endswith("weight") else 0.0)
+    latents = torch.randn(1, 16, 4, 4, generator=generator)
+    scale, shift = backend.LATENT_FORMATS["flux"]
+    expected = comfy.sd.VAE(sd=dict(sd), dtype=torch.float32).decode(latents / scale + shift)
+    assert expected.std() > 0.05
+    for name, prefix in (("ae", ""), ("checkpoint", "first_stage_model.")):
+        save_file({prefix + key: tensor for key, tensor in sd.items()}, tmp_path / f"{name}.safetensors")
+        torch.testing.assert_close(open_vae(tmp_path / f"{name}.safetensors", "flux").decode(latents), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["flux", "sd3.5"])
+def test_ratio_is_one_and_memory_is_as_estimated_on_a_gpu(comfy, name):
+    """A bf16 base with fp32 adapters: before any update the log-probabilities are the rollout's, to the last bit of float32's exp."""
+    from core.memory import saved_bytes
+    from core.update import policy_gradient
+
+    peft = pytest.importorskip("core.backends.peft")
+    pytest.importorskip("peft")
+    transformer = backend.load_transformer(file_form(network(name)), torch.bfloat16).cuda()
+    adapters = peft.new_adapters(transformer, 8, 16.0, "attention+mlp").to("cuda")
+    velocity = backend.DiffusersVelocity(transformer, peft.Attached(adapters, transformer), *conditioning())
+    x = torch.randn(2, 16, 64, 64, generator=torch.Generator().manual_seed(2)).cuda()
+    forest = grow(velocity, x, backend.simple_sigmas("flux", 6), TreeShape(branching=2, depth=2), NoiseSchedule("cps", 0.7), start=1, prompts=[0, 1])
+    leaf = torch.randn(len(forest.leaves), generator=torch.Generator().manual_seed(3))
+    with velocity.grad():
+        graph, _ = saved_bytes(lambda: velocity(forest.states[1], 0.5, forest.rows(1)), velocity.weights())
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    from core.advantage import backup
+    from core.objective import Objective
+    metrics = policy_gradient(velocity, forest, backup([p.cpu() for p in forest.log_probs], leaf, 2), Objective())
+    assert abs(metrics["ratio_mean"] - 1) < 1e-6
+    used = torch.cuda.max_memory_allocated() - before
+    assert used < 2 * graph + 2 * sum(p.numel() * p.element_size() for p in adapters.parameters())
+
+
+def pipeline_folder(folder: Path, kind: str, comfyui: Path) -> Path:
+    """A tiny pipeline in diffusers' layout: random weights, and ComfyUI's copies of the tokenizers' vocabularies."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+    torch.manual_seed(0)
+    clip = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=24, vocab_size=49408)
+    words = CLIPTokenizer.from_pretrained(str(comfyui / "comfy" / "sd1_tokenizer"), model_max_length=77)
+    transformer = backend.load_transformer(file_form(network(kind)))
+    vae = AutoencoderKL(block_out_channels=[8, 8, 8, 8], layers_per_block=1, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                        latent_channels=16, norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
+    t5 = T5EncoderModel(T5Config(d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=32128))
+    long_words = T5TokenizerFast.from_pretrained(str(comfyui / "comfy" / "text_encoders" / "t5_tokenizer"))
+    if kind == "flux":
+        clip_l = CLIPTextModel(CLIPTextConfig(**{**clip, "hidden_size": 48}))
+        pipeline = FluxPipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae, clip_l, words, t5, long_words, transformer)
+    else:
+        both = [CLIPTextModelWithProjection(CLIPTextConfig(**{**clip, "hidden_size": size})) for size in (16, 24)]
+        pipeline = StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, both[0], words, both[1], words, t5, long_words)
+    pipeline.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_pipeline_folder_draws_what_the_pipeline_draws(comfy, kind, tmp_path):
+    """Text features, sigmas, velocity and VAE of the folder, against diffusers' own pipeline from the same noise; an untrained LoRA changes nothing."""
+    from conftest import COMFYUI
+    from diffusers import DiffusionPipeline
+
+    from core.backends import host as hosts
+    peft = pytest.importorskip("core.backends.peft")
+    pytest.importorskip("peft")
+    folder = pipeline_folder(tmp_path / kind, kind, COMFYUI)
+    model = hosts.open_model(str(folder))
+    sigmas = hosts.sampling_sigmas(model, 4, "pipeline", 64, 64)
+    adapters = peft.new_adapters(model.transformer, 2, 2.0, "attention")
+    host = hosts.DiffusersHost(model, peft.Attached(adapters, model.transformer), sigmas, (16, 8, 8), ["a red circle"])
+    with host.session(["a red circle"]) as velocity:
+        drawn = noise.roots((16, 8, 8), 3, 1, [0], 1)
+        leaves = grow(velocity, host.roots(velocity, drawn), sigmas, TreeShape(branching=1, depth=1, window="fixed"), NoiseSchedule("ode", 0.0), start=0,
+                      prompts=[0]).leaves
+        images = host.decode(velocity, leaves)
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
+    latents = pipeline._pack_latents(drawn, 1, 16, 8, 8) if kind == "flux" else drawn
+    expected = pipeline("a red circle", num_inference_steps=4, guidance_scale=3.5 if kind == "flux" else 1.0, height=64, width=64, latents=latents,
+                        output_type="pt").images.movedim(1, -1)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(images, expected.float(), rtol=0, atol=2e-3)

@@ -7,9 +7,11 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
+pytest.importorskip("peft")
 from PIL import Image
 
 from core import cost, fallback
+from core.backends.host import batch
 
 EMBEDDED = fallback.REPO / "embedded"
 KINDS = [kind for kind in ("flux", "sd3") if (EMBEDDED / f"{kind}.safetensors").exists()]
@@ -30,13 +32,14 @@ def small_graph(name: str, original=fallback.graph) -> dict:
 def small():
     """The demo on a small graph, with the text features computed once."""
     import embedded.clip_l
+    from core.backends import host
 
     nodes = {**small_graph("first_steps"), **small_graph("compare")}
     prompts = [line for title in ("Prompts", "Held-out prompts") for line in fallback.lines(nodes[title]["text"])]
-    features = fallback.clip_l_features(embedded.clip_l.random_clip_l(), prompts)
+    features = host.clip_l_features(embedded.clip_l.random_clip_l(), prompts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fallback, "graph", small_graph)
-        patch.setattr(fallback, "clip_l_features", lambda weights, wanted: features if wanted == prompts else pytest.fail("other prompts"))
+        patch.setattr(host, "clip_l_features", lambda weights, wanted: features if wanted == prompts else pytest.fail("other prompts"))
         patch.setattr(embedded.clip_l, "random_clip_l", lambda: None)
         yield fallback
 
@@ -104,13 +107,14 @@ def test_pictures_are_those_of_comfyuis_ksampler(kind, small, comfy):
     model = comfy.sd.load_diffusion_model(str(EMBEDDED / f"{kind}.safetensors"), model_options={"dtype": torch.float32})
     from embedded.shapes import vae_state_dict
     vae = comfy.sd.VAE(sd=vae_state_dict(kind), dtype=torch.float32)
-    features, pooled = fallback.clip_l_features(None, demo.prompts + demo.held_out)
-    positive = [[features[:3], {"pooled_output": pooled[:3]}]]
+    texts = [*demo.prompts.train, *demo.prompts.held_out][:3]
+    features, pooled = batch([demo.host.features[text] for text in texts])
+    positive = [[features, {"pooled_output": pooled}]]
     empty = torch.zeros(3, *demo.latent)
     samples = comfy.sample.sample(model, comfy.sample.prepare_noise(empty, 11), 5, 1.0, "euler", "simple", positive, positive, empty, seed=11)
     expected = vae.decode(samples)
     assert expected.std() > 0.05
-    torch.testing.assert_close(demo.draw([0, 1, 2], 11, 5), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(demo.draw(texts, 11, 5), expected, rtol=0, atol=1e-4)
 
 
 def test_the_shipped_graphs_are_understood():

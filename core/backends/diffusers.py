@@ -4,7 +4,7 @@ Weights come as state dicts in ComfyUI's form and are renamed here. diffusers, t
 imported when first used; nothing in this file touches ComfyUI.
 """
 import math
-import re
+import os
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layer_names import MODULES, STACKS, diffusers_names, rename, swapped
+from ..layer_names import rename
 
 # ComfyUI hands (vae latent - shift) * scale to the diffusion model: (scale, shift).
 LATENT_FORMATS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609)}
@@ -83,64 +83,23 @@ def centred_positions(embed: torch.nn.Module, height: int, width: int) -> Tensor
     return torch.cat(halves, dim=1)[None]
 
 
-def comfy_lora(adapters: dict[str, Tensor], transformer: torch.nn.Module) -> dict[str, Tensor]:
-    """A LoRA trained on diffusers' modules (`<module>.lora_up/lora_down/alpha`) under ComfyUI's names, exactly.
-
-    q, k and v share one layer in ComfyUI: their low-rank pairs become one pair of the summed rank, with a block-diagonal
-    lora_up. Rows of an untouched part are zero. Raises where an adapter's module has no counterpart.
-    """
-    adapters = {re.sub(r"^(diffusion_model|transformer)\.", "", key): tensor.float() for key, tensor in adapters.items()}
-    left = {key.rpartition(".lora_down")[0] for key in adapters if ".lora_down" in key}
-    result = {}
-    for module in _comfy_modules(transformer):
-        names = diffusers_names(module)
-        if not left.intersection(names):
-            continue
-        downs, ups = [], []
-        for name in names:
-            layer = transformer.get_submodule(name)
-            down = adapters.get(f"{name}.lora_down.weight", torch.zeros(0, layer.weight[0].numel()))
-            up = adapters.get(f"{name}.lora_up.weight", torch.zeros(len(layer.weight), 0))
-            rank = max(1, len(down))
-            downs.append(down.flatten(1))
-            ups.append(up.flatten(1) * float(adapters.get(f"{name}.alpha", torch.tensor(rank))) / rank)
-        down, up = torch.cat(downs), torch.block_diag(*ups)
-        up = swapped(module, up, transformer.inner_dim)
-        prefix = f"diffusion_model.{module}"
-        result |= {f"{prefix}.lora_up.weight": up, f"{prefix}.lora_down.weight": down, f"{prefix}.alpha": torch.tensor(float(len(down)))}
-        left.difference_update(names)
-    if left:
-        raise ValueError(f"These adapters have no counterpart in ComfyUI: {', '.join(sorted(left))}.")
-    return {key: tensor.contiguous().clone() for key, tensor in result.items()}
-
-
-def _comfy_modules(transformer: torch.nn.Module) -> list[str]:
-    """ComfyUI's names of the transformer's layers, those it has."""
-    flux = hasattr(transformer.config, "guidance_embeds")
-    stacks = ("double_blocks", "single_blocks") if flux else ("joint_blocks",)
-    found = [f"{stack}.{i}.{inner}" for stack in stacks for i in range(len(getattr(transformer, STACKS[stack][0]))) for inner in STACKS[stack][1]]
-    present = {name for name, _ in transformer.named_modules()}
-    family = [name for name in MODULES if name.startswith("final_layer") or name.split(".")[0].endswith("_in") == flux]
-    return [name for name in found + family if set(diffusers_names(name)) <= present]
-
-
 class DiffusersVelocity:
     """Velocity of a FLUX or SD3 transformer of diffusers for a fixed set of prompts: `velocity(x, sigma, rows) -> v`.
 
-    transformer: from load_transformer or a diffusers pipeline. adapters: trainable LoRA already injected into it, or
-    None. prompt_embeds: [P, L, D]; pooled: [P, Pd]; negative: (embeds [1 or P, L, D], pooled [1 or P, Pd]), used where
+    transformer: from load_transformer or a diffusers pipeline. adapters: a trainable LoRA at work in it (peft.Attached, or Adapters that are injected),
+    or None. shape: (C, H, W) of the latents, for who draws them. prompt_embeds: [P, L, D]; pooled: [P, Pd]; negative: (embeds [1 or P, L, D], pooled [1 or P, Pd]), used where
     cfg is not 1. guidance: FLUX's embedded guidance. `forwards` counts latents through the network, twice with CFG.
     """
 
     def __init__(self, transformer: torch.nn.Module, adapters, prompt_embeds: Tensor, pooled: Tensor,
-                 negative: tuple[Tensor, Tensor] | None = None, cfg: float = 1.0, guidance: float = 3.5):
+                 negative: tuple[Tensor, Tensor] | None = None, cfg: float = 1.0, guidance: float = 3.5, shape: tuple = ()):
         if len(prompt_embeds) != len(pooled):
             raise ValueError(f"There are {len(prompt_embeds)} prompt embeddings and {len(pooled)} pooled ones: one of each per prompt.")
         if cfg != 1 and negative is None:
             raise ValueError(f"CFG {cfg} needs a negative prompt's embeddings; use CFG 1 to do without.")
         self.transformer, self.adapters = transformer, adapters
         self.flux = hasattr(transformer.config, "guidance_embeds")
-        self.cfg, self.guidance = cfg, guidance
+        self.cfg, self.guidance, self.shape = cfg, guidance, tuple(shape)
         self.forwards = 0
         self._training = False
         self._positive = self._conditioning(prompt_embeds, pooled)
@@ -151,7 +110,8 @@ class DiffusersVelocity:
 
     def _conditioning(self, embeds: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.transformer.proj_out.weight
-        return embeds.detach().to(weight), pooled.detach().to(weight)
+        pooled = pooled[:, :self.transformer.config.pooled_projection_dim]  # as ComfyUI's FLUX does
+        return embeds.detach().to(weight.device, weight.dtype), pooled.detach().to(weight.device, weight.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +129,8 @@ class DiffusersVelocity:
         """Gradients of the adapters are recorded inside."""
         before, self._training = self._training, True
         try:
-            yield
+            with torch.enable_grad():
+                yield
         finally:
             self._training = before
 
@@ -190,9 +151,24 @@ class DiffusersVelocity:
         with torch.set_grad_enabled(self._training):
             if self._negative is None:
                 return self._network(x, sigma, embeds, pooled)
-            embeds, pooled = (torch.cat([c, n[rows]]) for c, n in zip((embeds, pooled), self._negative))
-            positive, negative = self._network(torch.cat([x, x]), torch.cat([sigma, sigma]), embeds, pooled).chunk(2)
+            other, other_pooled = (n[rows] for n in self._negative)
+            if other.shape == embeds.shape:
+                both = torch.cat([embeds, other]), torch.cat([pooled, other_pooled])
+                positive, negative = self._network(torch.cat([x, x]), torch.cat([sigma, sigma]), *both).chunk(2)
+            else:  # texts of two lengths do not fit into one batch
+                positive, negative = self._network(x, sigma, embeds, pooled), self._network(x, sigma, other, other_pooled)
             return negative + self.cfg * (positive - negative)
+
+    def fingerprint(self) -> int:
+        """Changes when any weight has been moved, replaced or trained: graphs recorded before are then of no use."""
+        return hash(tuple((p.data_ptr(), p._version) for p in self.weights()))
+
+    def free_memory(self) -> float:
+        """Bytes that may still be used on the device; 0 where that is not known."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        names = getattr(os, "sysconf_names", ())
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) if "SC_AVPHYS_PAGES" in names else 0.0
 
     def _network(self, x: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
         self.forwards += len(x)

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from page import ROOT, Page, Problem
 
 sys.path[:0] = [str(ROOT / "tests")]
@@ -58,7 +58,13 @@ FAULTS = """() => {
 }"""
 
 
-OUTCOMES = ["TreeRPOTrainer", "TreeRPOPick", "TreeRPOAdvantages", "SaveImage", "TreeRPOScore"]  # whose picture goes on the card, the first there is
+AREA = """() => {
+    const { scale, offset } = app.canvas.ds, room = app.canvas.canvas.getBoundingClientRect(), boxes = app.graph._groups.map((group) => [...group.pos, ...group.size]);
+    const at = (x, y) => [(x + offset[0]) * scale + room.left, (y + offset[1]) * scale + room.top];
+    return [...at(Math.min(...boxes.map((box) => box[0])), Math.min(...boxes.map((box) => box[1]))),
+            ...at(Math.max(...boxes.map((box) => box[0] + box[2])), Math.max(...boxes.map((box) => box[1] + box[3])))];
+}"""
+OUTCOMES = ["TreeRPOTrainer", "TreeRPOPick", "TreeRPOAdvantages", "TreeRPOScore"]  # whose picture goes on the card, the first there is
 SHOWN = """(types) => {
     for (const type of types)
         for (const node of app.graph._nodes.filter((one) => one.type === type)) {
@@ -143,7 +149,7 @@ REWIRE = """() => {
             if (link && place >= 0 && all.inputs[place].link == null && !stages.includes(app.graph.getNodeById(link.origin_id).type))
                 app.graph.getNodeById(link.origin_id).connect(link.origin_slot, all, place);
         }
-    for (const stage of nodes.filter((node) => stages.includes(node.type))) app.graph.remove(stage);
+    for (const stage of nodes.filter((node) => [...stages, "TreeRPOTreeView"].includes(node.type))) app.graph.remove(stage);
     all.connect(all.findOutputSlot("policy"), save, save.findInputSlot("policy"));
 }"""
 
@@ -174,8 +180,7 @@ def thumbnail(page: Page, name: str) -> None:
     draw.text((24, 18), title, fill=(240, 240, 244), font=font(34))
     draw.text((24, 64), line, fill=(160, 165, 175), font=font(20))
     graph = Image.open(io.BytesIO(page.picture())).convert("RGB")
-    graph = graph.crop((80, 100, graph.width - 60, graph.height - 20))
-    graph = graph.crop(ImageChops.difference(graph, Image.new("RGB", graph.size, graph.getpixel((2, graph.height - 2)))).point(lambda v: 255 * (v > 12)).getbbox())
+    graph = graph.crop(page.evaluate(AREA))
     graph.thumbnail((512, 230))
     card.paste(graph, ((560 - graph.width) // 2, 104))
     top = 104 + graph.height + 16
