@@ -147,7 +147,7 @@ def command_train(args) -> int:
 def command_convert(args) -> int:
     from .interchange import convert
     try:
-        log.warning("%s", convert(args.source, args.target, args.to))
+        log.warning("%s", convert(args.source, args.target, args.to, args.network))
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1
@@ -165,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     converting.add_argument("source", type=Path)
     converting.add_argument("target", type=Path)
     converting.add_argument("--to", required=True, choices=("diffusers", "comfyui"))
+    converting.add_argument("--network", choices=("flux", "sd3"), help="for a diffusers file of an unpublished size whose layers both networks have")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
     return {"train": command_train, "convert": command_convert}[args.command](args)

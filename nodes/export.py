@@ -17,7 +17,7 @@ from ..core.rewards.server import ServerReward
 from ..embedded.shapes import FOLDER as EMBEDDED
 from .policy import encode
 
-LARGEST = 4e9  # bytes of text features
+LARGEST = 5e8  # bytes of text features on an artist's disk: about 200 prompts of FLUX
 NEGATIVE = "(the Trainer's negative)"
 HEAD = """The Trainer node's settings, written anew whenever it starts. Train on without ComfyUI, on one GPU or many:
     python -m core.launch train --config run.yaml

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -185,9 +186,6 @@ def test_a_mistake_ends_the_command_with_its_sentence(tmp_path, caplog):
 
 
 def test_convert_and_back(tmp_path):
-    pytest.importorskip("core.interchange")
-    from safetensors.torch import load_file, save_file
-
     from core.backends.host import open_model
     from core.backends.peft import new_adapters
     adapters = new_adapters(open_model("embedded/sd3").transformer, 4, 8.0, "attention")
@@ -204,3 +202,15 @@ def test_convert_and_back(tmp_path):
         delta = [state[key] @ state[down] * state[alpha] / len(state[down]) for state in (found, expected)]
         torch.testing.assert_close(*delta)
     assert launch.main(["convert", str(source), str(there), "--to", "diffusers"]) == 1, "nothing is replaced"
+
+
+def test_convert_asks_for_the_network_where_a_file_does_not_tell(tmp_path, caplog):
+    """q, k and v of a small transformer: FLUX and SD3 both have them."""
+    both = {f"transformer.transformer_blocks.0.attn.to_{part}.lora_{side}.weight": torch.randn(*shape)
+            for part in "qkv" for side, shape in (("A", (4, 64)), ("B", (64, 4)))}
+    source, target = tmp_path / "small.safetensors", tmp_path / "comfyui.safetensors"
+    save_file(both, source)
+    command = ["convert", str(source), str(target), "--to", "comfyui"]
+    assert launch.main(command) == 1 and "say which it is" in caplog.text and not target.exists()
+    assert launch.main([*command, "--network", "sd3"]) == 0
+    assert all(key.startswith("diffusion_model.joint_blocks.0.x_block.attn.qkv.") for key in load_file(target))

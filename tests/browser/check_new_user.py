@@ -28,7 +28,7 @@ class NewUser:
     def open_template(self, name: str) -> None:
         browser = self.page.page
         self.acts("click Templates", lambda: browser.get_by_label("Templates", exact=True).first.click())
-        self.acts("click TreeRPO", lambda: browser.get_by_text("TreeRPO", exact=True).first.click())
+        self.acts("click TreeRPO", lambda: browser.get_by_role("dialog").get_by_text("TreeRPO", exact=True).first.click())
         self.acts(f"click {name}", lambda: browser.get_by_test_id(f"template-workflow-{name}").click())
         browser.wait_for_function("(name) => app.graph._nodes.some((node) => node.type.startsWith('TreeRPO')) && app.extensionManager.workflow.activeWorkflow?.path.includes(name)", arg=name)
         browser.wait_for_timeout(500)

@@ -103,7 +103,7 @@ def open_template(page: Page, name: str) -> None:
     """Load a graph by clicking on its card in the template browser."""
     page.reload()
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    page.page.get_by_text("TreeRPO", exact=True).first.click()
+    page.page.get_by_role("dialog").get_by_text("TreeRPO", exact=True).first.click()
     page.page.get_by_test_id(f"template-workflow-{name}").click()
     page.page.wait_for_function("() => app.graph._nodes.some(node => node.type.startsWith('TreeRPO'))")
     page.page.wait_for_timeout(1500)
