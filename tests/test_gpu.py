@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,7 +20,7 @@ only_cuda = pytest.mark.skipif(not CUDA, reason="no GPU, and on a CPU this means
 ARCHITECTURES = ("flux", "sd3.5")
 SIDE = 64 if CUDA else 8  # of the latents: a picture of 512 pixels, or a small one where it only has to run
 SEED = 5
-HALF_A_GRADIENT = 0.02    # relative error: bf16 has 8 bits, and sums of thousands of terms lose less than one of them
+ROUNDING = 0.02    # relative error: bf16 has 8 bits, and sums of thousands of terms lose less than one of them
 
 
 def weights(architecture: str, big: bool = False) -> dict[str, torch.Tensor]:
@@ -103,11 +103,11 @@ def test_ratio_is_one_before_any_update(comfy, dtype, architecture, micro_batch,
     policy, batch = new_policy(load(weights(architecture, big=True), dtype), checkpointing=checkpointing), MicroBatch(micro_batch)
     with policy.session(tiny.conditioning(2), shape=(16, SIDE, SIDE)) as velocity:
         forest, advantages = tree(velocity, batch, SIDE)
-        metrics = policy_gradient(velocity, forest, advantages, Objective(1e-7, 1e-7), micro_batch=batch)
+        metrics = policy_gradient(velocity, forest, advantages, Objective(1e-6, 1e-6), micro_batch=batch)
         assert batch.size == micro_batch, "memory must not have run out here"
         assert all(bool(p.grad.isfinite().all()) for p in velocity.parameters() if p.grad is not None)
         assert sum(float(p.grad.norm()) for p in velocity.parameters() if p.grad is not None) > 0
-    assert metrics["edges_trained"] == 2 * (3 + 9) and metrics["clip_frac"] == 0 and abs(metrics["ratio_mean"] - 1) < 1e-7
+    assert metrics["edges_trained"] == 2 * (3 + 9) and metrics["clip_frac"] == 0 and abs(metrics["ratio_mean"] - 1) < 1e-6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -118,7 +118,7 @@ def test_fp8_weights_give_the_gradient_of_the_same_weights_in_bf16(comfy, archit
     assert [next(m.model.diffusion_model.parameters()).dtype for m in models] == [torch.float8_e4m3fn, torch.bfloat16]
     packed, plain = (gradient(new_policy(model, checkpointing=checkpointing)) for model in models)
     assert plain.norm() > 1
-    assert (packed - plain).norm() < HALF_A_GRADIENT * plain.norm()
+    assert (packed - plain).norm() < ROUNDING * plain.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -235,7 +235,7 @@ def test_attention_that_comfyui_chose_does_not_break_gradients(comfy, architectu
         for module in (attention, comfy.ldm.flux.math if architecture == "flux" else mmdit):
             monkeypatch.setattr(module, "optimized_attention", chosen)
         found = gradient(new_policy(model, checkpointing=checkpointing))
-        assert (found - expected).norm() < HALF_A_GRADIENT * expected.norm()
+        assert (found - expected).norm() < ROUNDING * expected.norm()
 
 
 # memory
@@ -252,27 +252,41 @@ def peak(work) -> int:
 
 
 @only_cuda
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_memory_is_as_estimated(comfy, architecture, checkpointing):
-    """A peak is at most 1.5 times the estimate, and the estimate at most 3 times the peak: ComfyUI makes room by it."""
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+@pytest.mark.parametrize("architecture", ["flux", "sd35_medium"])
+def test_memory_is_as_estimated(comfy, architecture, checkpointing, monkeypatch):
+    """A peak is at most 1.5 times the estimate, and the estimate at most 3 times the peak: ComfyUI makes room by it. Its rules are made for the
+    official widths, so FLUX has those here, with fewer blocks, and SD3.5-medium is whole."""
     from core.memory import MicroBatch
     from core.objective import Objective
     from core.update import update
+    full_size = benchmark()
+    monkeypatch.setitem(full_size.MODELS, "flux", full_size.MODELS["flux"] | {"blocks": 3, "single": 6})
     comfy.model_management.unload_all_models()
-    shape, batch = (16, SIDE, SIDE), 4
-    policy = new_policy(load(weights(architecture, big=True)), checkpointing=checkpointing)
     others = torch.cuda.memory_allocated()  # what earlier tests left
-    with policy.session(tiny.conditioning(2), shape=shape, memory_batch=batch) as velocity:
+    engine = full_size.Comfy(SimpleNamespace(model=architecture, scale=1, size=512, dtype="bf16", memory=0, rank=32, checkpointing=checkpointing, steps=4, vae=False))
+    shape, batch = (16, 64, 64), 2
+    with torch.inference_mode(False), torch.no_grad(), engine.session(batch) as velocity:
         optimizer, found, micro_batch = torch.optim.AdamW(velocity.parameters(), lr=1e-4), [], MicroBatch(batch)
         velocity(torch.zeros(1, *shape), 0.5, [0])  # libraries take their own memory with the first call
-        used = {"sampling": peak(lambda: found.extend(tree(velocity, micro_batch, SIDE)))}
+        used = {"sampling": peak(lambda: found.extend(tree(velocity, micro_batch, 64, prompts=1)))}
         used["learning"] = peak(lambda: update(velocity, *found, optimizer, Objective(), micro_batch=micro_batch))
-        estimate = policy.memory(shape, batch)
-    for phase, bytes_ in used.items():
+        assert micro_batch.size == batch, "memory must not have run out here"
+        estimate = engine.policy.memory(shape, batch)
+    for phase, highest in used.items():
         guess = estimate["weights"] + estimate["adapters"] + estimate[phase]
-        assert bytes_ - others <= 1.5 * guess, f"{phase}: {bytes_ - others:.3g} bytes used, {guess:.3g} estimated"
-        assert guess <= 3 * (bytes_ - others), f"{phase}: {bytes_ - others:.3g} bytes used, {guess:.3g} estimated"
+        words = f"{phase}: {(highest - others) / 1e9:.2f} GB used, {guess / 1e9:.2f} GB estimated"
+        assert highest - others <= 1.5 * guess, words
+        assert guess <= 3 * (highest - others), words
+
+
+def benchmark():
+    """benchmarks/full_size.py, which knows the official sizes."""
+    from conftest import ROOT
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
+    import full_size
+    return full_size
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -297,9 +311,9 @@ def test_micro_batches_halve_when_memory_runs_out(comfy, architecture, monkeypat
             halved = learn(batch)
         assert 1 <= batch.size <= 3, "it must have run out of memory at 6 latents"
         again = learn(MicroBatch(batch.size))
-    assert few.norm() > 0 and (halved - few).norm() < HALF_A_GRADIENT * few.norm()
+    assert few.norm() > 0 and (halved - few).norm() < ROUNDING * few.norm()
     if CUDA:  # the same slices but for those tried first
-        assert (halved - again).norm() < HALF_A_GRADIENT * again.norm()
+        assert (halved - again).norm() < ROUNDING * again.norm()
 
 
 class smaller_device:

@@ -38,7 +38,8 @@ def images(forest):
 
 
 def total(objective, forest, velocity, advantages):
-    loss_of = _Loss(velocity, forest, advantages, objective, torch.ones(len(forest.prompts), dtype=torch.bool), images(forest))
+    loss_of = _Loss(velocity, forest, advantages, objective, torch.ones(len(forest.prompts), dtype=torch.bool), images(forest),
+                    sum(layer.numel() for layer in advantages))
     value = 0.0
     for layer in range(forest.depth):
         v = velocity(forest.states[layer], forest.sigma(layer)[0], forest.rows(layer))
