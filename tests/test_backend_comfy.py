@@ -421,3 +421,25 @@ def test_refusals_in_a_call(model):
                                (tiny.latents(1)[0], [0], r"needs \[batch, 16, height, width\]")):
             with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
                 velocity(x, 0.5, rows)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_casting_fp8_weights_costs_is_in_the_memory_estimate(architecture, checkpointing):
+    """Autograd keeps the weights in the form they were computed with; without fp8, or checkpointed, there is no such copy."""
+    def kept(dtype):
+        policy, found = new_policy(tiny.load(architecture, dtype=dtype), targets="all linear", checkpointing=checkpointing), {}
+
+        def pack(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with policy.session(tiny.conditioning(), shape=C_H_W) as velocity, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with velocity.grad():
+                out = velocity(torch.ones(1, *C_H_W), 0.5, [0])
+            known = {parameter.untyped_storage().data_ptr() for parameter in policy.model.model.diffusion_model.parameters()}
+            found = {pointer: size for pointer, size in found.items() if pointer not in known}
+            return sum(found.values()), policy.memory(C_H_W, 1), out.requires_grad
+
+    (fp8, with_casts, trained), (plain, without, _) = kept(torch.float8_e4m3fn), kept(torch.float32)
+    extra = with_casts["graph"] - without["graph"]
+    assert trained and (extra == 0 if checkpointing else 0 < fp8 - plain <= extra)

@@ -88,7 +88,9 @@ def load(architecture: str, seed: int = 0, dtype=torch.float32):
     import comfy.sd
     with torch.inference_mode():
         sd = {key: tensor.to(dtype) for key, tensor in state_dict(architecture, seed).items()}
-        return comfy.sd.load_diffusion_model_state_dict(sd)
+        model = comfy.sd.load_diffusion_model_state_dict(sd, model_options={"dtype": dtype})  # left to itself, ComfyUI makes float32 of them on a CPU
+    assert {parameter.dtype for parameter in model.model.diffusion_model.parameters()} == {dtype}
+    return model
 
 
 def conditioning(prompts: int = 1, tokens: int = 7, seed: int = 1, context: int = CONTEXT, pooled: int | None = POOLED) -> list:

@@ -65,8 +65,9 @@ class ComfyPolicy:
         # blocks' inputs and one whole block.
         blocks = len(_blocks(patcher.model.diffusion_model))
         kept = 2 + blocks / 20 if self.checkpointing else max(2, blocks)
+        casts = 0 if self.checkpointing else cast_bytes(patcher)
         return {"weights": patcher.model_size(), "adapters": 4 * sum(p.numel() * p.element_size() for p in self.adapters.parameters()),
-                "sampling": forward, "learning": forward * kept, "graph": one * kept}
+                "sampling": forward, "learning": forward * kept + casts, "graph": one * kept + casts}
 
     @contextmanager
     def session(self, positive, negative=None, cfg: float = 1.0, *, shape, memory_batch: int | None = None, alone: bool = False):
@@ -395,6 +396,12 @@ def refuse_other_than_flow(model) -> None:
     if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
         raise ValueError(f"This MODEL ({type(model.model).__name__}) is not a flow-matching model: connect FLUX, SD3, SD3.5 or another "
                          "flow model; SD1.5 and SDXL cannot be trained here.")
+
+
+def cast_bytes(patcher) -> float:
+    """At most what a call's graph keeps of weights that are cast to compute with (fp8 ones, above all): autograd holds on to the cast copies."""
+    computed = getattr(patcher.model, "manual_cast_dtype", None)
+    return 0.0 if computed is None else patcher.model_size() * computed.itemsize / patcher.model_dtype().itemsize
 
 
 def refuse_wrong_latent(policy: ComfyPolicy, shape) -> None:

@@ -21,19 +21,18 @@ LATENT_FORMATS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609)}
 def load_transformer(state_dict: dict[str, Tensor], dtype=torch.float32) -> torch.nn.Module:
     """A FLUX or SD3/3.5 state dict as ComfyUI loads it -> the frozen diffusers transformer; every size is read from the weights."""
     sd = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in state_dict.items()}
-    if "double_blocks.0.img_attn.qkv.weight" in sd and "vector_in.in_layer.weight" in sd:
-        module, width = _empty_flux(sd)
-    elif "joint_blocks.0.x_block.attn.qkv.weight" in sd and "y_embedder.mlp.0.weight" in sd:
-        module, width = _empty_sd3(sd)
-    else:
-        raise ValueError("These weights are neither FLUX nor SD3: the diffusers backend runs no other model.")
-    renamed = rename(sd, width)
+    with torch.device("meta"):  # the module is made of the state dict's own tensors: no second copy, and none in float32
+        if "double_blocks.0.img_attn.qkv.weight" in sd and "vector_in.in_layer.weight" in sd:
+            module, width = _empty_flux(sd)
+        elif "joint_blocks.0.x_block.attn.qkv.weight" in sd and "y_embedder.mlp.0.weight" in sd:
+            module, width = _empty_sd3(sd)
+        else:
+            raise ValueError("These weights are neither FLUX nor SD3: the diffusers backend runs no other model.")
+    renamed = {name: tensor.to(dtype, copy=True) for name, tensor in rename(sd, width).items()}
     if "pos_embed" not in sd and "joint_blocks.0.x_block.attn.qkv.weight" in sd:
-        renamed["pos_embed.pos_embed"] = module.pos_embed.pos_embed
+        renamed["pos_embed.pos_embed"] = torch.zeros(1, 1, width, dtype=dtype)  # in the place of a table that is not used
         module.pos_embed.cropped_pos_embed = partial(centred_positions, module.pos_embed)
-    module.load_state_dict(renamed)
-    if dtype != torch.float32:
-        module.to(dtype)
+    module.load_state_dict(renamed, assign=True)
     return module.eval().requires_grad_(False)
 
 

@@ -135,7 +135,9 @@ def check(page: Page, name: str, pictures: Path | None, cards: bool) -> list[str
     if cards:
         thumbnail(page, name)
     if pictures:
-        page.picture(pictures / f"{name}{'_nodes2' if page.settings['Comfy.VueNodes.Enabled'] else ''}.png")
+        picture = drawn(page)
+        picture.thumbnail((1800, 1800), Image.Resampling.LANCZOS)
+        picture.save(pictures / f"{name}.jpg", quality=82)
     return page.errors()
 
 
@@ -171,6 +173,11 @@ def check_blueprint(page: Page) -> list[str]:
     return page.errors() if len(rows) == 1 else [f"{len(rows)} iterations instead of 1"]
 
 
+def drawn(page: Page) -> Image.Image:
+    """The graph as it is on the screen, without the page around it."""
+    return Image.open(io.BytesIO(page.picture())).convert("RGB").crop(page.evaluate(AREA))
+
+
 def thumbnail(page: Page, name: str) -> None:
     """workflows/<name>.jpg, a card of the template browser: what the graph is for, the graph, and what comes out of it."""
     from core.plot import font
@@ -179,8 +186,7 @@ def thumbnail(page: Page, name: str) -> None:
     title, line = CARDS[name]
     draw.text((24, 18), title, fill=(240, 240, 244), font=font(34))
     draw.text((24, 64), line, fill=(160, 165, 175), font=font(20))
-    graph = Image.open(io.BytesIO(page.picture())).convert("RGB")
-    graph = graph.crop(page.evaluate(AREA))
+    graph = drawn(page)
     graph.thumbnail((512, 230))
     card.paste(graph, ((560 - graph.width) // 2, 104))
     top = 104 + graph.height + 16
