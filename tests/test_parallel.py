@@ -30,17 +30,22 @@ from core.tree import TreeShape
 
 PROMPTS, HELD_OUT = ["a circle", "a triangle", "a broken square"], ["a star", "a cross", "a moon"]
 DEADLINE = 300  # seconds: only against waiting for ever
-KILLED = "TREERPO_TEST_KILL"  # number of the process that is to die in its third iteration
+KILLED = "TREERPO_TEST_KILL"  # number of the process that is to end in its third iteration
+HOW = "TREERPO_TEST_HOW"      # kill | raise | term
+CALLS = "TREERPO_TEST_CALLS"  # iterations that earlier processes have done
 
 
 class Odd(Measure):
     """Brightness; no score at all for a prompt that is broken, in the second iteration."""
-    calls = 0
+    calls = int(os.environ.get(CALLS, 0))
 
     def score(self, images, prompts):
         self.calls += 1
         if os.environ.get(KILLED) == os.environ.get("RANK", "none") and self.calls == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            how = os.environ.get(HOW, "kill")
+            if how == "raise":
+                raise ValueError("The judge fell asleep.")
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[how])
         values = super().score(images, prompts)
         broken = torch.tensor(["broken" in prompt for prompt in prompts])
         return torch.where(broken & (self.calls == 2), torch.nan, values)
@@ -144,6 +149,16 @@ def test_a_killed_process_ends_the_job_and_another_number_of_processes_goes_on(t
     same(alone(path, "undisturbed"), resumed)
 
 
+@pytest.mark.parametrize("how, reason", [("raise", "The judge fell asleep."), ("term", "Stopped by signal 15")])
+def test_what_ends_one_process_ends_all_with_the_reason_and_more_processes_go_on(how, reason, tmp_path, monkeypatch):
+    path = write(tmp_path, "ended", iterations=3)
+    done = start(2, path, **{KILLED: "1", HOW: how})
+    assert done.returncode != 0 and reason in done.stdout + done.stderr and len(rows(tmp_path / "ended")) == 2
+    ok(start(3, path, **{CALLS: "2"}))
+    odd(monkeypatch)
+    same(alone(path, "undisturbed"), tmp_path / "ended")
+
+
 def test_shares_are_complete_and_in_order():
     for size in (1, 2, 4, 6):
         for team in (t for t in range(1, size + 1) if size % t == 0):
@@ -172,10 +187,11 @@ def test_teams_that_do_not_come_out_even_are_refused():
 
 if __name__ == "__main__":
     odd()
+    stop = launch.Stop()
     first, device = parallel.connect(timeout=DEADLINE)
     assert first.lockstep == ("TREERPO_TEST_SHARDED" in os.environ)
     for file in sys.argv[1:]:
         asked = load(file)
-        trainer = launch.prepare(asked, replace(first, per_prompt=asked.processes.per_prompt), device)
+        trainer = launch.prepare(asked, replace(first, per_prompt=asked.processes.per_prompt), device, stop.check)
         trainer.train(asked.run.iterations)
     parallel.disconnect()

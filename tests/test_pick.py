@@ -21,7 +21,7 @@ from core.rewards.human import HumanReward, NobodyThere, bradley_terry, choice_s
 from core.rewards.measure import Measure
 from core.rewards.picks import ALIKE, Picks, described, difference, group_id, same_group, thumbnails
 
-PATIENCE = 60  # seconds until a test gives up on something that must happen
+PATIENCE = 180  # seconds until a test gives up on something that must happen
 BRIGHT = Measure("brightness")
 
 
