@@ -170,7 +170,7 @@ class Policy:
         core, began = self.lab.core, time.perf_counter()
         shape = core.tree.TreeShape(**method.shape)
         objective = core.objective.Objective(**{"clip_low": 1e-2, "clip_high": 1e-2, **method.objective})
-        with network_passes(self.lab.graph.model) as count:
+        with network_passes(self.lab.graph.model.model.diffusion_model) as count:
             forest, rows = self.grow(method, shape.start(self.iteration, STEPS, self.seed))
             rewards, prompts = self.lab.score(self.velocity, forest.leaves, rows), len(forest.prompts)
             leaf, _ = core.advantage.leaf_advantages({"reward": rewards}, prompts)

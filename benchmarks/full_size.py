@@ -17,36 +17,14 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import host
 from engines import GB, MODELS, Comfy, Diffusers, latent_shape, random_reward
-from iteration import LEAVES, predicted, rows
+from iteration import LEAVES, network_passes, predicted, rows
 
 RETAIN_SHARE = 0.6    # as Tree Sampler's
 FITS = {("flux", "fp8"): 24, ("sd35_medium", "bf16"): 12}  # GB in all
 FASTER = {("window", False): 3.5, ("independent", False): 5.0, ("window", True): 2.4}  # than this row; True: decoding and scoring included
-
-
-@contextlib.contextmanager
-def network_passes(network):
-    """Latents that go through the network forwards and backwards, counted at the network itself."""
-    count = SimpleNamespace(forwards=0, backwards=0)
-
-    def back(gradient):
-        count.backwards += len(gradient)
-
-    def after(_, inputs, named, output):
-        count.forwards += len(inputs[0] if inputs else named["hidden_states"])
-        output = output[0] if isinstance(output, tuple) else output
-        if output.requires_grad:
-            output.register_hook(back)
-
-    handle = network.register_forward_hook(after, with_kwargs=True)
-    try:
-        yield count
-    finally:
-        handle.remove()
 
 
 def phase(work):

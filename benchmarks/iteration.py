@@ -30,19 +30,20 @@ def rows(steps: int) -> dict[str, tuple[dict, dict]]:
 
 
 @contextlib.contextmanager
-def network_passes(model):
+def network_passes(network):
     """Latents that go through the network forwards and backwards, counted at the network itself."""
     count = SimpleNamespace(forwards=0, backwards=0)
 
     def back(gradient):
         count.backwards += len(gradient)
 
-    def after(_, inputs, output):
-        count.forwards += len(inputs[0])
+    def after(_, inputs, named, output):
+        count.forwards += len(inputs[0] if inputs else named["hidden_states"])  # diffusers' networks are called by name and give a tuple
+        output = output[0] if isinstance(output, tuple) else output
         if output.requires_grad:
             output.register_hook(back)
 
-    handle = model.model.diffusion_model.register_forward_hook(after)
+    handle = network.register_forward_hook(after, with_kwargs=True)
     try:
         yield count
     finally:
@@ -104,7 +105,7 @@ def measure(pack, model: str, options) -> tuple[dict, dict]:
         bench.iteration("window")  # warm
         for name in bench.rows:
             before = velocity.forwards
-            with network_passes(graph.model) as count, host.Peak() as peak:
+            with network_passes(graph.model.model.diffusion_model) as count, host.Peak() as peak:
                 bench.iteration(name)
             if velocity.forwards - before != count.forwards:
                 raise RuntimeError(f"{name}: {velocity.forwards - before} forwards counted, but {count.forwards} went through the network.")

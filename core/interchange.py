@@ -69,12 +69,6 @@ def to_diffusers(state: dict[str, Tensor], header: dict[str, str] | None = None,
     return diffusers_form(comfy_pairs(state, header, network))
 
 
-def comfy_lora(adapters: dict[str, Tensor], transformer: torch.nn.Module) -> dict[str, Tensor]:
-    """A LoRA trained on the modules of a diffusers transformer, as its Adapters.state_dict() gives it, under ComfyUI's names."""
-    adapters = {f"transformer.{key.removeprefix('diffusion_model.')}": tensor for key, tensor in adapters.items()}
-    return to_comfy(adapters, network="flux" if hasattr(transformer.config, "guidance_embeds") else "sd3")
-
-
 def comfy_pairs(state: dict[str, Tensor], header: dict[str, str] | None = None, network: str | None = None) -> dict[str, Pair]:
     """The LoRA's pairs by ComfyUI's modules. Arguments and errors as in to_comfy; text encoders are left out, with a line in the log."""
     form = form_of(state)
@@ -149,19 +143,19 @@ def fuse(module: str, parts: list[Pair | None]) -> Pair:
             raise ValueError(f"The LoRA of '{name}' is for a layer of {part.down.shape[1]} to {len(part.up)}, where {width} to {width} was expected: "
                              "the file is damaged, or of another model.")
     dtype = widest([part.down for part in present])
-    downs = []
+    downs, places = [], []  # the different downs, and which of them each part has
     for part in present:
-        if not any(torch.equal(part.down.to(dtype), down) for down in downs):
-            downs.append(part.down.to(dtype))
+        down = part.down.to(dtype)
+        places.append(next((i for i, known in enumerate(downs) if torch.equal(down, known)), len(downs)))
+        downs += [down] if places[-1] == len(downs) else []
     same = len({part.scale for part in present}) == 1
     ups = [None if part is None else part.up if same else folded(part) for part in parts]
     rows = [len(up) if up is not None else width if i < 3 else 4 * width for i, up in enumerate(ups)]  # FLUX's MLP is four times as wide
     fused = torch.zeros(sum(rows), sum(map(len, downs)), dtype=widest([up for up in ups if up is not None]))
-    for block, part, up in zip(fused.split(rows), parts, ups):
-        if part is not None:
-            place = next(i for i, down in enumerate(downs) if torch.equal(part.down.to(dtype), down))
-            start = sum(map(len, downs[:place]))
-            block[:, start:start + len(part.down)] = up
+    used = [(block, up) for block, up in zip(fused.split(rows), ups) if up is not None]
+    for (block, up), place in zip(used, places):
+        start = sum(map(len, downs[:place]))
+        block[:, start:start + len(downs[place])] = up
     down = torch.cat(downs)
     return Pair(down, fused, len(down) * (present[0].scale if same else 1.0))
 

@@ -91,10 +91,10 @@ class Ranks:
 
     def total(self, number: float) -> float:
         """The sum of a number over all processes."""
-        return number if self.size == 1 else sum(self.gather(number))
+        return sum(self.gather(number))
 
     def most(self, number: int) -> int:
-        return number if self.size == 1 else max(self.gather(number))
+        return max(self.gather(number))
 
     def add_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Makes every gradient the sum over all processes, in one message; None stays None where no process has one, as it would with one process."""

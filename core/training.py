@@ -135,7 +135,7 @@ class Trainer:
             raise
         with self.ranks.together():
             event.message = self._write(row)
-        self.ranks.refuse_drift(self.run.adapters.parameters() if self.ranks.size > 1 else [])
+        self.ranks.refuse_drift(self.run.adapters.parameters())
         return event
 
     def _iterate(self) -> tuple[dict, Event]:

@@ -1,5 +1,4 @@
 """A person as the reward: asked in the browser while a run waits, or between two runs by what stands in a widget."""
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -16,14 +15,14 @@ from ..core import plot
 from ..core.rewards.human import HOW, Answer, HumanReward, NobodyThere, Question, choice_scores, lines_of, parse, picks_for
 from ..core.rewards.measure import encoded
 from ..core.rewards.picks import Picks, described, load_waiting, same_group, save_waiting
+from . import browser
 from .reward import Scored, spread, table
 from .schema import Policy, RewardModel, Rewards, expert, schema
-from .trainer import send_text
 
 POLL = 0.1          # seconds between two looks for an interrupt
 LARGEST = 16_384    # bytes of an answer sent to us
 TEMPORARY = "treerpo_pick"  # subfolder of ComfyUI's temp folder
-KEPT = 1024         # images of earlier questions that stay there: a long run must not fill the disk
+KEPT = 1024         # images of earlier questions that stay there
 
 
 @dataclass
@@ -48,13 +47,13 @@ class Broker:
 
     def ask(self, question: Question, seconds: float, node_id) -> str | None:
         """The answer's text, or None when `seconds` have passed (0 = never). An interrupt ends it within a moment."""
-        if server() is None:
+        if browser.server() is None:
             raise NobodyThere("A person can only be asked while ComfyUI's server runs: connect a fallback reward, or queue the graph in ComfyUI.")
         pending = Pending(shown_to_browser(question, node_id, live=True), time.monotonic() + seconds if seconds else None)
         with self._lock:
             self._pending[question.id] = pending
-        send("treerpo.pick", pending.public())
-        send_text(f"Waiting for your pick: '{question.prompt[:60]}', {len(question.images)} images.", node_id)
+        browser.send("treerpo.pick", pending.public())
+        browser.send_text(f"Waiting for your pick: '{question.prompt[:60]}', {len(question.images)} images.", node_id)
         by = "interrupt"
         try:
             while not pending.answered.wait(POLL):
@@ -67,8 +66,8 @@ class Broker:
                 del self._pending[question.id]
             if by != "interrupt" and pending.text is not None:
                 by = "skip" if parse(pending.text, len(question.images)) is None else "person"
-            send("treerpo.pick_done", {"id": question.id, "by": by})
-            send_text("", node_id)
+            browser.send("treerpo.pick_done", {"id": question.id, "by": by})
+            browser.send_text("", node_id)
         return pending.text
 
     def questions(self) -> list[dict]:
@@ -89,27 +88,14 @@ class Broker:
 BROKER = Broker()
 
 
-def server():
-    """ComfyUI's server; there is none in tests and scripts."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-
-
-def send(event: str, data: dict) -> None:
-    if server() is not None:
-        server().send_sync(event, data)
-
-
 def shown_to_browser(question: Question, node_id, live: bool) -> dict:
     """The question in JSON's types, its images as files that ComfyUI hands out."""
-    folder = Path(folder_paths.get_temp_directory()) / TEMPORARY
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in sorted(folder.glob("*.jpg"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
-        old.unlink(missing_ok=True)
     names = [f"{question.id}_{i + 1:03d}.jpg" for i in range(len(question.images))]
+    folder, files = browser.temporary(TEMPORARY, names, KEPT)
     for name, image in zip(names, question.images):
         (folder / name).write_bytes(encoded(image, "JPEG"))
     return {"id": question.id, "node_id": node_id, "prompt": question.prompt, "how": question.how, "group": question.group, "groups": question.groups,
-            "count": len(names), "images": [{"filename": name, "subfolder": TEMPORARY, "type": "temp"} for name in names], "seconds_left": None, "live": live,
+            "count": len(files), "images": files, "seconds_left": None, "live": live,
             "iteration": question.iteration}
 
 
@@ -144,8 +130,8 @@ def add_routes(instance) -> None:
         return web.json_response({"ok": True})
 
 
-if server() is not None:
-    add_routes(server())
+if browser.server() is not None:
+    add_routes(browser.server())
 
 
 def book(policy) -> Picks:
@@ -309,7 +295,7 @@ def from_widget(groups: list[Group], text: str, reward: HumanReward, node_id) ->
             group.answer = pick[1] if pick is not None else None
             if pick is None:
                 question = Question(group.about["id"], group.prompt, reward.how, group.images, reward.iteration(), number, len(groups))
-                send("treerpo.pick", shown_to_browser(question, node_id, live=False))
+                browser.send("treerpo.pick", shown_to_browser(question, node_id, live=False))
         return request(groups, found, note)
     seconds = (now - datetime.fromisoformat(record["when"])).total_seconds()
     for group, (words, group.answer) in zip(groups, found):

@@ -1,6 +1,5 @@
 """The Trainer: a whole run in one node; its prompts, its objective, and what it will need of the memory."""
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..core.prompts import parse, read, split
 from ..core.rollout import check_sigmas
 from ..core.training import Event, Settings, Trainer
 from ..core.tree import TreeShape as Shape
+from .browser import send_text
 from .export import export
 from .policy import LivePolicy, batch, encode
 from .sample import RETAIN_SHARE, noisy, start_latent
@@ -307,13 +307,6 @@ def memory() -> int | None:
     if device.type == "cpu":
         return None
     return comfy.model_management.get_total_memory(device) - comfy.model_management.get_free_memory(device)
-
-
-def send_text(text: str, node_id) -> None:
-    """A status line under the node; there is no server in tests and scripts."""
-    instance = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if node_id is not None and instance is not None:
-        instance.send_progress_text(text, node_id)
 
 
 def _tensorboard(folder: Path):

@@ -1,19 +1,18 @@
 """Look at a tree: its picture, and one leaf of it to go on with."""
 import math
 import secrets
-from pathlib import Path
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..core import plot
 from ..core.advantage import group_z, total_reward
+from .browser import temporary
 from .schema import EdgeAdvantages, Rewards, Tree, schema
 
 SUBFOLDER = "treerpo_tree"  # of ComfyUI's temp folder
-KEPT = 512                  # images of earlier runs that stay there: training with this node in the graph must not fill the disk
+KEPT = 512                  # images of earlier runs that stay there
 NO_LATENT = "Tree View has no latent to give: connect Tree Sampler's output 'leaves' to its input 'leaves'."
 
 
@@ -83,15 +82,12 @@ def scores_only(forest, total: torch.Tensor) -> list[torch.Tensor]:
 
 def save(images) -> list[dict]:
     """Every leaf as a file of its own, under a name no earlier run had: what ComfyUI's /view needs to find each."""
-    folder = Path(folder_paths.get_temp_directory()) / SUBFOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in sorted(folder.glob("*.png"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
-        old.unlink(missing_ok=True)
     run = secrets.token_hex(6)
     names = [f"{run}_{number:04d}.png" for number in range(1, len(images) + 1)]
+    folder, files = temporary(SUBFOLDER, names, KEPT)
     for name, image in zip(names, images):
         plot.to_picture(image).save(folder / name, compress_level=1)
-    return [{"filename": name, "subfolder": SUBFOLDER, "type": "temp"} for name in names]
+    return files
 
 
 def number(value) -> float | None:

@@ -5,6 +5,7 @@ import logging
 import pytest
 import tiny
 import torch
+from tiny import euler
 
 pytestmark = pytest.mark.usefixtures("comfy")
 C_H_W = (16, 8, 8)
@@ -44,15 +45,6 @@ def new_policy(model, trained=True, targets="attention+mlp", **settings):
 def velocity_of(policy, x, sigma, rows, positive, negative=None, cfg=1.0):
     with policy.session(positive, negative, cfg, shape=x.shape[1:]) as velocity:
         return velocity(x, sigma, rows)
-
-
-def euler(model, positive, negative, cfg=1.0, steps=4, seed=3, batch=1):
-    """ComfyUI's own KSampler (euler, simple) from an empty latent, in inference mode as in its executor."""
-    import comfy.sample
-    with torch.inference_mode():
-        latent = torch.zeros(batch, *C_H_W)
-        noise = comfy.sample.prepare_noise(latent, seed)
-        return comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=seed, disable_pbar=True)
 
 
 def marks(model) -> list:

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from core import noise
 from core.backends import diffusers as backend
-from core.interchange import comfy_lora
+from core.interchange import to_comfy
 from core.lora import Adapters
 from core.noise import NoiseSchedule
 from core.rollout import grow
@@ -241,7 +241,7 @@ def test_the_same_seed_grows_the_same_tree(comfy, name):
 def test_the_lora_in_comfyuis_form_is_the_live_policy(comfy, name, targets):
     """Merged into ComfyUI's own network, layer by layer, the converted LoRA gives the live velocity; no key is left over."""
     model, transformer, velocity = tuned(name, targets=targets)
-    lora = comfy_lora(velocity.adapters.state_dict(), transformer)
+    lora = to_comfy(velocity.adapters.state_dict(prefix="transformer."), network="flux" if velocity.flux else "sd3")
     embeds, pooled = conditioning()
     x, sigma = latents(2), torch.tensor([0.9, 0.5])
     before = comfy_velocity(model, name, x, sigma, embeds[:2], pooled[:2])
@@ -268,7 +268,7 @@ def test_bad_input_is_refused_in_words(comfy):
     with pytest.raises(ValueError, match="negative"):
         backend.DiffusersVelocity(transformer, None, embeds, pooled, cfg=2.0)
     with pytest.raises(ValueError, match="nonsense"):
-        comfy_lora({"nonsense.lora_down.weight": torch.zeros(1, 1), "nonsense.lora_up.weight": torch.zeros(1, 1)}, transformer)
+        to_comfy({"transformer.nonsense.lora_down.weight": torch.zeros(1, 1), "transformer.nonsense.lora_up.weight": torch.zeros(1, 1)}, network="flux")
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all linear"])

@@ -30,13 +30,6 @@ def weights(architecture: str, big: bool = False) -> dict[str, torch.Tensor]:
     return tiny.flux(double=4, single=4, h=512) if architecture == "flux" else tiny.sd3(d=8, qk_norm=True)
 
 
-def load(sd: dict, dtype=torch.bfloat16):
-    """A MODEL through ComfyUI's loader, made in inference mode as in its executor."""
-    import comfy.sd
-    with torch.inference_mode():
-        return comfy.sd.load_diffusion_model_state_dict({key: tensor.to(dtype) for key, tensor in sd.items()}, model_options={"dtype": dtype})
-
-
 def new_policy(model, **settings):
     """A policy whose adapters change the velocity visibly, as after training."""
     from core.backends.comfy import ComfyPolicy
@@ -81,12 +74,9 @@ def iteration(velocity, optimizer, micro_batch, side: int) -> dict[str, float]:
 
 
 def euler(model) -> torch.Tensor:
-    """ComfyUI's own KSampler (euler, simple), in inference mode as in its executor."""
-    import comfy.sample
-    with torch.inference_mode():
-        latent = torch.zeros(1, 16, 8, 8)
-        text = tiny.conditioning(1)
-        return comfy.sample.sample(model, comfy.sample.prepare_noise(latent, 3), 4, 1.0, "euler", "simple", text, text, latent, seed=3, disable_pbar=True).float().cpu()
+    """One picture by ComfyUI's own KSampler."""
+    text = tiny.conditioning(1)
+    return tiny.euler(model, text, text).float().cpu()
 
 
 # bf16 and fp8
@@ -100,7 +90,7 @@ def test_ratio_is_one_before_any_update(comfy, dtype, architecture, micro_batch,
     from core.memory import MicroBatch
     from core.objective import Objective
     from core.update import policy_gradient
-    policy, batch = new_policy(load(weights(architecture, big=True), dtype), checkpointing=checkpointing), MicroBatch(micro_batch)
+    policy, batch = new_policy(tiny.load_weights(weights(architecture, big=True), dtype), checkpointing=checkpointing), MicroBatch(micro_batch)
     with policy.session(tiny.conditioning(2), shape=(16, SIDE, SIDE)) as velocity:
         forest, advantages = tree(velocity, batch, SIDE)
         metrics = policy_gradient(velocity, forest, advantages, Objective(1e-6, 1e-6), micro_batch=batch)
@@ -114,7 +104,7 @@ def test_ratio_is_one_before_any_update(comfy, dtype, architecture, micro_batch,
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fp8_weights_give_the_gradient_of_the_same_weights_in_bf16(comfy, architecture, checkpointing):
     rounded = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in weights(architecture).items()}
-    models = load(rounded, torch.float8_e4m3fn), load({key: tensor.to(torch.bfloat16) for key, tensor in rounded.items()})
+    models = [tiny.load_weights(rounded, dtype) for dtype in (torch.float8_e4m3fn, torch.bfloat16)]
     assert [next(m.model.diffusion_model.parameters()).dtype for m in models] == [torch.float8_e4m3fn, torch.bfloat16]
     packed, plain = (gradient(new_policy(model, checkpointing=checkpointing)) for model in models)
     assert plain.norm() > 1
@@ -123,7 +113,7 @@ def test_fp8_weights_give_the_gradient_of_the_same_weights_in_bf16(comfy, archit
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_gradients_are_those_of_fp32(comfy, architecture):
-    exact, half = (gradient(new_policy(load(weights(architecture), dtype))) for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (gradient(new_policy(tiny.load_weights(weights(architecture), dtype))) for dtype in (torch.float32, torch.bfloat16))
     assert torch.nn.functional.cosine_similarity(half, exact, dim=0) > 0.995
 
 
@@ -227,7 +217,7 @@ def test_attention_that_comfyui_chose_does_not_break_gradients(comfy, architectu
     import comfy.ldm.flux.math
     import comfy.ldm.modules.attention as attention
     import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
-    model = load(weights(architecture))
+    model = tiny.load_weights(weights(architecture), torch.bfloat16)
     expected = gradient(new_policy(model, checkpointing=checkpointing))
     assert expected.norm() > 1
     real = [getattr(attention, f"attention_{name}") for name in ("sage", "flash") if getattr(attention, f"{name.upper()}_ATTENTION_IS_AVAILABLE", False)]
@@ -295,7 +285,7 @@ def test_micro_batches_halve_when_memory_runs_out(comfy, architecture, monkeypat
     from core.memory import MicroBatch
     from core.objective import Objective
     from core.update import policy_gradient
-    policy = new_policy(load(weights(architecture, big=True)))
+    policy = new_policy(tiny.load_weights(weights(architecture, big=True), torch.bfloat16))
     with policy.session(tiny.conditioning(2), shape=(16, SIDE, SIDE)) as velocity:
         forest, advantages = tree(velocity, MicroBatch(2), SIDE)
 

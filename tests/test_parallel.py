@@ -21,6 +21,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
+from graph import timeless
+
 from core import launch, parallel
 from core.config import AdapterConfig, Config, ModelConfig, ProcessConfig, PromptConfig, RewardConfig, RunConfig, SamplingConfig, dump, load
 from core.objective import Objective
@@ -93,7 +95,7 @@ def alone(path: Path, name: str, **changes) -> Path:
 
 
 def rows(folder: Path) -> list[dict]:
-    return [{key: value for key, value in json.loads(line).items() if "seconds" not in key} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return timeless(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 def same(folder: Path, other: Path) -> None:

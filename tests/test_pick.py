@@ -281,7 +281,7 @@ class Messages:
 @pytest.fixture
 def messages(pack, monkeypatch):
     sent = Messages()
-    monkeypatch.setattr(pack.nodes.pick, "server", lambda: sent)
+    monkeypatch.setattr(pack.nodes.browser, "server", lambda: sent)
     return sent
 
 

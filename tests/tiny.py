@@ -84,10 +84,15 @@ def state_dict(architecture: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def load(architecture: str, seed: int = 0, dtype=torch.float32):
+    """A MODEL of random weights."""
+    return load_weights(state_dict(architecture, seed), dtype)
+
+
+def load_weights(weights: dict[str, torch.Tensor], dtype):
     """A MODEL through ComfyUI's loader, made in inference mode as in ComfyUI's executor."""
     import comfy.sd
     with torch.inference_mode():
-        sd = {key: tensor.to(dtype) for key, tensor in state_dict(architecture, seed).items()}
+        sd = {key: tensor.to(dtype) for key, tensor in weights.items()}
         model = comfy.sd.load_diffusion_model_state_dict(sd, model_options={"dtype": dtype})  # left to itself, ComfyUI makes float32 of them on a CPU
     assert {parameter.dtype for parameter in model.model.diffusion_model.parameters()} == {dtype}
     return model
@@ -120,3 +125,12 @@ def not_flow():
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=torch.device("cpu"))
     model.diffusion_model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def euler(model, positive, negative, cfg=1.0, steps=4, seed=3, batch=1):
+    """ComfyUI's own KSampler (euler, simple) from an empty latent, in inference mode as in its executor."""
+    import comfy.sample
+    with torch.inference_mode():
+        latent = torch.zeros(batch, 16, 8, 8)
+        noise = comfy.sample.prepare_noise(latent, seed)
+        return comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=seed, disable_pbar=True)

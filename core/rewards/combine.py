@@ -50,6 +50,12 @@ def scores(reward, images: Tensor | list[Tensor], prompts: list[str], chunk: int
     return found
 
 
+def neighbours(prompts: list[str]) -> list[slice]:
+    """The runs of equal prompts, in their order."""
+    edges = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]] + [len(prompts)]
+    return [slice(first, last) for first, last in zip(edges, edges[1:])]
+
+
 def _slices(images, prompts: list[str], chunk: int, grouped: bool) -> list[slice]:
     """Neighbouring images of one size, at most `chunk` of them; grouped: those of one prompt, however many."""
     cuts, first = [], 0

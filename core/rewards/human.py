@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..advantage import group_z, leaf_advantages, total_reward
-from .combine import scores
+from .combine import neighbours, scores
 from .picks import Picks, described
 
 log = logging.getLogger("treerpo")
@@ -149,8 +149,7 @@ class HumanReward:
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1, B prompts -> [B]; neighbouring images of one prompt are a group. NaN = no score."""
-        edges = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]] + [len(prompts)]
-        return torch.cat([self.choose(images[first:last], prompts[first])[0] for first, last in zip(edges, edges[1:])])
+        return torch.cat([self.choose(images[group], prompts[group.start])[0] for group in neighbours(prompts)])
 
     def choose(self, images, prompt: str, group: int = 1, groups: int = 0) -> tuple[Tensor, Answer | None]:
         """Scores [n] of one group, and the person's answer about the images that were shown, if there is one."""

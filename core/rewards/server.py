@@ -25,6 +25,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from .combine import neighbours
 from .measure import encoded
 
 log = logging.getLogger("treerpo")
@@ -156,8 +157,7 @@ class ServerReward:
         if not self.group:
             size = self.batch if self.protocol == "scores" else 1
             return [slice(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
-        edges = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]] + [len(prompts)]
-        return [slice(first, last) for first, last in zip(edges, edges[1:])]
+        return neighbours(prompts)
 
     def _ask(self, images: Tensor, prompts: list[str], key: str, stop: threading.Event) -> list[float | None | Fault] | Fault:
         """One request, repeated where that may help: an answer per image, or why there is none."""
