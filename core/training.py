@@ -7,7 +7,6 @@ rows are these prompts, `roots(velocity, noise)` -> latents to start from, `deco
 With several processes (core.parallel) each grows, decodes and scores its share of the trees. Scores and log-probabilities, a number per image and edge,
 then go to all of them, and every process works out all advantages, the whole update and all metrics by itself.
 """
-import copy
 import importlib
 import logging
 import math
@@ -124,15 +123,9 @@ class Trainer:
 
     def step(self) -> Event:
         """One iteration: sample, score, learn, write down. If it is interrupted the policy is what it was before it."""
-        state = self._snapshot() if self.settings.inner_updates > 1 else None
-        try:
-            if self.ranks.lockstep:
-                self._agree_to_go_on()
-            row, event = self._iterate()
-        except BaseException:
-            if state is not None:
-                self._restore(state)
-            raise
+        if self.ranks.lockstep:
+            self._agree_to_go_on()
+        row, event = self._iterate()
         with self.ranks.together():
             event.message = self._write(row)
         self.ranks.refuse_drift(self.run.adapters.parameters())
@@ -152,12 +145,13 @@ class Trainer:
                 decoded = time.perf_counter()
                 found = self._score(images, texts, forest)
                 scored = time.perf_counter()
+            spread = self._diversity(images, len(own), len(chosen))  # before learning: what fails now loses nothing
             row, layers = self._learn(velocity, forest, found, len(chosen))
             row["forwards"] = row["rollout_forwards"] + row["update_forwards"]
         now = time.perf_counter()
         row |= {"seconds": now - began, "seconds/rollout": sampled - began, "seconds/decode": decoded - sampled, "seconds/reward": scored - decoded,
                 "seconds/update": now - scored}
-        row["diversity"] = self._diversity(images, len(own), len(chosen))
+        row["diversity"] = spread
         event = Event(row, forest, layers, images, total_reward(found.values, found.weights), texts)
         if self.micro_batch.size != size:
             event.note = f"The memory ran out: going on with {self.micro_batch.size} latents at a time."
@@ -259,18 +253,6 @@ class Trainer:
     def optimizer(self) -> torch.optim.Optimizer:
         return self.run.adamw(self.settings.learning_rate, weight_decay=self.settings.weight_decay,
                               kind=adamw8bit() if self.settings.optimizer == "adamw8bit" else torch.optim.AdamW)
-
-    def _snapshot(self) -> dict:
-        """The policy and its optimizer as they are, on the CPU: for the one case in which an interrupt can hit between two steps."""
-        optimizer = self.run.optimizer
-        return {"adapters": self.run.adapters.state_dict(), "optimizer": copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None}
-
-    def _restore(self, state: dict) -> None:
-        self.run.adapters.load_state_dict(state["adapters"])
-        if state["optimizer"] is None:
-            self.run.optimizer = None
-        else:
-            self.run.optimizer.load_state_dict(state["optimizer"])
 
     def _write(self, row: dict) -> str:
         """Count the iteration, evaluate if it is time to, save what is due; what the health watch says."""

@@ -1,4 +1,5 @@
 """One policy update over the trees of an iteration: one forward and backward per parent node, shared by its children."""
+import copy
 import math
 from typing import Callable
 
@@ -157,11 +158,12 @@ def update(velocity, forest: Forest, advantages: list[Tensor], optimizer: torch.
            max_grad_norm: float = 1.0, inner_updates: int = 1, ranks: Ranks = ALONE, **options) -> dict[str, float]:
     """`inner_updates` optimizer steps on the same trees; metrics of the last one, `ratio_first` of the first.
 
+    Whatever ends it early, an error or an interrupt at any moment, leaves parameters and optimizer as they were before.
     A gradient that is not finite changes nothing: the step is skipped and counted in `skipped`. options: as policy_gradient.
     """
     parameters = list(velocity.parameters())
     before = velocity.forwards
-    ratio_first, skipped, metrics = 1.0, 0, {}
+    ratio_first, skipped, metrics, restore = 1.0, 0, {}, None
     try:
         for inner in range(inner_updates):
             optimizer.zero_grad(set_to_none=True)
@@ -173,9 +175,35 @@ def update(velocity, forest: Forest, advantages: list[Tensor], optimizer: torch.
             if metrics["edges_trained"]:
                 metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf))
                 if math.isfinite(metrics["grad_norm"]):
+                    restore = restore or restore_point(parameters, optimizer)  # nothing has changed before the first step
                     optimizer.step()
                 else:
                     skipped += 1
+    except BaseException:
+        if restore is not None:
+            restore()
+        raise
     finally:
         optimizer.zero_grad(set_to_none=True)
     return {**metrics, "ratio_first": ratio_first, "skipped": skipped, "update_forwards": int(ranks.total(velocity.forwards - before))}
+
+
+def restore_point(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A function that puts parameters and optimizer back to what they are now. The copies lie in main memory."""
+
+    def copied(value):
+        if torch.is_tensor(value):
+            return value.detach().to("cpu", copy=True)
+        if isinstance(value, dict):
+            return {key: copied(entry) for key, entry in value.items()}
+        return copy.deepcopy(value)
+
+    values, state = [copied(parameter) for parameter in parameters], copied(optimizer.state_dict())
+
+    def restore() -> None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values):
+                parameter.copy_(value)
+        optimizer.load_state_dict(state)
+
+    return restore

@@ -341,3 +341,30 @@ def test_combined_rewards_are_compared_each_on_its_own_scale(graph):
     graph.call("Update", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3)
     row = policy.run.metrics[-1]
     assert row["reward"] == pytest.approx(2 * row["rewards/foreground size/mean"] + 0.5 * row["rewards/brightness/mean"], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["flux", "sd3"])
+@pytest.mark.parametrize("by", ["nodes", "Trainer"])
+def test_an_interrupt_between_two_inner_updates_leaves_the_lora_as_it_was(pack, tmp_path, monkeypatch, model, by):
+    import comfy.model_management as management
+    graph = Graph(pack, tmp_path, model)
+    policy = graph.policy()
+    graph.iteration(policy)
+    before, rows = policy.run.adapters.state_dict(), len(policy.run.metrics)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    AdamW, steps = type(policy.run.optimizer), []
+    step = AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda self, *args, **kwargs: (steps.append(1), step(self, *args, **kwargs))[1])
+
+    def interrupted():
+        if steps:
+            raise management.InterruptProcessingException
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
+    with pytest.raises(management.InterruptProcessingException):
+        if by == "nodes":
+            graph.iteration(policy, update=dict(inner_updates=2))
+        else:
+            graph.train(policy, 5, inner_updates=2)
+    assert len(steps) == 1
+    after = policy.run.adapters.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before) and len(policy.run.metrics) == rows

@@ -144,3 +144,36 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert metrics["skipped"] == 1 and torch.equal(velocity.delta, before)
 
 
+class Stop(BaseException):
+    """As ComfyUI's interrupt, which is no Exception."""
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("moment", range(1, 14))
+def test_an_update_that_is_stopped_at_any_moment_leaves_policy_and_optimizer_as_they_were(moment, steps_before):
+    """moment: before the n-th slice of three inner updates of four slices each; the last ones hit inside the optimizer's step."""
+    forest, velocity, advantages = case()
+    optimizer = torch.optim.AdamW(velocity.parameters(), lr=0.05)
+    if steps_before:
+        update(velocity, forest, advantages, optimizer, WIDE, inner_updates=steps_before)
+    parameters = [p.detach().clone() for p in velocity.parameters()]
+    state = str(optimizer.state_dict())
+    count = 0
+
+    def check():
+        nonlocal count
+        count += 1
+        if count == moment:
+            raise Stop
+
+    if moment == 13:
+        def step():
+            with torch.no_grad():
+                velocity.delta.add_(1)
+            raise Stop
+        optimizer.step = step
+    with pytest.raises(Stop):
+        update(velocity, forest, advantages, optimizer, WIDE, inner_updates=3, micro_batch=MicroBatch(4), check=check)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, velocity.parameters()))
+    assert str(optimizer.state_dict()) == state
+    assert all(p.grad is None for p in velocity.parameters())
