@@ -1,4 +1,5 @@
 """TreeRPO: online RL fine-tuning of FLUX and SD3 inside ComfyUI, with tree-structured sampling."""
+
 if __package__:  # loaded by ComfyUI; pytest also imports this file, by path and without a package
     from comfy_api.latest import ComfyExtension
 

@@ -95,7 +95,9 @@ def install_comfyui(seconds=600):
         python = build_env(cache / f"comfy-cli-{platform.python_version()}", ["comfy-cli"], "comfy-cli")
         comfy_cli_config(home).parent.mkdir(parents=True, exist_ok=True)
         # comfy-cli writes settings into the home folder: give it one of its own, keep the user's git settings.
-        env = environment(HOME=home, USERPROFILE=home, VIRTUAL_ENV=python.parent.parent, DO_NOT_TRACK=1, GIT_TERMINAL_PROMPT=0)
+        env = environment(
+            HOME=home, USERPROFILE=home, VIRTUAL_ENV=python.parent.parent, DO_NOT_TRACK=1, GIT_TERMINAL_PROMPT=0
+        )
         git = Path.home() / ".gitconfig"
         if git.is_file():
             env.setdefault("GIT_CONFIG_GLOBAL", str(git))
@@ -131,9 +133,16 @@ def ensure_env(comfyui):
     files = [REPO / "tests" / "requirements.txt"]
     if comfyui and (comfyui / "requirements.txt").is_file():
         files.append(comfyui / "requirements.txt")
-    identity = [platform.python_version(), sys.platform, platform.machine(), *(file.read_text("utf-8") for file in files)]
+    identity = [
+        platform.python_version(),
+        sys.platform,
+        platform.machine(),
+        *(file.read_text("utf-8") for file in files),
+    ]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:12]
-    requirements = [part for file in files for part in ("-r", str(file))]  # one call: our torch pins hold for both files
+    requirements = [
+        part for file in files for part in ("-r", str(file))
+    ]  # one call: our torch pins hold for both files
     return build_env(cache_dir() / f"env-{digest}", requirements, "torch and the packages that go with it")
 
 
@@ -161,15 +170,29 @@ def build_env(folder, requirements, what):
 
 
 def make_venv(folder):
-    made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, env=environment())
+    made = subprocess.run(
+        [sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, env=environment()
+    )
     if made.returncode:
         reason = " ".join((made.stdout + made.stderr).split())[-300:]
-        raise Problem(f"Python could not make a virtual environment in {folder} (Debian and Ubuntu need python3-venv): {reason}")
+        raise Problem(
+            f"Python could not make a virtual environment in {folder} (Debian and Ubuntu need python3-venv): {reason}"
+        )
 
 
 def pip_install(python, arguments):
     """pip in the given environment, its output shown as one moving line; a failure becomes one sentence."""
-    command = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--progress-bar", "off", *arguments]
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        *arguments,
+    ]
     lines = collections.deque(maxlen=200)
     with spawned(command, env=environment(PIP_USER=0), stdout=subprocess.PIPE, text=True, errors="replace") as process:
         for line in process.stdout:
@@ -186,14 +209,24 @@ def pip_install(python, arguments):
 def overlay(comfyui, python):
     """A folder with the exact versions (name==version) this ComfyUI pins and `python` lacks, or None if it has all."""
     requirements = comfyui / "requirements.txt"
-    pins = re.findall(r"^([\w.-]+==[\w.]+)", requirements.read_text("utf-8"), re.MULTILINE) if requirements.is_file() else []
-    code = "import importlib.metadata as m; print(*(d.metadata['Name'] + '==' + d.version for d in m.distributions()), sep='\\n')"
+    pins = (
+        re.findall(r"^([\w.-]+==[\w.]+)", requirements.read_text("utf-8"), re.MULTILINE)
+        if requirements.is_file()
+        else []
+    )
+    code = (
+        "import importlib.metadata as m; print(*(d.metadata['Name'] + '==' + d.version for d in "
+        "m.distributions()), sep='\\n')"
+    )
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment()).stdout
     have = {line.strip().lower().replace("_", "-") for line in found.splitlines()}
     missing = sorted(pin for pin in pins if pin.lower().replace("_", "-") not in have)
     if not missing:
         return None
-    folder = cache_dir() / f"overlay-{hashlib.sha256(' '.join([platform.python_version(), *missing]).encode()).hexdigest()[:12]}"
+    folder = (
+        cache_dir()
+        / f"overlay-{hashlib.sha256(' '.join([platform.python_version(), *missing]).encode()).hexdigest()[:12]}"
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(folder.name + ".lock")):
         if not (folder / "complete").is_file():

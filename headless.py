@@ -54,10 +54,13 @@ class ExecutionError(Problem):
 # ---------------------------------------------------------------- the server
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def has_accelerator(python):
     """Whether this python's torch can use a GPU."""
-    code = "import torch as t; print(t.cuda.is_available() or t.backends.mps.is_available() or hasattr(t, 'xpu') and t.xpu.is_available())"
+    code = (
+        "import torch as t; print(t.cuda.is_available() or t.backends.mps.is_available() or hasattr(t, 'xpu') and "
+        "t.xpu.is_available())"
+    )
     answer = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment())
     return answer.stdout.strip().endswith("True")
 
@@ -97,7 +100,9 @@ class Server:
             died, reason = self.process.poll() is not None, self.tail()
         self._stack.close()
         if died:
-            raise Problem(f"ComfyUI ended in mid-work (code {self.process.returncode}); its last lines:\n{reason}") from None
+            raise Problem(
+                f"ComfyUI ended in mid-work (code {self.process.returncode}); its last lines:\n{reason}"
+            ) from None
 
     def log_text(self):
         """What ComfyUI printed so far, without terminal colours."""
@@ -138,7 +143,9 @@ class Server:
                 Client(self.url).get("/system_stats")
                 break
             if self.process.poll() is not None:
-                raise Problem(f"ComfyUI could not start (code {self.process.returncode}); its last lines:\n{self.tail()}")
+                raise Problem(
+                    f"ComfyUI could not start (code {self.process.returncode}); its last lines:\n{self.tail()}"
+                )
             if time.monotonic() > deadline:
                 raise Problem(f"ComfyUI did not answer within {self.seconds} s; its last lines:\n{self.tail()}")
             time.sleep(0.2)
@@ -155,7 +162,10 @@ def link_folder(source, link):
     try:
         link.symlink_to(source, target_is_directory=True)
     except OSError:
-        if not WINDOWS or subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(source)], capture_output=True).returncode:
+        if (
+            not WINDOWS
+            or subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(source)], capture_output=True).returncode
+        ):
             shutil.copytree(source, link, ignore=shutil.ignore_patterns(".git", "__pycache__"))
 
 
@@ -185,7 +195,10 @@ def apply_mask(payload, mask):
 
 
 class WebSocket:
-    """As much of RFC 6455 as listening to ComfyUI takes: text, fragments, pings; binary messages are previews, skipped."""
+    """As much of RFC 6455 as listening to ComfyUI takes:
+
+    text, fragments, pings; binary messages are previews, skipped.
+    """
 
     def __init__(self, url, timeout=10):
         parts = urllib.parse.urlsplit(url)
@@ -194,7 +207,12 @@ class WebSocket:
         if secure:
             self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=parts.hostname)
         key = base64.b64encode(os.urandom(16)).decode()
-        lines = [f"GET {parts.path}?{parts.query} HTTP/1.1", f"Host: {parts.netloc}", "Upgrade: websocket", "Connection: Upgrade"]
+        lines = [
+            f"GET {parts.path}?{parts.query} HTTP/1.1",
+            f"Host: {parts.netloc}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+        ]
         lines += [f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13", "", ""]
         self.socket.sendall("\r\n".join(lines).encode())
         self.buffer, self.pieces, self.text = bytearray(), bytearray(), False
@@ -267,7 +285,9 @@ class Client:
             raise
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise Unreachable(f"No ComfyUI answers at {self.url}: {getattr(reason, 'strerror', None) or reason}.") from None
+            raise Unreachable(
+                f"No ComfyUI answers at {self.url}: {getattr(reason, 'strerror', None) or reason}."
+            ) from None
 
     def get(self, path):
         try:
@@ -296,7 +316,8 @@ class Client:
         return answer["prompt_id"]
 
     def wait(self, prompt_id, on_progress=None):
-        """Wait for a queued graph: {node id: its ui outputs}. `on_progress(title, value, maximum)` is called on the way.
+        """Wait for a queued graph: {node id: its ui outputs}. `on_progress(title, value, maximum)` is called on the
+        way.
 
         The websocket only brings news sooner; what happened is read from /history, with or without it.
         """
@@ -367,7 +388,9 @@ class Client:
         status = entry.get("status") or {}
         for kind, data in status.get("messages", []):
             if kind == "execution_error":
-                raise ExecutionError(self._title(prompt_id, data["node_id"]), data["node_id"], data["exception_message"])
+                raise ExecutionError(
+                    self._title(prompt_id, data["node_id"]), data["node_id"], data["exception_message"]
+                )
             if kind == "execution_interrupted":
                 raise Problem(f"The run was interrupted at node '{self._title(prompt_id, data['node_id'])}'.")
         if status.get("status_str") == "error":
@@ -410,7 +433,9 @@ def load_graph(path):
         raise Problem(f"{path} is not JSON: {error}.") from None
     if isinstance(graph, dict) and "nodes" in graph and "links" in graph:
         raise Problem(f"{path} is an editor workflow; in ComfyUI use Workflow > Export (API) and give that file.")
-    if not isinstance(graph, dict) or not all(isinstance(node, dict) and "class_type" in node for node in graph.values()):
+    if not isinstance(graph, dict) or not all(
+        isinstance(node, dict) and "class_type" in node for node in graph.values()
+    ):
         raise Problem(f"{path} is not a workflow in ComfyUI's API format.")
     return graph
 
@@ -432,7 +457,9 @@ def set_input(graph, node, name, value):
     """Set one input of a node named by id, title or class."""
     node_id = find_node(graph, node)
     if node_id is None:
-        raise Problem(f"The workflow has no node '{node}'; it has {', '.join(sorted({title(n) for n in graph.values()}))}.")
+        raise Problem(
+            f"The workflow has no node '{node}'; it has {', '.join(sorted({title(n) for n in graph.values()}))}."
+        )
     inputs = graph[node_id]["inputs"]
     if name not in inputs:
         raise Problem(f"Node '{node}' has no input '{name}'; it has {', '.join(inputs) or 'none'}.")

@@ -32,8 +32,17 @@ from pathlib import Path
 
 import environments
 from environments import REPO, Problem, ensure_env, environment, install_comfyui, older_comfyuis, overlay, say, show
-from headless import Client, Server, apply_setting, find_node, load_graph, progress_bar, set_input, title
-from headless import ExecutionError  # unused here: for those who import this file
+from headless import (
+    Client,
+    ExecutionError,  # noqa: F401 - for those who import this file
+    Server,
+    apply_setting,
+    find_node,
+    load_graph,
+    progress_bar,
+    set_input,
+    title,
+)
 
 NO_COMFYUI = (
     "ComfyUI was not found and could not be installed: the same core runs through diffusers on the same embedded model."
@@ -53,7 +62,7 @@ def command_demo(args, rest):
     if comfyui is None:
         say(NO_COMFYUI)
         options = ["--model", args.model, "--iterations", args.iterations, "--out", out, "--seed", args.seed]
-        return run_in_env(python, ["-m", "core.fallback", *options], None)
+        return run_in_env(python, ["-m", "standalone.demo", *options], None)
     started, name = time.monotonic(), f"treerpo_demo_{args.model}"
     say(f"Starting ComfyUI from {comfyui} ...")
     with Server(comfyui, python, pack=REPO) as server:
@@ -65,7 +74,12 @@ def command_demo(args, rest):
             files = collect(server.base, name, out)
     ends = [sum(row["reward"] for row in part) / len(part) for part in (rows[:4], rows[-4:])]
     summary = {"backend": "comfyui", "model": args.model, "iterations": len(rows), "seed": args.seed}
-    summary |= {"reward_first": ends[0], "reward_last": ends[1], "held_out": scores, "seconds": time.monotonic() - started}
+    summary |= {
+        "reward_first": ends[0],
+        "reward_last": ends[1],
+        "held_out": scores,
+        "seconds": time.monotonic() - started,
+    }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     say(f"Mean reward, first {len(rows[:4])} -> last {len(rows[-4:])} iterations: {ends[0]:.4f} -> {ends[1]:.4f}")
     if None not in scores.values():
@@ -77,7 +91,12 @@ def command_demo(args, rest):
 def train(client, base, name, args):
     """Queue the one-iteration graph N times; the rows of metrics.jsonl."""
     graph = load_graph(REPO / "workflows" / "api" / "first_steps.json")
-    settings = [("Model", "model", args.model), ("Policy", "run_name", name), ("Sampler", "seed", args.seed), ("Save", "lora_name", name)]
+    settings = [
+        ("Model", "model", args.model),
+        ("Policy", "run_name", name),
+        ("Sampler", "seed", args.seed),
+        ("Save", "lora_name", name),
+    ]
     for setting in settings:
         set_input(graph, *setting)
     metrics, rows = base / "output" / "treerpo" / name / "metrics.jsonl", []
@@ -93,17 +112,24 @@ def train(client, base, name, args):
 
 
 def compare(client, name, args, out):
-    """Held-out prompts on fixed seeds, without and with the trained LoRA: (mean scores, names of the pictures in `out`)."""
+    """Held-out prompts on fixed seeds, without and with the trained LoRA:
+
+    (mean scores, names of the pictures in `out`).
+    """
     graph = load_graph(REPO / "workflows" / "api" / "compare.json")
     set_input(graph, "Model", "model", args.model)
     set_input(graph, "LoRA", "lora_name", f"{name}.safetensors")
     known = client.object_info()
-    graph = {node_id: node for node_id, node in graph.items() if node["class_type"] in known}  # older ComfyUI has no Compare Images
+    graph = {
+        node_id: node for node_id, node in graph.items() if node["class_type"] in known
+    }  # older ComfyUI has no Compare Images
     outputs = client.run(graph, progress_bar("  before and after "))
     scores, pictures = {}, []
     for when in ("before", "after"):
         images = outputs.get(find_node(graph, when.capitalize()), {}).get("images", [])
-        names = [f"{when}.png"] if len(images) == 1 else [f"{when}_{number}.png" for number in range(1, len(images) + 1)]
+        names = (
+            [f"{when}.png"] if len(images) == 1 else [f"{when}_{number}.png" for number in range(1, len(images) + 1)]
+        )
         pictures += [client.download(image, out, file).name for image, file in zip(images, names)]
         scores[when] = mean_score(outputs.get(find_node(graph, f"Score {when}"), {}).get("text", ""))
     return scores, pictures
@@ -119,7 +145,12 @@ def mean_score(text):
 def collect(base, name, out):
     """Copy what the run left so far out of the private base directory; the names."""
     run = base / "output" / "treerpo" / name
-    files = [run / "metrics.jsonl", run / "reward_curve.png", run / "tree.png", base / "models" / "loras" / f"{name}.safetensors"]
+    files = [
+        run / "metrics.jsonl",
+        run / "reward_curve.png",
+        run / "tree.png",
+        base / "models" / "loras" / f"{name}.safetensors",
+    ]
     for file in files:
         if file.is_file():
             shutil.copy2(file, out / file.name)
@@ -165,7 +196,9 @@ def skipped_line(report):
 
 
 def command_bench(args, rest):
-    names = sorted(path.stem for path in (REPO / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8"))  # the rest are helpers
+    names = sorted(
+        path.stem for path in (REPO / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")
+    )  # the rest are helpers
     if args.name not in names:
         raise Problem(f"There is no benchmark '{args.name}'; there are: {', '.join(names) or 'none yet'}.")
     comfyui = find_comfyui()
@@ -212,7 +245,9 @@ def run_workflow(client, graph, out):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train the embedded model in ComfyUI and show before and after")
     demo.add_argument("--model", choices=("flux", "sd3"), default="flux")
@@ -228,7 +263,9 @@ def make_parser():
     place = flow.add_mutually_exclusive_group()
     place.add_argument("--server", metavar="URL", help="a ComfyUI that runs already")
     place.add_argument("--comfyui", metavar="PATH", help="start this one (default: the one that is found)")
-    flow.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="NODE is an id, a title or a class")
+    flow.add_argument(
+        "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="NODE is an id, a title or a class"
+    )
     flow.add_argument("--out", default="workflow_output", metavar="DIR")
     return parser
 
@@ -240,7 +277,7 @@ def positive(text):
 
 
 def main(argv=None):
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - older ones get here
         sys.exit("run.py needs Python 3.10 or newer.")
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)

@@ -2,10 +2,13 @@
 
     python3 run.py bench endurance [--part kills|long|all] [--kills 20] [--iterations 500] [--model flux|sd3]
 
-kills: the Trainer runs in a process of its own, which is killed (SIGKILL) at random moments of its work, sampling, decoding, learning and
-writing alike, and started again until the run is done. The LoRA must then equal that of a run that was never killed, bit for bit.
-long: the Trainer runs on; resident memory, hooks on the model and seconds per iteration are noted after every iteration.
+kills: the Trainer runs in a process of its own, which is killed (SIGKILL) at random moments of its work, sampling,
+decoding, learning and writing alike, and started again until the run is done. The LoRA must then equal that of a run
+that was never killed, bit for bit.
+long: the Trainer runs on; resident memory, hooks on the model and seconds per iteration are noted after every
+iteration.
 """
+
 import json
 import random
 import signal
@@ -19,12 +22,17 @@ from pathlib import Path
 from host import ROOT, arguments, device, load_pack, save
 
 SETTINGS = dict(evaluate_every=4, held_out=2, ema=0.9, keep_every=3, keep_last=2, per_iteration=1, shuffle=True)
-TEXT = "\n".join(f"a {colour} {shape} on a white background" for colour in ("red", "blue", "green") for shape in ("circle", "square", "cross"))
+TEXT = "\n".join(
+    f"a {colour} {shape} on a white background"
+    for colour in ("red", "blue", "green")
+    for shape in ("circle", "square", "cross")
+)
 
 
 def session(model: str, folder: Path):
     pack = load_pack()  # puts tests/ on the path as well
     from graph import Graph
+
     built = Graph(pack, folder, model)
     built.forget()
     return built
@@ -63,13 +71,26 @@ def kills(model: str, count: int, seed: int = 0) -> dict:
         if "DONE" not in out:
             sys.exit(f"The run could not be ended: {error[-2000:]}")
     from safetensors.torch import load_file
+
     runs = [folder / "output" / "treerpo" / "run" for folder in folders]
     first, second = (load_file(run / "adapter.safetensors") for run in runs)
-    rows = [[{key: value for key, value in json.loads(line).items() if "seconds" not in key} for line in (run / "metrics.jsonl").read_text().splitlines()]
-            for run in runs]
+    rows = [
+        [
+            {key: value for key, value in json.loads(line).items() if "seconds" not in key}
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in runs
+    ]
     import torch
-    return {"kills": len(resumed), "resumed_at": resumed, "iterations": iterations, "same_lora": all(torch.equal(first[key], second[key]) for key in second),
-            "same_metrics": rows[0] == rows[1], "seconds": time.perf_counter() - started}
+
+    return {
+        "kills": len(resumed),
+        "resumed_at": resumed,
+        "iterations": iterations,
+        "same_lora": all(torch.equal(first[key], second[key]) for key in second),
+        "same_metrics": rows[0] == rows[1],
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def start(model: str, folder: Path, iterations: int) -> subprocess.Popen:
@@ -81,10 +102,11 @@ def start(model: str, folder: Path, iterations: int) -> subprocess.Popen:
 def long(model: str, iterations: int) -> dict:
     """Memory, hooks and time of every iteration of one run."""
     import psutil
+
     graph = session(model, Path(tempfile.mkdtemp(prefix="treerpo-endurance-")))
     process, network = psutil.Process(), graph.model.model.diffusion_model
     policy = graph.policy("run")
-    rows, trainer = [], graph.pack.nodes.trainer.Live
+    rows, trainer = [], graph.pack.nodes.live.Live
     report = trainer.report
     last = time.perf_counter()
 
@@ -100,19 +122,32 @@ def long(model: str, iterations: int) -> dict:
     graph.train(policy, iterations, text=TEXT, keep_every=100, per_iteration=1, shuffle=True)
     trainer.report = report
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules())
-    warm = rows[len(rows) // 5:]
+    warm = rows[len(rows) // 5 :]
     x = list(range(len(warm)))
     slope = statistics.linear_regression(x, [row[0] for row in warm]).slope
     speed = [statistics.median(row[1] / row[2] for row in part) for part in (rows[5:55], rows[-50:])]
-    return {"iterations": iterations, "hooks_left": hooks, "injections_left": len(graph.model.injections), "megabytes_at_20_percent": warm[0][0] / 1e6,
-            "megabytes_at_end": warm[-1][0] / 1e6, "bytes_per_iteration": slope, "last_50_against_first_50": speed[1] / speed[0],
-            "live_picture_share": sum(row[3] for row in rows) / sum(row[1] for row in rows),
-            "seconds_per_iteration": statistics.median(row[1] for row in rows)}
+    return {
+        "iterations": iterations,
+        "hooks_left": hooks,
+        "injections_left": len(graph.model.injections),
+        "megabytes_at_20_percent": warm[0][0] / 1e6,
+        "megabytes_at_end": warm[-1][0] / 1e6,
+        "bytes_per_iteration": slope,
+        "last_50_against_first_50": speed[1] / speed[0],
+        "live_picture_share": sum(row[3] for row in rows) / sum(row[1] for row in rows),
+        "seconds_per_iteration": statistics.median(row[1] for row in rows),
+    }
 
 
 def main() -> None:
-    options = arguments(__doc__, part=("all", "kills, long or all"), kills=(20, "how often to kill"), iterations=(500, "of the long run"),
-                        model=("flux", "flux or sd3"), worker=("", "internal"))
+    options = arguments(
+        __doc__,
+        part=("all", "kills, long or all"),
+        kills=(20, "how often to kill"),
+        iterations=(500, "of the long run"),
+        model=("flux", "flux or sd3"),
+        worker=("", "internal"),
+    )
     if options.worker:
         return work(options.model, Path(options.worker), options.iterations)
     results = {"model": options.model, "device": device()}

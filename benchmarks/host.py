@@ -1,4 +1,5 @@
 """What the benchmarks share: ComfyUI in this process with the pack loaded as ComfyUI loads it, timing, and memory."""
+
 import argparse
 import contextlib
 import ctypes
@@ -23,8 +24,11 @@ def load_pack():
     sys.path[:] = [comfyui, *[p for p in sys.path if Path(p or ".").resolve() != ROOT], str(ROOT / "tests")]
     import torch
     from comfy.cli_args import args
+
     args.cpu = args.cpu or not torch.accelerator.is_available()
-    spec = importlib.util.spec_from_file_location("treerpo_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "treerpo_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     pack = sys.modules["treerpo_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
     return pack
@@ -33,17 +37,22 @@ def load_pack():
 def graph(pack, model: str):
     """The by-hand graph on an embedded model, with its files in a temporary folder."""
     from graph import Graph
+
     built = Graph(pack, Path(tempfile.mkdtemp(prefix="treerpo-bench-")), model)
     built.forget()
     return built
 
 
 class Peak:
-    """Highest memory while the block runs, above where it started: the GPU's where there is one, else this process's resident set."""
+    """Highest memory while the block runs, above where it started:
+
+    the GPU's where there is one, else this process's resident set.
+    """
 
     def __enter__(self):
         import psutil
         import torch
+
         gc.collect()
         self.cuda = torch.cuda if torch.cuda.is_available() else None
         if self.cuda:
@@ -76,7 +85,7 @@ class Peak:
 
 
 def trim() -> None:
-    """Hand freed memory back to the system (glibc), so that a peak is a run's own and not hidden in an earlier one's."""
+    """Hand freed memory back to the system (glibc), so that a peak is a run's own, not hidden in an earlier one's."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -85,6 +94,7 @@ def trim() -> None:
 def timed(work) -> float:
     """Seconds, the GPU's queue included."""
     import torch
+
     began = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -102,6 +112,7 @@ def arguments(description: str, **options) -> argparse.Namespace:
 
 def device() -> str:
     import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 

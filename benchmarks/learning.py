@@ -1,13 +1,15 @@
 """Reward against cost: independent GRPO, a window, and two trees, each with the same cost per iteration.
 
-Parts: tune (learning rate per method, on seeds of its own), snr (gradient signal-to-noise per cost), main (learning curves), tail
-(what shortening the tail does to the leaves), ablations, report (tables and plots from the files of the other parts). Run one by one:
+Parts: tune (learning rate per method, on seeds of its own), snr (gradient signal-to-noise per cost), main (learning
+curves), tail (what shortening the tail does to the leaves), ablations, report (tables and plots from the files of the
+other parts). Run one by one:
 
     python3 run.py bench learning --part tune|snr|main|tail|ablations|report [--model flux|sd3] [--reward size|shape]
 
-Every part writes its file in benchmarks/results/ as it goes (or to --json), and main goes on from what its file has: a complete file
-is only shown again. How runs are made: common_runs.py.
+Every part writes its file in benchmarks/results/ as it goes (or to --json), and main goes on from what its file has: a
+complete file is only shown again. How runs are made: common_runs.py.
 """
+
 import argparse
 import statistics
 import sys
@@ -25,7 +27,10 @@ TUNING_SEEDS = (1000, 1001)
 def tuned(model: str) -> dict:
     """The methods with their learning rates from part `tune`, where it was run."""
     found = read(RESULTS / f"learning_rates_{model}.json")
-    return {name: method.but(learning_rate=found[name]["best"]) if name in found else method for name, method in methods().items()}
+    return {
+        name: method.but(learning_rate=found[name]["best"]) if name in found else method
+        for name, method in methods().items()
+    }
 
 
 def chosen(rows: dict[str, Method], options) -> dict[str, Method]:
@@ -39,16 +44,22 @@ def tune(lab: Lab, options) -> None:
     for rate in options.rates:
         for name, method in chosen(methods(), options).items():
             row = results.setdefault(name, {"rates": {}})
-            row["rates"][f"{rate:g}"] = statistics.mean(train(lab, method.but(learning_rate=rate), seed, options.budget, evaluations=1)["reward"][-1]
-                                                        for seed in TUNING_SEEDS)
+            row["rates"][f"{rate:g}"] = statistics.mean(
+                train(lab, method.but(learning_rate=rate), seed, options.budget, evaluations=1)["reward"][-1]
+                for seed in TUNING_SEEDS
+            )
             row["best"] = float(max(row["rates"], key=row["rates"].get))
             print(f"{options.model} {name}: learning rate {rate:g} -> {row['rates'][f'{rate:g}']:.4f}", flush=True)
             host.save(results, path)
 
 
 def ratio_of(gradients, groups=None) -> float:
-    """|E g|^2 / tr var(g) from independent gradients [n, parameters], both unbiased; with groups, both within groups, averaged."""
+    """|E g|^2 / tr var(g) from independent gradients [n, parameters], both unbiased;
+
+    with groups, both within groups, averaged.
+    """
     import torch
+
     groups = torch.zeros(len(gradients)) if groups is None else groups
     signal = variance = 0.0
     for group in groups.unique():
@@ -63,6 +74,7 @@ def ratio_of(gradients, groups=None) -> float:
 def signal_to_noise(rows: list[tuple], grouped: bool = False) -> tuple[float, float]:
     """(SNR per 1,000 cost units, jackknife standard error) of rows (gradient, cost, window start)."""
     import torch
+
     gradients, costs = torch.stack([row[0] for row in rows]), [row[1] for row in rows]
     groups = torch.tensor([row[2] for row in rows]) if grouped else None
     scale = 1000 / statistics.mean(costs)
@@ -71,18 +83,24 @@ def signal_to_noise(rows: list[tuple], grouped: bool = False) -> tuple[float, fl
         keep = torch.arange(len(rows)) != i
         left_out.append(scale * ratio_of(gradients[keep], None if groups is None else groups[keep]))
     n = len(rows)
-    return scale * ratio_of(gradients, groups), ((n - 1) / n * sum((x - statistics.mean(left_out)) ** 2 for x in left_out)) ** 0.5
+    return scale * ratio_of(gradients, groups), (
+        (n - 1) / n * sum((x - statistics.mean(left_out)) ** 2 for x in left_out)
+    ) ** 0.5
 
 
 def snr(lab: Lab, options) -> None:
     """Gradients of the same random policy over independent iterations, windows drawn anew each time."""
     import torch
+
     base, start = methods(), {"window": "fixed", "fixed": 0}
     window, tree = base["window"], base[DEFAULT]
     kinds = {
         **{name: method for name, method in base.items() if method.inner == 1},
-        "window_1x24": window.but(prompts=1, shape={"trees": 24}), "window_4x6": window.but(prompts=4, shape={"trees": 6}),
-        "window_start0": window.but(shape=start), "tree_b3w3_start0": tree.but(shape=start), "tree_b4w2_start0": base["tree_b4w2"].but(shape=start),
+        "window_1x24": window.but(prompts=1, shape={"trees": 24}),
+        "window_4x6": window.but(prompts=4, shape={"trees": 6}),
+        "window_start0": window.but(shape=start),
+        "tree_b3w3_start0": tree.but(shape=start),
+        "tree_b4w2_start0": base["tree_b4w2"].but(shape=start),
         "tree_b8w1": base["tree_b4w2"].but(prompts=12, shape={"branching": 8, "depth": 1}),
         "tree_b3w3_level0.3": tree.but(noise={"level": 0.3}),
         "tree_b4w2_orthogonal": base["tree_b4w2"].but(shape={"siblings": "orthogonal"}),
@@ -101,21 +119,40 @@ def snr(lab: Lab, options) -> None:
                     parameter.grad = None
         value, error = signal_to_noise(rows)
         within, within_error = signal_to_noise(rows, grouped=True)
-        results["methods"][name] = {"snr_per_cost": value, "standard_error": error, "snr_per_cost_within_window": within,
-                                    "standard_error_within_window": within_error, "cost": statistics.mean(row[1] for row in rows),
-                                    "images": metrics["images"]}
-        print(f"{options.model} {options.reward} {name}: {value:.2f} +- {error:.2f} (same window: {within:.2f} +- {within_error:.2f})", flush=True)
+        results["methods"][name] = {
+            "snr_per_cost": value,
+            "standard_error": error,
+            "snr_per_cost_within_window": within,
+            "standard_error_within_window": within_error,
+            "cost": statistics.mean(row[1] for row in rows),
+            "images": metrics["images"],
+        }
+        print(
+            f"{options.model} {options.reward} {name}: {value:.2f} +- {error:.2f} (same window: {within:.2f} +- "
+            f"{within_error:.2f})",
+            flush=True,
+        )
         host.save(results, path)
 
 
 def main_part(lab: Lab, options) -> None:
-    """Learning curves, seed by seed over all methods, so that what is there can be compared at any time. Methods and seeds that the file
-    has from earlier are kept."""
+    """Learning curves, seed by seed over all methods, so that what is there can be compared at any time. Methods and
+    seeds that the file has from earlier are kept.
+    """
     path = options.json or RESULTS / f"learning_{options.model}_{options.reward}.json"
     results = read(path)
     if results.get("budget", options.budget) != options.budget:
-        sys.exit(f"{path} has runs of {results['budget']:.0f} cost units: use --budget {results['budget']:.0f}, or another --json file.")
-    results |= {"model": options.model, "reward": options.reward, "budget": options.budget, "unit": lab.unit, "device": host.device()}
+        sys.exit(
+            f"{path} has runs of {results['budget']:.0f} cost units: use --budget {results['budget']:.0f}, or another "
+            "--json file."
+        )
+    results |= {
+        "model": options.model,
+        "reward": options.reward,
+        "budget": options.budget,
+        "unit": lab.unit,
+        "device": host.device(),
+    }
     found = results.setdefault("methods", {})
     for seed in range(options.seeds):
         for name, method in chosen(tuned(options.model), options).items():
@@ -126,8 +163,12 @@ def main_part(lab: Lab, options) -> None:
                 continue
             run = train(lab, method, seed, options.budget, evaluations=6 if method.prompts == 1 else 3)
             row["runs"].append(run)
-            print(f"{options.model} {options.reward} seed {seed} {name}: {run['reward'][0]:.3f} -> {run['reward'][-1]:.3f}, "
-                  f"intact {run['intact'][-1]:.2f}, {run['iterations']} iterations, {run['seconds'][-1]:.0f} s", flush=True)
+            print(
+                f"{options.model} {options.reward} seed {seed} {name}: {run['reward'][0]:.3f} -> "
+                f"{run['reward'][-1]:.3f}, "
+                f"intact {run['intact'][-1]:.2f}, {run['iterations']} iterations, {run['seconds'][-1]:.0f} s",
+                flush=True,
+            )
             host.save(results, path)
     compare(results, read(RESULTS / f"snr_{options.model}_{options.reward}.json"))
     table(results)
@@ -135,31 +176,46 @@ def main_part(lab: Lab, options) -> None:
 
 
 def spearman(a, b) -> float:
-    """Rank correlation of two score lists; ties share their mean rank. A list without any order agrees with nothing but another one."""
+    """Rank correlation of two score lists;
+
+    ties share their mean rank. A list without any order agrees with nothing but another one.
+    """
     import torch
 
     def ranks(values):
         return ((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1)).double()
+
     if a.unique().numel() == 1 or b.unique().numel() == 1:
         return float(a.unique().numel() == b.unique().numel())
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
 
 
 def tail(lab: Lab, options) -> None:
-    """Leaves of the same windows with the whole tail and with a share q of it: distance and order of their rewards, per window start."""
+    """Leaves of the same windows with the whole tail and with a share q of it:
+
+    distance and order of their rewards, per window start.
+    """
     path = options.json or RESULTS / "tail.json"
     results = read(path)
     place = options.model if options.reward == "size" else f"{options.model}_weak_captions"
     found = results[place] = {}
-    share = lab.core.windows.probabilities(STEPS, 3, 0.5).tolist()
+    share = lab.core.method.windows.probabilities(STEPS, 3, 0.5).tolist()
     qs = (0.2, 0.4, 0.6, 0.8)
     with lab.open(7, scale=0.02) as policy:
         for start in range(len(share)):
             leaves = {}
             for q in (1.0, *qs):
-                forest, rows = policy.grow(methods()[DEFAULT].but(prompts=options.iterations, retain=False, shape={"tail": q}), start)
+                forest, rows = policy.grow(
+                    methods()[DEFAULT].but(prompts=options.iterations, retain=False, shape={"tail": q}), start
+                )
                 images = lab.decode(policy.velocity.process_out(forest.leaves))
-                leaves[q] = (forest.leaves, {reward: lab.judge(images, rows, reward).view(options.iterations, -1) for reward in ("size", "shape")})
+                leaves[q] = (
+                    forest.leaves,
+                    {
+                        reward: lab.judge(images, rows, reward).view(options.iterations, -1)
+                        for reward in ("size", "shape")
+                    },
+                )
             policy.iteration += 1
             whole, rewards = leaves[1.0]
             groups = whole.view(options.iterations, -1, whole[0].numel())
@@ -167,11 +223,20 @@ def tail(lab: Lab, options) -> None:
             for q in qs:
                 row = found.setdefault(f"{q:g}", {"per_start": []})
                 distance = (leaves[q][0] - whole).flatten(1).norm(dim=1)
-                correlations = {name: [spearman(a, b) for a, b in zip(leaves[q][1][name], scores)] for name, scores in rewards.items()}
-                row["per_start"].append({"start": start, "steps": lab.core.cost.tail_steps(STEPS - 3 - start, q), "of": STEPS - 3 - start,
-                                         "relative_distance": float((distance / whole.flatten(1).norm(dim=1)).mean()),
-                                         "distance_to_spread": float(distance.mean() / spread),
-                                         **{f"spearman_{reward}": statistics.mean(values) for reward, values in correlations.items()}})
+                correlations = {
+                    name: [spearman(a, b) for a, b in zip(leaves[q][1][name], scores)]
+                    for name, scores in rewards.items()
+                }
+                row["per_start"].append(
+                    {
+                        "start": start,
+                        "steps": lab.core.method.cost.tail_steps(STEPS - 3 - start, q),
+                        "of": STEPS - 3 - start,
+                        "relative_distance": float((distance / whole.flatten(1).norm(dim=1)).mean()),
+                        "distance_to_spread": float(distance.mean() / spread),
+                        **{f"spearman_{reward}": statistics.mean(values) for reward, values in correlations.items()},
+                    }
+                )
     for row in found.values():
         for key in ("relative_distance", "distance_to_spread", "spearman_size", "spearman_shape"):
             row[key] = sum(p * at[key] for p, at in zip(share, row["per_start"]))
@@ -180,20 +245,29 @@ def tail(lab: Lab, options) -> None:
 
 
 def variants(default) -> dict:
-    """One change each to the default tree with 2 prompts per iteration; more updates per rollout and longer tails get fewer iterations
-    for the same cost."""
+    """One change each to the default tree with 2 prompts per iteration; more updates per rollout and longer tails get
+    fewer iterations for the same cost.
+    """
     default = default.but(prompts=2)
     changes = {f"kind {kind}": {"noise": {"kind": kind}} for kind in ("flow_sde", "exact")}
     changes["kind dance_sde eta 0.3"] = {"noise": {"kind": "dance_sde", "level": 0.3}}
-    changes |= {f"beta {beta:+g}": {"noise": {"shape": "linear", "beta": beta, "level": 0.7 if beta < 0 else 0.5}} for beta in (-0.5, 0.5)}
+    changes |= {
+        f"beta {beta:+g}": {"noise": {"shape": "linear", "beta": beta, "level": 0.7 if beta < 0 else 0.5}}
+        for beta in (-0.5, 0.5)
+    }
     changes["level 0.4"] = {"noise": {"level": 0.4}}
     changes |= {f"siblings {mode}": {"shape": {"siblings": mode}} for mode in ("antithetic", "orthogonal")}
     changes |= {f"estimator {name}": {"estimator": name} for name in ("branchgrpo", "trajectory")}
     changes["inner updates 2"] = {"inner": 2}
     changes["4 inner, clip 1e-3"] = {"inner": 4, "objective": {"clip_low": 1e-3, "clip_high": 1e-3}}
-    changes["4 inner, clip 1e-3, dynamic eta 1"] = {"inner": 4, "objective": {"clip_low": 1e-3, "clip_high": 1e-3, "sensitivity": 1.0}}
-    changes |= {f"lambda {weight:g} {target}": {"objective": {"sft": weight, "target": target}}
-                for weight, target in ((0.001, "best-path"), (0.1, "best-path"), (0.001, "best-leaf"))}
+    changes["4 inner, clip 1e-3, dynamic eta 1"] = {
+        "inner": 4,
+        "objective": {"clip_low": 1e-3, "clip_high": 1e-3, "sensitivity": 1.0},
+    }
+    changes |= {
+        f"lambda {weight:g} {target}": {"objective": {"sft": weight, "target": target}}
+        for weight, target in ((0.001, "best-path"), (0.1, "best-path"), (0.001, "best-leaf"))
+    }
     changes |= {f"tail {q:g}": {"shape": {"tail": q}} for q in (0.2, 1.0)}
     return {"default": default} | {name: default.but(**change) for name, change in changes.items()}
 
@@ -206,10 +280,25 @@ def ablations(lab: Lab, options) -> None:
         for name, method in variants(tuned(options.model)[DEFAULT]).items():
             runs.setdefault(name, []).append(train(lab, method, seed, options.budget, evaluations=1)["reward"][-1])
             print(f"seed {seed} {name}: {runs[name][-1]:.4f}", flush=True)
-            rows = {key: {"final": statistics.mean(values), "runs": values, **interval([a - b for a, b in zip(values, runs["default"])])}
-                    for key, values in runs.items()}
-            host.save({"seeds": min(map(len, runs.values())), "model": options.model, "reward": options.reward, "budget": options.budget,
-                       "default": DEFAULT, "variants": rows}, path)
+            rows = {
+                key: {
+                    "final": statistics.mean(values),
+                    "runs": values,
+                    **interval([a - b for a, b in zip(values, runs["default"])]),
+                }
+                for key, values in runs.items()
+            }
+            host.save(
+                {
+                    "seeds": min(map(len, runs.values())),
+                    "model": options.model,
+                    "reward": options.reward,
+                    "budget": options.budget,
+                    "default": DEFAULT,
+                    "variants": rows,
+                },
+                path,
+            )
 
 
 def main():
@@ -219,8 +308,15 @@ def main():
     parser.add_argument("--reward", choices=("size", "shape"), default="size")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=2500, help="cost of a run, in forwards (default 2500)")
-    parser.add_argument("--iterations", type=int, default=24, help="snr: independent gradients; tail: prompts per window start (default 24)")
-    parser.add_argument("--rate", type=float, default=0.0, help="main: this learning rate for all methods in place of the tuned ones")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=24,
+        help="snr: independent gradients; tail: prompts per window start (default 24)",
+    )
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="main: this learning rate for all methods in place of the tuned ones"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tune: the learning rates")
     parser.add_argument("--only", default="", help="tune, snr, main: only these methods, separated by commas")
     parser.add_argument("--json", type=Path, help="write the results there (default: benchmarks/results/)")

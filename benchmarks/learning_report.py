@@ -1,4 +1,5 @@
 """From the runs of learning.py to comparisons at equal cost, tables and a plot."""
+
 import json
 import math
 import random
@@ -8,13 +9,26 @@ from pathlib import Path
 import host
 
 DEFAULT = "tree_b3w3"  # the tree that `cost_ratio_to_tree` speaks of, and that the ablations change
-T95 = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by degrees of freedom
+T95 = {
+    1: 12.7,
+    2: 4.30,
+    3: 3.18,
+    4: 2.78,
+    5: 2.57,
+    6: 2.45,
+    7: 2.36,
+    8: 2.31,
+    9: 2.26,
+}  # Student's t by degrees of freedom
 
 
 def interval(values: list[float]) -> dict[str, float]:
     """Mean and half width of its 95 % interval."""
     spread = statistics.stdev(values) if len(values) > 1 else math.inf
-    return {"difference": statistics.mean(values), "interval": T95.get(len(values) - 1, 2.0) * spread / len(values) ** 0.5}
+    return {
+        "difference": statistics.mean(values),
+        "interval": T95.get(len(values) - 1, 2.0) * spread / len(values) ** 0.5,
+    }
 
 
 def at(xs: list[float], ys: list[float], x: float) -> float:
@@ -39,9 +53,12 @@ def mean_curve(runs: list[dict], budget: float) -> dict:
     marks = len(runs[0]["cost"]) - 1
     grid = [budget * i / marks for i in range(marks + 1)]
     rewards = [[at(run["cost"], run["reward"], x) for x in grid] for run in runs]
-    return {"cost": grid, "mean": [statistics.mean(c) for c in zip(*rewards)],
-            "std": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*rewards)],
-            "seconds": [statistics.mean(at(run["cost"], run["seconds"], x) for run in runs) for x in grid]}
+    return {
+        "cost": grid,
+        "mean": [statistics.mean(c) for c in zip(*rewards)],
+        "std": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*rewards)],
+        "seconds": [statistics.mean(at(run["cost"], run["seconds"], x) for run in runs) for x in grid],
+    }
 
 
 def ratio(runs: list[dict], tree_runs: list[dict], budget: float) -> float | None:
@@ -66,20 +83,29 @@ def baseline(methods: dict) -> str:
 
 
 def compare(results: dict, snr: dict) -> None:
-    """Fill in every method's mean curve, its final reward, SNR, and how much more it costs than each tree for the reward it ends at."""
+    """Fill in every method's mean curve, its final reward, SNR, and how much more it costs than each tree for the
+    reward it ends at.
+    """
     budget = results["budget"]
     counts = [len(row["runs"]) for row in results["methods"].values()]
     results["seeds"] = min([n for n in counts if n >= 3] or counts)  # methods of a run that was stopped are left out
-    found = results["methods"] = {name: {**row, "runs": row["runs"][:results["seeds"]]} for name, row in results["methods"].items()
-                                  if len(row["runs"]) >= results["seeds"]}
+    found = results["methods"] = {
+        name: {**row, "runs": row["runs"][: results["seeds"]]}
+        for name, row in results["methods"].items()
+        if len(row["runs"]) >= results["seeds"]
+    }
     window = [at(run["cost"], run["reward"], budget) for run in found[baseline(found)]["runs"]]
     for name, row in found.items():
         row["curve"] = mean_curve(row["runs"], budget)
         row["final"], row["final_std"] = row["curve"]["mean"][-1], row["curve"]["std"][-1]
-        row["final_minus_window"] = interval([at(run["cost"], run["reward"], budget) - w for run, w in zip(row["runs"], window)])
+        row["final_minus_window"] = interval(
+            [at(run["cost"], run["reward"], budget) - w for run, w in zip(row["runs"], window)]
+        )
         row["intact"] = statistics.mean(run["intact"][-1] for run in row["runs"])
         row["snr_per_cost"] = snr.get("methods", {}).get(name, {}).get("snr_per_cost")
-        row["cost_ratio"] = {tree: ratio(row["runs"], found[tree]["runs"], budget) for tree in found if tree.startswith("tree")}
+        row["cost_ratio"] = {
+            tree: ratio(row["runs"], found[tree]["runs"], budget) for tree in found if tree.startswith("tree")
+        }
         tree = DEFAULT if DEFAULT in found else next(name for name in found if name.startswith("tree"))
         row["cost_ratio_to_tree"] = row["cost_ratio"][tree]
         row["cost_ratio_5_to_95"] = ratio_range(row["runs"], found[tree]["runs"], budget)
@@ -90,48 +116,83 @@ def number(value, digits=2) -> str:
 
 
 def table(results: dict) -> None:
-    print(f"\n{results['model']}, {results['reward']} reward, {results['seeds']} seeds, {results['budget']:.0f} cost units per run")
-    print(f"{'':18}{'rate':>8}{'iterations':>11}{'final reward':>18}{'minus window (95 %)':>22}{'intact':>8}{'SNR/1000':>10}{'seconds':>9}"
-          "   its cost / a tree's cost for its final reward")
+    print(
+        f"\n{results['model']}, {results['reward']} reward, {results['seeds']} seeds, {results['budget']:.0f} cost "
+        "units per run"
+    )
+    print(
+        f"{'':18}{'rate':>8}{'iterations':>11}{'final reward':>18}"
+        f"{'minus window (95 %)':>22}{'intact':>8}{'SNR/1000':>10}{'seconds':>9}"
+        "   its cost / a tree's cost for its final reward"
+    )
     for name, row in results["methods"].items():
         gap, low_high = row["final_minus_window"], " .. ".join(map(number, row["cost_ratio_5_to_95"]))
         ratios = "   ".join(f"{tree} {number(value)}" for tree, value in row["cost_ratio"].items())
         iterations = statistics.mean(run["iterations"] for run in row["runs"])
-        print(f"{name:18}{row['learning_rate']:8g}{iterations:11.1f}{row['final']:10.3f} +-{row['final_std']:5.3f}{gap['difference']:+13.3f} +-"
-              f"{gap['interval']:6.3f}{row['intact']:8.2f}{number(row['snr_per_cost']):>10}{row['curve']['seconds'][-1]:9.1f}   "
-              f"{ratios}   ({DEFAULT}: {low_high})")
+        print(
+            f"{name:18}{row['learning_rate']:8g}{iterations:11.1f}{row['final']:10.3f} "
+            f"+-{row['final_std']:5.3f}{gap['difference']:+13.3f} +-"
+            f"{gap['interval']:6.3f}{row['intact']:8.2f}{number(row['snr_per_cost']):>10}"
+            f"{row['curve']['seconds'][-1]:9.1f}   "
+            f"{ratios}   ({DEFAULT}: {low_high})"
+        )
     levels_table(results)
 
 
 def levels_table(results: dict) -> None:
-    """Cost, and share of intact pictures, where the mean curves first reach some rewards on the way to the window baseline's last one."""
+    """Cost, and share of intact pictures, where the mean curves first reach some rewards on the way to the window
+    baseline's last one.
+    """
     methods, budget = results["methods"], results["budget"]
     window = methods[baseline(methods)]
     first, last = window["curve"]["mean"][0], window["final"]
     levels = [first + (last - first) * share for share in (0.5, 0.75, 1.0)]
     results["cost_to_reach"] = {}
-    print(f"{'cost to reach':18}" + "".join(f"{level:20.3f}" for level in levels) + "   (share of pictures with the asked colours there)")
+    print(
+        f"{'cost to reach':18}"
+        + "".join(f"{level:20.3f}" for level in levels)
+        + "   (share of pictures with the asked colours there)"
+    )
     for name, row in methods.items():
         costs = [cost_to_reach(row["curve"], level) for level in levels]
-        intact = [cost and statistics.mean(at(run["cost"], run["intact"], min(cost, budget)) for run in row["runs"]) for cost in costs]
-        results["cost_to_reach"][name] = [{"reward": level, "cost": cost, "intact": share} for level, cost, share in zip(levels, costs, intact)]
+        intact = [
+            cost and statistics.mean(at(run["cost"], run["intact"], min(cost, budget)) for run in row["runs"])
+            for cost in costs
+        ]
+        results["cost_to_reach"][name] = [
+            {"reward": level, "cost": cost, "intact": share} for level, cost, share in zip(levels, costs, intact)
+        ]
         print(f"{name:18}" + "".join(f"{number(cost, 0):>12}  ({number(share)})" for cost, share in zip(costs, intact)))
 
 
 def ablation_table(results: dict) -> None:
-    print(f"\nablations of {results['default']} with 2 prompts: {results['model']}, {results['reward']} reward, {results['seeds']} seeds, "
-          f"{results['budget']:.0f} cost units; final reward, difference to the default with its 95 % interval")
+    print(
+        f"\nablations of {results['default']} with 2 prompts: {results['model']}, {results['reward']} reward, "
+        f"{results['seeds']} seeds, "
+        f"{results['budget']:.0f} cost units; final reward, difference to the default with its 95 % interval"
+    )
     for name, row in results["variants"].items():
         sure = "" if abs(row["difference"]) <= row["interval"] else "  *"
-        print(f"  {name:36}{row['final']:8.4f}{row['difference']:+9.4f} +- {row['interval']:.4f}  n={len(row['runs'])}{sure}")
+        print(
+            f"  {name:36}{row['final']:8.4f}{row['difference']:+9.4f} +- {row['interval']:.4f}  "
+            f"n={len(row['runs'])}{sure}"
+        )
 
 
 def plot(panels: list[dict], path: Path) -> None:
     """Mean reward against cost, a band of one standard deviation, one panel per model and reward."""
     from PIL import Image, ImageDraw, ImageFont
-    colours = {"independent": (130, 130, 138), "window": (225, 110, 20), "tree_b3w3": (24, 100, 200), "tree_b4w2": (20, 140, 90),
-               "window_inner2": (200, 70, 90), "tree_b3w3_inner2": (0, 150, 200), "window_1prompt": (220, 160, 40),
-               "tree_b3w3_1prompt": (140, 60, 180)}
+
+    colours = {
+        "independent": (130, 130, 138),
+        "window": (225, 110, 20),
+        "tree_b3w3": (24, 100, 200),
+        "tree_b4w2": (20, 140, 90),
+        "window_inner2": (200, 70, 90),
+        "tree_b3w3_inner2": (0, 150, 200),
+        "window_1prompt": (220, 160, 40),
+        "tree_b3w3_1prompt": (140, 60, 180),
+    }
     width, height, columns = 620, 380, min(2, len(panels))
     lines = -(-len(panels) // columns)
     picture = Image.new("RGB", (width * columns, height * lines), "white")
@@ -145,9 +206,13 @@ def plot(panels: list[dict], path: Path) -> None:
         high = max(m + s for c in curves.values() for m, s in zip(c["mean"], c["std"]))
 
         def place(cost, reward):
-            return left + (right - left) * cost / results["budget"], bottom - (bottom - top) * (reward - low) / (high - low)
+            return left + (right - left) * cost / results["budget"], bottom - (bottom - top) * (reward - low) / (
+                high - low
+            )
 
-        title = f"{results['model']}, {results['reward']} reward: mean and standard deviation of {results['seeds']} seeds"
+        title = (
+            f"{results['model']}, {results['reward']} reward: mean and standard deviation of {results['seeds']} seeds"
+        )
         draw.text((left, top - 24), title, fill="black", font=font)
         for i in range(5):
             reward, cost = low + (high - low) * i / 4, results["budget"] * i / 4
@@ -168,17 +233,27 @@ def plot(panels: list[dict], path: Path) -> None:
 def tail_table(results: dict) -> None:
     for model in (name for name in results if isinstance(results[name], dict)):
         for q, row in results[model].items():
-            print(f"{model} q {q}: distance {row['relative_distance']:.3f} of the latent's length, {row['distance_to_spread']:.2f} of the spread "
-                 f"in a group; Spearman size {row['spearman_size']:.3f}, shape {row['spearman_shape']:.3f}; size by window start "
-                  + " ".join(f"{place['start']}:{place['spearman_size']:.2f}" for place in row["per_start"]))
+            print(
+                f"{model} q {q}: distance {row['relative_distance']:.3f} of the latent's length, "
+                f"{row['distance_to_spread']:.2f} of the spread "
+                f"in a group; Spearman size {row['spearman_size']:.3f}, shape {row['spearman_shape']:.3f}; size by "
+                "window start "
+                + " ".join(f"{place['start']}:{place['spearman_size']:.2f}" for place in row["per_start"])
+            )
 
 
 def snr_table(results: dict, name: str) -> None:
     window = results["methods"].get("window", {}).get("snr_per_cost")
-    print(f"\ngradient signal-to-noise per 1,000 cost units, {name}, {results['seeds']} gradients each (in brackets: within one window start)")
+    print(
+        f"\ngradient signal-to-noise per 1,000 cost units, {name}, {results['seeds']} gradients each (in brackets: "
+        "within one window start)"
+    )
     for method, row in results["methods"].items():
-        print(f"  {method:24}{row['snr_per_cost']:7.2f} +- {row['standard_error']:.2f}   ({row['snr_per_cost_within_window']:.2f} +- "
-              f"{row['standard_error_within_window']:.2f})   {row['snr_per_cost'] / window if window else 0:.1f}x window")
+        print(
+            f"  {method:24}{row['snr_per_cost']:7.2f} +- {row['standard_error']:.2f}   "
+            f"({row['snr_per_cost_within_window']:.2f} +- "
+            f"{row['standard_error_within_window']:.2f})   {row['snr_per_cost'] / window if window else 0:.1f}x window"
+        )
 
 
 def read(path: Path) -> dict:
@@ -198,11 +273,15 @@ def report(folder: Path, target: Path | None = None) -> None:
         if snr:
             snr_table(snr, name)
     if panels:
+
         def short(methods):
             return {name: {key: value for key, value in row.items() if key != "runs"} for name, row in methods.items()}
+
         joined = {name: {**results, "methods": short(results["methods"])} for name, results in panels.items()}
         first = next(iter(joined.values()))
-        host.save({"seeds": first["seeds"], "methods": first["methods"], "all": joined}, target or folder / "learning.json")
+        host.save(
+            {"seeds": first["seeds"], "methods": first["methods"], "all": joined}, target or folder / "learning.json"
+        )
         plot(list(panels.values()), folder / "learning.png")
     if ablations := read(folder / "ablations.json"):
         ablation_table(ablations)

@@ -1,10 +1,11 @@
 """What Tree Sampler costs beside ComfyUI's own KSampler: branching 1, no noise, the same seeds, sigmas and forwards.
 
-All are run in turn in one process, so that only ratios count. "sampler" is Tree Sampler with the LoRA switched off: the same
-arithmetic as KSampler, so the ratio is what sampling trees costs. "policy" is Tree Sampler with the live LoRA, which does
-more arithmetic than KSampler: in the tiny models, rank 8 at width 128 is 8 % more multiplications; in FLUX, rank 32 at width
-3072, 1.4 %. "merged" is KSampler with the same LoRA merged into the weights.
+All are run in turn in one process, so that only ratios count. "sampler" is Tree Sampler with the LoRA switched off: the
+same arithmetic as KSampler, so the ratio is what sampling trees costs. "policy" is Tree Sampler with the live LoRA,
+which does more arithmetic than KSampler: in the tiny models, rank 8 at width 128 is 8 % more multiplications; in FLUX,
+rank 32 at width 3072, 1.4 %. "merged" is KSampler with the same LoRA merged into the weights.
 """
+
 import statistics
 
 import host
@@ -12,6 +13,7 @@ import host
 
 def measure(pack, model: str, repeats: int, steps: int, batch: int, rank: int, size: int) -> dict:
     import torch
+
     graph = host.graph(pack, model)
     policy = graph.policy(rank=rank, targets="attention")
     with torch.inference_mode(False), torch.no_grad():  # adapters that do something
@@ -21,6 +23,7 @@ def measure(pack, model: str, repeats: int, steps: int, batch: int, rank: int, s
     positive, _ = graph.prompts("a red circle on a white background")
     with torch.inference_mode():
         from comfy_extras.nodes_train import LoraModelLoader
+
         merged = LoraModelLoader.execute(graph.model, graph.call("ToLora", policy=policy)[0], 1.0)
         merged = merged.result[0] if hasattr(merged, "result") else merged[0]
     shape, quiet, sigmas = graph.shape(branching=1, depth=1, trees=batch), graph.noise(level=0.0), graph.sigmas(steps)
@@ -47,24 +50,51 @@ def measure(pack, model: str, repeats: int, steps: int, batch: int, rank: int, s
         with host.Peak() as peak:
             work()
         peaks[name] = peak.bytes
-    ratios = {name: statistics.median(a / b for a, b in zip(seconds[name], seconds["ksampler"])) for name in ("sampler", "policy", "merged")}
-    return {"forwards": sampled.rollout_forwards, "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-            "ratio_to_ksampler": ratios, "peak_bytes": peaks, "max_difference": difference}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["ksampler"]))
+        for name in ("sampler", "policy", "merged")
+    }
+    return {
+        "forwards": sampled.forwards,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "ratio_to_ksampler": ratios,
+        "peak_bytes": peaks,
+        "max_difference": difference,
+    }
 
 
 def main():
-    options = host.arguments(__doc__, repeats=(9, "runs of each"), steps=(10, "sampling steps"), batch=(1, "images"), rank=(8, "LoRA rank"),
-                             size=(512, "image size in pixels"))
+    options = host.arguments(
+        __doc__,
+        repeats=(9, "runs of each"),
+        steps=(10, "sampling steps"),
+        batch=(1, "images"),
+        rank=(8, "LoRA rank"),
+        size=(512, "image size in pixels"),
+    )
     pack = host.load_pack()
     import comfy.utils
+
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    results = {"device": host.device(), "size": options.size, "batch": options.batch, "steps": options.steps, "rank": options.rank}
+    results = {
+        "device": host.device(),
+        "size": options.size,
+        "batch": options.batch,
+        "steps": options.steps,
+        "rank": options.rank,
+    }
     for model in ("flux", "sd3"):
-        row = results[model] = measure(pack, model, options.repeats, options.steps, options.batch, options.rank, options.size)
+        row = results[model] = measure(
+            pack, model, options.repeats, options.steps, options.batch, options.rank, options.size
+        )
         ratio, peak = row["ratio_to_ksampler"], row["peak_bytes"]
-        print(f"{model}: Tree Sampler / KSampler = {ratio['sampler']:.3f} (target: at most 1.05); with the live LoRA {ratio['policy']:.3f}; "
-              f"{row['forwards']} forwards each; peak memory {peak['sampler'] / 2**20:.0f} against {peak['ksampler'] / 2**20:.0f} MiB; "
-              f"live against merged LoRA, largest difference {row['max_difference']:.1e}")
+        print(
+            f"{model}: Tree Sampler / KSampler = {ratio['sampler']:.3f} (target: at most 1.05); with the live LoRA "
+            f"{ratio['policy']:.3f}; "
+            f"{row['forwards']} forwards each; peak memory {peak['sampler'] / 2**20:.0f} against "
+            f"{peak['ksampler'] / 2**20:.0f} MiB; "
+            f"live against merged LoRA, largest difference {row['max_difference']:.1e}"
+        )
     print(f"on {results['device']}, {options.size} px, batch {options.batch}, {options.steps} steps")
     host.save(results, options.json)
 

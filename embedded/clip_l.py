@@ -24,7 +24,12 @@ def shapes_and_scales() -> dict[str, tuple[tuple[int, ...], float]]:
     }
     for i in range(LAYERS):
         layer = f"text_model.encoder.layers.{i}"
-        for name, gain in (("q_proj", QUERY_KEY), ("k_proj", QUERY_KEY), ("v_proj", VALUE_OUT), ("out_proj", VALUE_OUT)):
+        for name, gain in (
+            ("q_proj", QUERY_KEY),
+            ("k_proj", QUERY_KEY),
+            ("v_proj", VALUE_OUT),
+            ("out_proj", VALUE_OUT),
+        ):
             table[f"{layer}.self_attn.{name}.weight"] = ((WIDTH, WIDTH), gain * unit)
         table[f"{layer}.mlp.fc1.weight"] = ((wide, WIDTH), MLP * unit)
         table[f"{layer}.mlp.fc2.weight"] = ((WIDTH, wide), MLP * unit / 2)

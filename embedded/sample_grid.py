@@ -1,6 +1,6 @@
 """Sample the embedded models through ComfyUI's own loaders and KSampler, save a grid and report how good it is.
 
-    python embedded/sample_grid.py flux|sd3 --comfyui PATH [--grid FILE.png] [--each 2] [--steps 10] [--cfg 1]
+python embedded/sample_grid.py flux|sd3 --comfyui PATH [--grid FILE.png] [--each 2] [--steps 10] [--cfg 1]
 """
 
 import argparse
@@ -32,7 +32,8 @@ def load(kind: str, folder: Path = FOLDER) -> tuple:
 
     model = comfy.sd.load_diffusion_model(str(folder / f"{kind}.safetensors"))
     clip = comfy.sd.load_text_encoder_state_dicts([random_clip_l()], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    vae = comfy.sd.VAE(sd=shapes.vae_state_dict(kind, folder / "vae.safetensors"))
+    form = model.model.latent_format
+    vae = comfy.sd.VAE(sd=shapes.vae_state_dict(form.scale_factor, form.shift_factor, folder / "vae.safetensors"))
     return model, clip, vae
 
 

@@ -28,8 +28,9 @@ COLOURS = {
 BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.50, 0.50, 0.50), "black": (0.04, 0.04, 0.04)}
 FOLDER = Path(__file__).resolve().parent
 
-# ComfyUI turns a VAE's latent x into (x - shift) * scale before the diffusion model sees it.
-LATENT_FORMATS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609)}
+# ComfyUI turns a VAE's latent x into (x - shift) * scale before the diffusion model sees it. The file is in FLUX's
+# units.
+SCALE, SHIFT = 0.3611, 0.1159
 
 
 def captions() -> list[str]:
@@ -96,7 +97,9 @@ def draw(
 def foreground(images: Tensor, threshold: float = 0.2) -> Tensor:
     """Mask [B, H, W]: where some channel differs from the background, the mean of the four 3 px corners."""
     c = 3
-    corners = torch.cat([images[..., a, b].flatten(2) for a in (slice(c), slice(-c, None)) for b in (slice(c), slice(-c, None))], 2)
+    corners = torch.cat(
+        [images[..., a, b].flatten(2) for a in (slice(c), slice(-c, None)) for b in (slice(c), slice(-c, None))], 2
+    )
     back = corners.median(2).values[:, :, None, None]
     return (images - back).abs().amax(1) > threshold
 
@@ -155,7 +158,10 @@ def load_classifier(path: Path | str = FOLDER / "classifier.safetensors") -> Sha
 
 
 def score(images: Tensor, index: Tensor, classifier: ShapeClassifier) -> dict[str, Tensor]:
-    """Per image: is the shape, colour, background right, how sure the classifier is of the asked shape, and the size."""
+    """Per image:
+
+    is the shape, colour, background right, how sure the classifier is of the asked shape, and the size.
+    """
     if images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.movedim(-1, 1)
     shape, colour, background = labels(index.to(images.device))
@@ -170,18 +176,19 @@ def score(images: Tensor, index: Tensor, classifier: ShapeClassifier) -> dict[st
     }
 
 
-def vae_state_dict(kind: str = "flux", path: Path | str = FOLDER / "vae.safetensors") -> dict[str, Tensor]:
-    """The embedded VAE, in the units of `kind` ("flux" or "sd3"): the network is one, its last scale and shift are two.
+def vae_state_dict(
+    scale_to: float = SCALE, shift_to: float = SHIFT, path: Path | str = FOLDER / "vae.safetensors"
+) -> dict[str, Tensor]:
+    """The embedded VAE for a model whose latent format has this scale and shift.
 
-    FLUX and SD3 scale latents differently (factor 4.2). The file is in FLUX's units; for SD3 the two numbers
-    `vae_scale` and `vae_shift` are replaced, so that both diffusion models see latents of unit variance.
+    FLUX and SD3 scale latents differently (factor 4.2): the two numbers `vae_scale` and `vae_shift` are replaced, so
+    that every diffusion model sees latents of unit variance.
     """
     from safetensors.torch import load_file
 
     sd = load_file(str(path))
     scale, shift = sd["vae_scale"].double(), sd["vae_shift"].double()
-    (scale_from, shift_from), (scale_to, shift_to) = LATENT_FORMATS["flux"], LATENT_FORMATS[kind]
-    # x_kind = z / scale + shift, and (x_kind - shift_to) * scale_to has to be the same number for both kinds
-    sd["vae_scale"] = (scale * scale_to / scale_from).float()
-    sd["vae_shift"] = ((shift - shift_from) * scale_from / scale_to + shift_to).float()
+    # x = z / scale + shift, and (x - shift_to) * scale_to has to be the same number for every model
+    sd["vae_scale"] = (scale * scale_to / SCALE).float()
+    sd["vae_shift"] = ((shift - SHIFT) * SCALE / scale_to + shift_to).float()
     return sd

@@ -2,8 +2,8 @@
 
     python embedded/train.py classifier|vae|flux|sd3 --comfyui PATH [--steps N] [--batch N] [--seed N]
 
-In this order for a fresh set: `flux` and `sd3` learn on latents of the saved `vae.safetensors`. Seeded; alone on two CPU
-cores a few minutes each for the first two, some 15 for the others. Files land next to this script (or in --out).
+In this order for a fresh set: `flux` and `sd3` learn on latents of the saved `vae.safetensors`. Seeded; alone on two
+CPU cores a few minutes each for the first two, some 15 for the others. Files land next to this script (or in --out).
 """
 
 import argparse
@@ -152,7 +152,7 @@ def train_vae(steps: int, batch: int, out: Path, generator: torch.Generator) -> 
         with torch.no_grad():
             latent = encoder(images)
             error = F.mse_loss(decoder(latent).clamp(0, 1), images)
-        factor, shift = shapes.LATENT_FORMATS["flux"]
+        factor, shift = shapes.SCALE, shapes.SHIFT
         vae.vae_scale.data = factor * latent.std()
         vae.vae_shift.data = shift - latent.mean() / (factor * latent.std())
         write(vae.state_dict(), out / "vae.safetensors", torch.float16)
@@ -177,10 +177,10 @@ def latents(kind: str, folder: Path, each: int, generator: torch.Generator) -> T
     import comfy.latent_formats
     import comfy.sd
 
-    vae = comfy.sd.VAE(sd=shapes.vae_state_dict(kind, folder / "vae.safetensors"))
+    form = {"flux": comfy.latent_formats.Flux, "sd3": comfy.latent_formats.SD3}[kind]()
+    vae = comfy.sd.VAE(sd=shapes.vae_state_dict(form.scale_factor, form.shift_factor, folder / "vae.safetensors"))
     network = vae.first_stage_model  # the zero blocks are two thirds of the work
     network.taesd_encoder = without_blocks(network.taesd_encoder, ZERO_BLOCKS["taesd_encoder"])
-    form = {"flux": comfy.latent_formats.Flux, "sd3": comfy.latent_formats.SD3}[kind]()
     rows = []
     for caption in range(96):
         images = shapes.draw(torch.full((each,), caption), generator)

@@ -1,20 +1,57 @@
 """TreeRPO's nodes, one file per stage of the graph, in the order an artist wires them."""
-from .look import Preflight
-from .pick import HumanRewardNode, PickWinner
-from .policy import PolicyNode, Prompts, TinyModel
-from .reward import CombineRewards, ImageFolder, ScoreImages
-from .reward_models import (AestheticLoader, ClipScoreLoader, HpsLoader, ImageMeasure, ImageRewardLoader, ImageSimilarity, PickScoreLoader,
-                            ServerRewardNode)
-from .sample import TreeSampler
-from .save import PolicyToLora, SaveTreeLora
-from .shape import DepthNoise, Shape
-from .train import Advantages, GRPOUpdate, LayerTuningUpdate
-from .trainer import ObjectiveNode, PromptListNode, TrainerNode
-from .tree_view import TreeView
 
-NODES = [TinyModel, Prompts, PolicyNode, Shape, DepthNoise, TreeSampler,
-         ImageRewardLoader, HpsLoader, PickScoreLoader, ClipScoreLoader, AestheticLoader, ImageSimilarity, ImageMeasure, ServerRewardNode,
-         CombineRewards, ImageFolder, ScoreImages, Advantages, GRPOUpdate, LayerTuningUpdate,
-         PromptListNode, ObjectiveNode, Preflight, TrainerNode, PolicyToLora, SaveTreeLora,
-         TreeView,
-         HumanRewardNode, PickWinner]
+from .preflight import PreflightNode
+from .pick import HumanRewardNode, PickWinnerNode
+from .policy import PolicyNode, TinyModelNode
+from .prompts import PromptListNode, PromptsNode
+from .reward import CombineRewardsNode, ImageFolderNode, ScoreImagesNode
+from .reward_models import (
+    AestheticNode,
+    ClipScoreNode,
+    HpsNode,
+    ImageMeasureNode,
+    ImageRewardNode,
+    ImageSimilarityNode,
+    PickScoreNode,
+    ServerRewardNode,
+)
+from .sample import TreeSamplerNode
+from .save import PolicyToLoraNode, SaveTreeLoraNode
+from .shape import DepthNoiseNode, TreeShapeNode
+from .advantages import AdvantagesNode
+from .objective import ObjectiveNode
+from .update import LayerTuningNode, UpdateNode
+from .trainer import TrainerNode
+from .tree_view import TreeViewNode
+
+NODES = [
+    TinyModelNode,
+    PromptsNode,
+    PolicyNode,
+    TreeShapeNode,
+    DepthNoiseNode,
+    TreeSamplerNode,
+    ImageRewardNode,
+    HpsNode,
+    PickScoreNode,
+    ClipScoreNode,
+    AestheticNode,
+    ImageSimilarityNode,
+    ImageMeasureNode,
+    ServerRewardNode,
+    CombineRewardsNode,
+    ImageFolderNode,
+    ScoreImagesNode,
+    AdvantagesNode,
+    UpdateNode,
+    LayerTuningNode,
+    PromptListNode,
+    ObjectiveNode,
+    PreflightNode,
+    TrainerNode,
+    PolicyToLoraNode,
+    SaveTreeLoraNode,
+    TreeViewNode,
+    HumanRewardNode,
+    PickWinnerNode,
+]

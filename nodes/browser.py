@@ -1,4 +1,5 @@
 """What reaches the browser beside a node's outputs: events, status lines, and images in ComfyUI's temp folder."""
+
 import sys
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def send_text(text: str, node_id) -> None:
 
 
 def temporary(subfolder: str, names: list[str], kept: int) -> tuple[Path, list[dict]]:
-    """The folder for images of these names, made if need be, and what /view needs to find each. Of earlier images only the newest `kept` stay: a long run
-    must not fill the disk."""
+    """The folder for images of these names, made if need be, and what /view needs to find each. Of earlier images only
+    the newest `kept` stay: a long run must not fill the disk.
+    """
     folder = Path(folder_paths.get_temp_directory()) / subfolder
     folder.mkdir(parents=True, exist_ok=True)
     for old in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime)[:-kept]:

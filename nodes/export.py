@@ -1,4 +1,8 @@
-"""run.yaml beside a run: what the Trainer node does, written down for the trainer without ComfyUI (core/launch.py, docs/scaling.md)."""
+"""run.yaml beside a run:
+
+what the Trainer node does, written down for the trainer without ComfyUI (standalone/launch.py, docs/scaling.md).
+"""
+
 import dataclasses
 import hashlib
 import json
@@ -9,42 +13,74 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..core.checkpoint import write_atomically
-from ..core.config import FILL_IN, AdapterConfig, Config, ModelConfig, PromptConfig, RewardConfig, RunConfig, SamplingConfig, dump
-from ..core.rewards.combine import parts
+from ..core.files import write_atomically
+from ..core.hosts.comfy_host import encode
+from ..core.rewards.combine import Combined, parts
 from ..core.rewards.measure import Measure
 from ..core.rewards.server import ServerReward
+from ..core.runs.config import (
+    FILL_IN,
+    AdapterConfig,
+    Config,
+    ModelConfig,
+    PromptConfig,
+    RewardConfig,
+    RunConfig,
+    SamplingConfig,
+    dump,
+)
 from ..embedded.shapes import FOLDER as EMBEDDED
-from .policy import encode
 
 LARGEST = 5e8  # bytes of text features on an artist's disk: about 200 prompts of FLUX
 NEGATIVE = "(the Trainer's negative)"
 HEAD = """The Trainer node's settings, written anew whenever it starts. Train on without ComfyUI, on one GPU or many:
-    python -m core.launch train --config run.yaml
-    accelerate launch -m core.launch train --config run.yaml
-from TreeRPO's folder. It goes on with the run in this folder; --folder DIR begins a new one. Never train one run in two places at once."""
+    python -m standalone.launch train --config run.yaml
+    accelerate launch -m standalone.launch train --config run.yaml
+from TreeRPO's folder. It goes on with the run in this folder; --folder DIR begins a new one.
+Never train one run in two places at once."""
 
 
 def export(run, host, prompts, shape, schedule, objective, settings, reward, judge, iterations: int) -> None:
-    """Write run.yaml and conditioning.safetensors into the run's folder. Whatever goes wrong is logged: the run itself must not fail for it."""
+    """Write run.yaml and conditioning.safetensors into the run's folder.
+
+    Whatever goes wrong is logged: the run itself must not fail for it.
+    """
     try:
         notes: dict[str, str] = {}
         texts = [*prompts.train, *(prompts.held_out if settings.evaluate_every else [])]
         conditioning = write_conditioning(run.folder / "conditioning.safetensors", host, texts)
         if not conditioning:
-            notes["model.conditioning"] = "the text features were not written; without them the source must be the folder of a diffusers pipeline"
-        raw, start = getattr(reward, "raw", False), host.start
+            notes["model.conditioning"] = (
+                "the text features were not written; without them the source must be the folder of a diffusers pipeline"
+            )
+        raw, start = isinstance(reward, Combined) and reward.raw, host.start
         config = Config(
             model=model_part(host.policy, run.config["base_model"], conditioning, notes),
             adapter=AdapterConfig(**{f.name: run.config[f.name] for f in dataclasses.fields(AdapterConfig)}),
             prompts=PromptConfig(list(prompts.train), list(prompts.held_out)),
-            sampling=SamplingConfig(start.shape[3] * 8, start.shape[2] * 8, len(host.sigmas) - 1, sigmas=host.sigmas.tolist(), cfg=host.cfg,
-                                    negative=NEGATIVE if host.cfg != 1 else ""),
-            shape=shape, noise=schedule, objective=objective, settings=settings, rewards=reward_part(reward, "rewards", notes),
-            judge=reward_part(judge, "judge", notes) if judge is not None else [], run=RunConfig(run.folder.name, ".", iterations, raw))
+            sampling=SamplingConfig(
+                start.shape[3] * 8,
+                start.shape[2] * 8,
+                len(host.sigmas) - 1,
+                sigmas=host.sigmas.tolist(),
+                cfg=host.cfg,
+                negative=NEGATIVE if host.cfg != 1 else "",
+            ),
+            shape=shape,
+            noise=schedule,
+            objective=objective,
+            settings=settings,
+            rewards=reward_part(reward, "rewards", notes),
+            judge=reward_part(judge, "judge", notes) if judge is not None else [],
+            run=RunConfig(run.folder.name, ".", iterations, raw),
+        )
         write_atomically(run.folder / "run.yaml", dump(config, notes, HEAD).encode())
     except Exception as error:
-        logging.warning("TreeRPO: run.yaml was not written (%s: %s); the run itself is not touched by that.", type(error).__name__, error)
+        logging.warning(
+            "TreeRPO: run.yaml was not written (%s: %s); the run itself is not touched by that.",
+            type(error).__name__,
+            error,
+        )
 
 
 def model_part(policy, name: str, conditioning: str, notes: dict[str, str]) -> ModelConfig:
@@ -56,14 +92,18 @@ def model_part(policy, name: str, conditioning: str, notes: dict[str, str]) -> M
     known = {torch.float32: "float32", torch.float16: "float16"}.get(dtype, "bfloat16")
     part = ModelConfig(str(file) if file else FILL_IN, name, conditioning, FILL_IN, known, policy.checkpointing)
     if file is None:
-        notes["model.source"] = "ComfyUI does not remember this model's file: its path, or the folder of a diffusers pipeline"
+        notes["model.source"] = (
+            "ComfyUI does not remember this model's file: its path, or the folder of a diffusers pipeline"
+        )
     elif file.parent.resolve() == EMBEDDED.resolve():
         part.source = f"embedded/{file.stem}"
     inside = origin is not None and getattr(origin[0], "__name__", "") == "load_checkpoint_guess_config"
     if part.source.startswith("embedded/") or inside:
         part.vae = ""
     else:
-        notes["model.vae"] = "the VAE's file, such as ae.safetensors, or a folder of diffusers; ComfyUI does not remember it"
+        notes["model.vae"] = (
+            "the VAE's file, such as ae.safetensors, or a folder of diffusers; ComfyUI does not remember it"
+        )
     return part
 
 
@@ -75,20 +115,33 @@ def reward_part(reward, section: str, notes: dict[str, str]) -> list[RewardConfi
             options = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name != "kind"}
             entry = RewardConfig("measure", model.kind, weight, options={**options, "target": list(model.target)})
         elif isinstance(model, ServerReward):
-            options = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("address", "check")}
+            options = {
+                f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("address", "check")
+            }
             entry = RewardConfig("server", model.address, weight, options=options)
-        elif getattr(model, "origin", None):
+        elif model.origin is not None:
             kind, path, options = model.origin
-            entry = RewardConfig(kind, str(path), weight, options={name: str(value) for name, value in options.items() if value is not None})
+            entry = RewardConfig(
+                kind,
+                str(path),
+                weight,
+                options={name: str(value) for name, value in options.items() if value is not None},
+            )
         else:
             entry = RewardConfig(FILL_IN, FILL_IN, weight)
-            notes[f"{section}.{number}.kind"] = f"'{model.name}' has no file that could be named here: choose a kind and its path, or take this entry out"
+            notes[f"{section}.{number}.kind"] = (
+                f"'{model.name}' has no file that could be named here: choose a kind and its path, or take this entry "
+                "out"
+            )
         found.append(entry)
     return found
 
 
 def write_conditioning(path: Path, host, texts: list[str]) -> str:
-    """The texts' features as the model gets them, in one file; its name, or "" where they are too large or cannot be written as tensors."""
+    """The texts' features as the model gets them, in one file;
+
+    its name, or "" where they are too large or cannot be written as tensors.
+    """
     entries = [encode(host.clip, text)[0] for text in texts]
     if host.cfg != 1:
         texts, entries = [*texts, NEGATIVE], [*entries, host.negative[0]]

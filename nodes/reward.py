@@ -1,4 +1,5 @@
 """Combining rewards, scoring images with them, and the images of a folder to score."""
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageOps
 
-from ..core import plot
-from ..core.advantage import group_z, total_reward
+from ..core.method.advantage import group_z, total_reward
+from ..core.pictures import plot
 from ..core.rewards.combine import Scores, combine, scores
-from .schema import RewardModel, Rewards, expert, growing, grown, schema
+from .schema import RewardSocket, ScoresSocket, expert, growing, grown, schema
 
 MOST_REWARDS = 16
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -20,27 +21,41 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 @dataclass
 class Scored(Scores):
     """What flows along a REWARDS wire: the scores, and the images for the tree's picture."""
+
     prompts: list[str] = field(default_factory=list)  # one per image
-    images: torch.Tensor | list = ()                  # [B, H, W, 3] in 0..1, or a list of [H, W, 3] of several sizes
+    images: torch.Tensor | list = ()  # [B, H, W, 3] in 0..1, or a list of [H, W, 3] of several sizes
 
 
-class CombineRewards(io.ComfyNode):
+class CombineRewardsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            "TreeRPOCombine", "Combine Rewards",
-            description="Several rewards as one. While learning, each is first compared within its prompt's group on its own scale (z-score), then "
-                        "weighted, so that the one with the larger numbers does not win. TreeGRPO uses 0.8 HPSv2.1 + 0.2 CLIPScore.",
+            "TreeRPOCombine",
+            "Combine Rewards",
+            description="Several rewards as one. While learning, each is first compared within its prompt's group on "
+            "its own scale (z-score), then "
+            "weighted, so that the one with the larger numbers does not win. TreeGRPO uses 0.8 HPSv2.1 + 0.2 "
+            "CLIPScore.",
             search_aliases=["multi reward", "weighted reward", "ensemble"],
             inputs=[
-                growing(RewardModel, "rewards", "reward", MOST_REWARDS),
-                io.String.Input("weights", default="1, 1", tooltip="One number per reward, in their order, such as 0.8, 0.2. Higher = counts more; below 0 "
-                                                                   "= the less, the better. Empty = all count the same."),
-                io.Combo.Input("mode", options=["z-score each, then weight", "raw weighted sum"], default="z-score each, then weight",
-                               tooltip="z-score: rewards of any scale count by their weights. raw: scores are added as they are, so that the reward with the "
-                                       "larger numbers counts more."),
+                growing(RewardSocket, "rewards", "reward", MOST_REWARDS),
+                io.String.Input(
+                    "weights",
+                    default="1, 1",
+                    tooltip="One number per reward, in their order, such as 0.8, 0.2. Higher = counts more; below 0 "
+                    "= the less, the better. Empty = all count the same.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["z-score each, then weight", "raw weighted sum"],
+                    default="z-score each, then weight",
+                    tooltip="z-score: rewards of any scale count by their weights. raw: scores are added as they are, "
+                    "so that the reward with the "
+                    "larger numbers counts more.",
+                ),
             ],
-            outputs=[RewardModel.Output(display_name="reward_model")])
+            outputs=[RewardSocket.Output(display_name="reward_model")],
+        )
 
     @classmethod
     def execute(cls, weights, mode, rewards=None, **inputs) -> io.NodeOutput:
@@ -56,28 +71,47 @@ def numbers(text: str, count: int) -> list[float]:
     try:
         found = [float(word) for word in words] or [1.0] * count
     except ValueError:
-        raise ValueError(f"The weights '{text}' are not numbers: write one number per reward, such as 0.8, 0.2.") from None
+        raise ValueError(
+            f"The weights '{text}' are not numbers: write one number per reward, such as 0.8, 0.2."
+        ) from None
     if len(found) != count:
         raise ValueError(f"There are {len(found)} weights for {count} rewards: write one number per reward, or none.")
     return found
 
 
-class ImageFolder(io.ComfyNode):
+class ImageFolderNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            "TreeRPOFolder", "Image Folder",
-            description="All pictures of a folder, one by one, in the order of their names: to score and rank them, no training involved.",
+            "TreeRPOFolder",
+            "Image Folder",
+            description="All pictures of a folder, one by one, in the order of their names: to score and rank them, "
+            "no training involved.",
             search_aliases=["load images", "batch folder", "rank images"],
             inputs=[
-                io.String.Input("folder", default="", tooltip="A folder inside ComfyUI's input folder; output/... for one inside the output folder. "
-                                                              "Empty = the input folder itself. Links to other folders work."),
-                io.String.Input("prompt", default="", multiline=True, tooltip="For pictures without a text of their own. A file with the picture's name and "
-                                                                             "the ending .txt is that picture's prompt."),
-                io.Int.Input("limit", default=256, min=1, max=100000, tooltip="At most so many pictures. Higher = more memory."),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="A folder inside ComfyUI's input folder; output/... for one inside the output folder. "
+                    "Empty = the input folder itself. Links to other folders work.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="For pictures without a text of their own. A file with the picture's name and "
+                    "the ending .txt is that picture's prompt.",
+                ),
+                io.Int.Input(
+                    "limit", default=256, min=1, max=100000, tooltip="At most so many pictures. Higher = more memory."
+                ),
             ],
-            outputs=[io.Image.Output(display_name="images", is_output_list=True), io.String.Output(display_name="names", is_output_list=True),
-                     io.String.Output(display_name="prompts", is_output_list=True)])
+            outputs=[
+                io.Image.Output(display_name="images", is_output_list=True),
+                io.String.Output(display_name="names", is_output_list=True),
+                io.String.Output(display_name="prompts", is_output_list=True),
+            ],
+        )
 
     @classmethod
     def fingerprint_inputs(cls, folder, prompt, limit):
@@ -92,7 +126,9 @@ class ImageFolder(io.ComfyNode):
         if not files:
             raise ValueError(f"There is no picture in '{folder or 'the input folder'}'.")
         texts = [file.with_suffix(".txt") for file in files]
-        prompts = [text.read_text("utf-8", errors="replace").strip() if text.is_file() else prompt.strip() for text in texts]
+        prompts = [
+            text.read_text("utf-8", errors="replace").strip() if text.is_file() else prompt.strip() for text in texts
+        ]
         return io.NodeOutput([load_picture(file) for file in files], [file.name for file in files], prompts)
 
 
@@ -102,7 +138,10 @@ def picture_folder(text: str) -> Path:
     base = folder_paths.get_output_directory() if parts[:1] == ("output",) else folder_paths.get_input_directory()
     inside = parts[1:] if parts[:1] in (("output",), ("input",)) else parts
     if any(part in ("..", "/") or ":" in part for part in inside):
-        raise ValueError(f"'{text}' is not inside ComfyUI's input folder: move or link the folder there, or write output/... for one in the output folder.")
+        raise ValueError(
+            f"'{text}' is not inside ComfyUI's input folder: move or link the folder there, or write output/... for "
+            "one in the output folder."
+        )
     folder = Path(base).joinpath(*inside)
     if not folder.is_dir():
         raise ValueError(f"There is no folder '{'/'.join(inside)}' in ComfyUI's {Path(base).name} folder.")
@@ -121,27 +160,60 @@ def load_picture(file: Path) -> torch.Tensor:
         raise ValueError(f"The picture {file.name} cannot be read ({error}): remove it from the folder.") from error
 
 
-class ScoreImages(io.ComfyNode):
+class ScoreImagesNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            "TreeRPOScore", "Score Images",
-            description="Scores every image with a reward model, and ranks them. Works on any images, no training needed; for training, connect the "
-                        "decoded leaves of Tree Sampler.",
+            "TreeRPOScore",
+            "Score Images",
+            description="Scores every image with a reward model, and ranks them. Works on any images, no training "
+            "needed; for training, connect the "
+            "decoded leaves of Tree Sampler.",
             search_aliases=["reward", "aesthetic score", "rank images", "best of n", "clip score", "hps", "pickscore"],
-            is_output_node=True, is_input_list=True,
+            is_output_node=True,
+            is_input_list=True,
             inputs=[
-                RewardModel.Input("reward_model"),
+                RewardSocket.Input("reward_model"),
                 io.Image.Input("images"),
-                io.String.Input("prompts", multiline=True, default="", tooltip="One prompt per line. With several, the images are taken in equal "
-                                                                                "parts: the first part belongs to the first prompt, and so on."),
-                io.Int.Input("best_n", default=1, min=1, max=4096, optional=True, tooltip="How many of the best images of each prompt go to the output 'best'."),
-                expert(io.String.Input("names", default="", optional=True, force_input=True, tooltip="Names to show instead of image numbers.")),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="One prompt per line. With several, the images are taken in equal "
+                    "parts: the first part belongs to the first prompt, and so on.",
+                ),
+                io.Int.Input(
+                    "best_n",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    optional=True,
+                    tooltip="How many of the best images of each prompt go to the output 'best'.",
+                ),
+                expert(
+                    io.String.Input(
+                        "names",
+                        default="",
+                        optional=True,
+                        force_input=True,
+                        tooltip="Names to show instead of image numbers.",
+                    )
+                ),
             ],
-            outputs=[Rewards.Output(display_name="rewards"), io.String.Output(display_name="table"),
-                     io.Image.Output(display_name="sheet", tooltip="The images with their scores, as one picture."),
-                     io.Image.Output(display_name="best", is_output_list=True, tooltip="The best images of each prompt, best first."),
-                     io.Int.Output(display_name="order", is_output_list=True, tooltip="Numbers of all images, counted from 0: the best of its prompt first.")])
+            outputs=[
+                ScoresSocket.Output(display_name="rewards"),
+                io.String.Output(display_name="table"),
+                io.Image.Output(display_name="sheet", tooltip="The images with their scores, as one picture."),
+                io.Image.Output(
+                    display_name="best", is_output_list=True, tooltip="The best images of each prompt, best first."
+                ),
+                io.Int.Output(
+                    display_name="order",
+                    is_output_list=True,
+                    tooltip="Numbers of all images, counted from 0: the best of its prompt first.",
+                ),
+            ],
+        )
 
     @classmethod
     def execute(cls, reward_model, images, prompts, best_n=(1,), names=()) -> io.NodeOutput:
@@ -156,9 +228,15 @@ class ScoreImages(io.ComfyNode):
         labels = list(names) if len(names) == len(every) else None
         text = table(found.values, per_image, labels)
         sheet = plot.to_tensor(plot.score_sheet(every, total, per_image, reward.name, labels=labels))
-        best = [every[i][None] for group in order for i in group[:best_n[0]]]
-        return io.NodeOutput(Scored(found.values, found.weights, found.raw, per_image, stacked), text, sheet, best,
-                             [i for group in order for i in group], ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": (text,)})
+        best = [every[i][None] for group in order for i in group[: best_n[0]]]
+        return io.NodeOutput(
+            Scored(found.values, found.weights, found.raw, per_image, stacked),
+            text,
+            sheet,
+            best,
+            [i for group in order for i in group],
+            ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": (text,)},
+        )
 
 
 def spread(texts: list[str], count: int) -> list[str]:
@@ -167,14 +245,18 @@ def spread(texts: list[str], count: int) -> list[str]:
         return texts
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()] or [""]
     if len(texts) > 1 or count % len(lines):
-        raise ValueError(f"{count} images cannot be shared out evenly over {max(len(texts), len(lines))} prompts: give one prompt per line, each with as "
-                         "many images.")
+        raise ValueError(
+            f"{count} images cannot be shared out evenly over {max(len(texts), len(lines))} prompts: give one prompt "
+            "per line, each with as "
+            "many images."
+        )
     return [line for line in lines for _ in range(count // len(lines))]
 
 
 def ranking(found: Scores, total: torch.Tensor, prompts: list[str]) -> list[list[int]]:
-    """Image numbers of each prompt, best first, those without a score last. Several rewards are compared as while learning:
-    z-scored within the prompt's images, then weighted."""
+    """Image numbers of each prompt, best first, those without a score last. Several rewards are compared as while
+    learning: z-scored within the prompt's images, then weighted.
+    """
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(i)
@@ -182,9 +264,13 @@ def ranking(found: Scores, total: torch.Tensor, prompts: list[str]) -> list[list
     for members in groups.values():
         value = total[members]
         if len(found.values) > 1 and not found.raw and len(members) > 1:
-            together = sum(found.weights[name] * group_z(scores[members][None])[0][0] for name, scores in found.values.items())
+            together = sum(
+                found.weights[name] * group_z(scores[members][None])[0][0] for name, scores in found.values.items()
+            )
             value = torch.where(value.isnan(), value, together)
-        ranked.append([members[j] for j in value.nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()])
+        ranked.append(
+            [members[j] for j in value.nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()]
+        )
     return ranked
 
 
@@ -198,6 +284,12 @@ def table(values: dict[str, torch.Tensor], prompts: list[str], names: list[str] 
             continue
         order = found.nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()
         missing = f", {len(found) - len(known)} without a score" if len(known) < len(found) else ""
-        rows.append(f"{name}: mean {known.mean():.4f}, std {known.std(correction=0):.4f}, best {known.max():.4f} (image {order[0]}){missing}")
-        rows += [f"{plot.score_text(float(found[i])):>9}  {names[i] if names else f'image {i:3d}'}  {prompts[i][:60]}" for i in order]
+        rows.append(
+            f"{name}: mean {known.mean():.4f}, std {known.std(correction=0):.4f}, best {known.max():.4f} (image "
+            f"{order[0]}){missing}"
+        )
+        rows += [
+            f"{plot.score_text(float(found[i])):>9}  {names[i] if names else f'image {i:3d}'}  {prompts[i][:60]}"
+            for i in order
+        ]
     return "\n".join(rows)

@@ -1,4 +1,8 @@
-"""Reward models: one loader per model, the measured ones, and a server's. ComfyUI moves their weights to the GPU and back."""
+"""Reward models:
+
+one loader per model, the measured ones, and a server's. ComfyUI moves their weights to the GPU and back.
+"""
+
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,53 +14,110 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..core.backends.comfy import thaw_weights
+from ..core.hosts.comfy import thaw_weights
 from ..core.rewards import load
-from ..core.rewards.files import ENDINGS
 from ..core.rewards import measure as measures
+from ..core.rewards.contract import Reward
+from ..core.rewards.files import ENDINGS
 from ..core.rewards.measure import KINDS, Measure
 from ..core.rewards.server import DEFAULT_INSTRUCTION, DEFAULT_PATTERN, ServerReward
-from .schema import RewardModel, expert, schema
+from .schema import RewardSocket, expert, schema
 
-# Folders under models/ where people keep such weights. Those ComfyUI knows (also from extra_model_paths.yaml) are asked by name.
-FOLDERS = ("rewards", "clip_vision", "aesthetic", "image_reward", "ImageReward", "hps", "hpsv2", "pickscore", "clip", "LLM")
-ACTIVATIONS = 0.5  # of the weights' bytes: room for a batch's activations, on top of the weights themselves. Estimated, not measured.
+# Folders under models/ where people keep such weights. Those ComfyUI knows (also from extra_model_paths.yaml) are asked
+# by name.
+FOLDERS = (
+    "rewards",
+    "clip_vision",
+    "aesthetic",
+    "image_reward",
+    "ImageReward",
+    "hps",
+    "hpsv2",
+    "pickscore",
+    "clip",
+    "LLM",
+)
+# of the weights' bytes: room for a batch's activations, on top of the weights themselves. Estimated, not measured.
+ACTIVATIONS = 0.5
 
 
 @dataclass(frozen=True)
 class Official:
-    """A published weights file: what is said about it when it is missing, and how it is fetched when the user asks for it."""
-    file: str                     # where it is looked for, under models/rewards
+    """A published weights file:
+
+    what is said about it when it is missing, and how it is fetched when the user asks for it.
+    """
+
+    file: str  # where it is looked for, under models/rewards
     size: str
     licence: str
-    source: str                   # owner/name on Hugging Face
-    remote: str                   # file name there
-    hints: tuple[str, ...]        # parts of the file names people use
+    source: str  # owner/name on Hugging Face
+    remote: str  # file name there
+    hints: tuple[str, ...]  # parts of the file names people use
     more: tuple[tuple[str, str], ...] = ()  # (source, remote) of small files that belong beside it
 
 
-IMAGE_REWARD = Official("ImageReward/ImageReward.pt", "1.8 GB", "Apache-2.0", "zai-org/ImageReward", "ImageReward.pt", ("imagereward", "image_reward"),
-                        (("zai-org/ImageReward", "med_config.json"), ("google-bert/bert-base-uncased", "vocab.txt")))
+IMAGE_REWARD = Official(
+    "ImageReward/ImageReward.pt",
+    "1.8 GB",
+    "Apache-2.0",
+    "zai-org/ImageReward",
+    "ImageReward.pt",
+    ("imagereward", "image_reward"),
+    (("zai-org/ImageReward", "med_config.json"), ("google-bert/bert-base-uncased", "vocab.txt")),
+)
 HPS = Official("HPS_v2.1_compressed.pt", "2.0 GB", "Apache-2.0", "xswu/HPSv2", "HPS_v2.1_compressed.pt", ("hps",))
-PICKSCORE = Official("PickScore_v1/model.safetensors", "3.9 GB", "see the source", "yuvalkirstain/PickScore_v1", "model.safetensors", ("pick",),
-                     (("yuvalkirstain/PickScore_v1", "config.json"),))
-CLIPSCORE = Official("clip-vit-large-patch14/model.safetensors", "1.7 GB", "MIT", "openai/clip-vit-large-patch14", "model.safetensors",
-                     ("clip-vit", "clip_vit", "clip-l", "vit-l"), tuple(("openai/clip-vit-large-patch14", name) for name in ("config.json", "tokenizer.json")))
-AESTHETIC = Official("sac+logos+ava1-l14-linearMSE.pth", "4 MB", "Apache-2.0", "camenduru/improved-aesthetic-predictor",
-                     "sac+logos+ava1-l14-linearMSE.pth", ("sac+logos", "aesthetic"))
+PICKSCORE = Official(
+    "PickScore_v1/model.safetensors",
+    "3.9 GB",
+    "see the source",
+    "yuvalkirstain/PickScore_v1",
+    "model.safetensors",
+    ("pick",),
+    (("yuvalkirstain/PickScore_v1", "config.json"),),
+)
+CLIPSCORE = Official(
+    "clip-vit-large-patch14/model.safetensors",
+    "1.7 GB",
+    "MIT",
+    "openai/clip-vit-large-patch14",
+    "model.safetensors",
+    ("clip-vit", "clip_vit", "clip-l", "vit-l"),
+    tuple(("openai/clip-vit-large-patch14", name) for name in ("config.json", "tokenizer.json")),
+)
+AESTHETIC = Official(
+    "sac+logos+ava1-l14-linearMSE.pth",
+    "4 MB",
+    "Apache-2.0",
+    "camenduru/improved-aesthetic-predictor",
+    "sac+logos+ava1-l14-linearMSE.pth",
+    ("sac+logos", "aesthetic"),
+)
 
 
 def folders() -> dict[str, list[Path]]:
     """Places to look in, by the name shown to the user."""
     models = Path(folder_paths.models_dir)
     known = folder_paths.folder_names_and_paths
-    return {name: list(dict.fromkeys([*map(Path, known[name][0] if name in known else ()), models / name])) for name in FOLDERS}
+    return {
+        name: list(dict.fromkeys([*map(Path, known[name][0] if name in known else ()), models / name]))
+        for name in FOLDERS
+    }
 
 
 def weight_files(official: Official, needed: bool = True) -> list[str]:
-    """Files to choose from, as folder/name: the official one first, even when it is missing, then those whose names fit."""
-    found = {f"{name}/{file}".replace("\\", "/") for name, places in folders().items() for place in places if place.is_dir()
-             for file in folder_paths.recursive_search(str(place))[0] if file.endswith(ENDINGS)}
+    """Files to choose from, as folder/name:
+
+    the official one first, even when it is missing, then those whose names fit.
+    """
+    found = {
+        f"{name}/{file}".replace("\\", "/")
+        for name, places in folders().items()
+        for place in places
+        if place.is_dir()
+        for file in folder_paths.recursive_search(str(place))[0]
+        if file.endswith(ENDINGS)
+    }
     first = f"rewards/{official.file}"
     fitting = sorted(file for file in found if any(hint in file.lower() for hint in official.hints))
     return list(dict.fromkeys([*([first] if needed else []), *fitting, *sorted(found)]))
@@ -78,16 +139,25 @@ def find_or_fetch(choice: str, official: Official, download: bool) -> Path:
         raise ValueError(f"There is no file models/{choice} any more: choose another one.")
     target = path or folders()["rewards"][0] / official.file
     if not download:
-        raise ValueError(f"{target.name} is not there yet: put it at models/rewards/{official.file}, or switch on 'download' ({official.size}, licence "
-                         f"{official.licence}, from {official.source} on Hugging Face).")
-    for source, remote, place in ((official.source, official.remote, target), *((s, r, target.with_name(r)) for s, r in official.more)):
+        raise ValueError(
+            f"{target.name} is not there yet: put it at models/rewards/{official.file}, or switch on 'download' "
+            f"({official.size}, licence "
+            f"{official.licence}, from {official.source} on Hugging Face)."
+        )
+    for source, remote, place in (
+        (official.source, official.remote, target),
+        *((s, r, target.with_name(r)) for s, r in official.more),
+    ):
         if not place.is_file():
             fetch(source, remote, place)
     return target
 
 
 def fetch(source: str, remote: str, target: Path) -> None:
-    """Download one file, because the user asked for it. An interrupted download is taken up again and never looks finished."""
+    """Download one file, because the user asked for it.
+
+    An interrupted download is taken up again and never looks finished.
+    """
     try:
         hub = importlib.import_module("huggingface_hub")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,23 +165,32 @@ def fetch(source: str, remote: str, target: Path) -> None:
         if got != target:
             got.replace(target)
     except Exception as error:  # many kinds: no package, no network, no access, no space
-        raise ValueError(f"{remote} could not be downloaded from {source} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}): "
-                         f"download it yourself and put it at {target}.") from error
+        raise ValueError(
+            f"{remote} could not be downloaded from {source} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}): "
+            f"download it yourself and put it at {target}."
+        ) from error
 
 
-class Managed:
-    """A reward model whose weights ComfyUI loads to the GPU when they are needed, and unloads when others need the room."""
+class Managed(Reward):
+    """A reward model whose weights ComfyUI loads to the GPU when they are needed, and unloads when others need the
+    room.
+    """
 
     def __init__(self, scorer, origin: tuple | None = None):
         self.origin = origin  # (kind, path, options) of core.rewards.load, for run.yaml
         self.scorer, self.name = scorer, scorer.name
         scorer.check = comfy.model_management.throw_exception_if_processing_interrupted
         device = comfy.model_management.get_torch_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(scorer.module, load_device=device, offload_device=comfy.model_management.unet_offload_device())
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            scorer.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
+        )
 
     def score(self, images: torch.Tensor, prompts: list[str], differentiable: bool = False) -> torch.Tensor:
         with torch.inference_mode(False):
-            comfy.model_management.load_models_gpu([self.patcher], memory_required=ACTIVATIONS * self.patcher.model_size())
+            comfy.model_management.load_models_gpu(
+                [self.patcher], memory_required=ACTIVATIONS * self.patcher.model_size()
+            )
             if differentiable:
                 thaw_weights(self.scorer.module)
             return self.scorer.score(images, prompts, differentiable)
@@ -123,7 +202,10 @@ def precision() -> torch.dtype:
 
 
 def tokenizer_for(kind: str) -> Path | None:
-    """A vocabulary this machine has, for weights without one beside them: ComfyUI's own copy of CLIP's, or BERT's in models/."""
+    """A vocabulary this machine has, for weights without one beside them:
+
+    ComfyUI's own copy of CLIP's, or BERT's in models/.
+    """
     if kind == "image_reward":
         folder, file = Path(folder_paths.models_dir) / "bert-base-uncased", "vocab.txt"
     else:
@@ -133,6 +215,7 @@ def tokenizer_for(kind: str) -> Path | None:
 
 class WeightsNode(io.ComfyNode):
     """What the loaders share. A subclass names its kind, its official file and its words."""
+
     kind: str
     official: Official
     node: tuple[str, str, str, list[str]]  # id, display name, description, search aliases
@@ -140,16 +223,32 @@ class WeightsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         node_id, name, description, aliases = cls.node
-        return schema(node_id, name, description=description, search_aliases=["reward", *aliases], inputs=cls.inputs(),
-                      outputs=[RewardModel.Output(display_name="reward_model")])
+        return schema(
+            node_id,
+            name,
+            description=description,
+            search_aliases=["reward", *aliases],
+            inputs=cls.inputs(),
+            outputs=[RewardSocket.Output(display_name="reward_model")],
+        )
 
     @classmethod
     def inputs(cls) -> list[io.Input]:
         return [
-            io.Combo.Input("file", options=weight_files(cls.official), default=f"rewards/{cls.official.file}",
-                           tooltip=f"The weights: {cls.official.file} ({cls.official.size}), in models/rewards or another folder where it lies already."),
-            io.Boolean.Input("download", default=False, optional=True,
-                             tooltip=f"Fetch the official file ({cls.official.size}) from {cls.official.source} on Hugging Face if it is missing. Off = never."),
+            io.Combo.Input(
+                "file",
+                options=weight_files(cls.official),
+                default=f"rewards/{cls.official.file}",
+                tooltip=f"The weights: {cls.official.file} ({cls.official.size}), in models/rewards or another folder "
+                "where it lies already.",
+            ),
+            io.Boolean.Input(
+                "download",
+                default=False,
+                optional=True,
+                tooltip=f"Fetch the official file ({cls.official.size}) from {cls.official.source} on Hugging Face if "
+                "it is missing. Off = never.",
+            ),
         ]
 
     @classmethod
@@ -174,44 +273,83 @@ class WeightsNode(io.ComfyNode):
         return cls.node[1]
 
 
-class ImageRewardLoader(WeightsNode):
+class ImageRewardNode(WeightsNode):
     kind, official = "image_reward", IMAGE_REWARD
-    node = ("TreeRPOImageReward", "ImageReward", "How well people would like an image for its prompt (arXiv 2304.05977). Usual values: about -2 to 2. Reads the "
-            "first 35 tokens of a prompt.", ["human preference"])
+    node = (
+        "TreeRPOImageReward",
+        "ImageReward",
+        "How well people would like an image for its prompt (arXiv 2304.05977). Usual values: about -2 to 2. Reads the "
+        "first 35 tokens of a prompt.",
+        ["human preference"],
+    )
 
 
-class HpsLoader(WeightsNode):
+class HpsNode(WeightsNode):
     kind, official = "hps_v2", HPS
-    node = ("TreeRPOHPS", "HPSv2", "Human Preference Score v2 or v2.1 (arXiv 2306.09341), by the file chosen. Usual values: .15 to .37. Needs the package "
-            "open_clip_torch.", ["hpsv2", "human preference"])
+    node = (
+        "TreeRPOHPS",
+        "HPSv2",
+        "Human Preference Score v2 or v2.1 (arXiv 2306.09341), by the file chosen. Usual values: .15 to .37. Needs "
+        "the package "
+        "open_clip_torch.",
+        ["hpsv2", "human preference"],
+    )
 
     @classmethod
     def shown(cls, path):
         return "HPSv2.1" if "2.1" in path.name else "HPSv2"
 
 
-class PickScoreLoader(WeightsNode):
+class PickScoreNode(WeightsNode):
     kind, official = "pickscore", PICKSCORE
-    node = ("TreeRPOPickScore", "PickScore", "Which image people would pick for a prompt (arXiv 2305.01569). Usual values: 18 to 24.", ["human preference"])
+    node = (
+        "TreeRPOPickScore",
+        "PickScore",
+        "Which image people would pick for a prompt (arXiv 2305.01569). Usual values: 18 to 24.",
+        ["human preference"],
+    )
 
 
-class ClipScoreLoader(WeightsNode):
+class ClipScoreNode(WeightsNode):
     kind, official = "clipscore", CLIPSCORE
-    node = ("TreeRPOCLIPScore", "CLIPScore", "How well an image matches its prompt: the cosine of CLIP's features (arXiv 2104.08718). Usual values: .2 to .4. Takes "
-            "CLIP in transformers' or open_clip's format; the latter needs the package open_clip_torch.", ["prompt adherence", "clip similarity"])
+    node = (
+        "TreeRPOCLIPScore",
+        "CLIPScore",
+        "How well an image matches its prompt: the cosine of CLIP's features (arXiv 2104.08718). Usual values: .2 to "
+        ".4. Takes "
+        "CLIP in transformers' or open_clip's format; the latter needs the package open_clip_torch.",
+        ["prompt adherence", "clip similarity"],
+    )
 
 
-class AestheticLoader(WeightsNode):
+class AestheticNode(WeightsNode):
     kind, official = "aesthetic", AESTHETIC
-    node = ("TreeRPOAesthetic", "Aesthetic Score", "LAION's aesthetic predictor v2: how beautiful an image is, whatever the prompt. Usual values: 4 to 7.5. Sits on "
-            "CLIP ViT-L/14: connect a CLIP_VISION, or choose the CLIP's file.", ["laion", "beauty"])
+    node = (
+        "TreeRPOAesthetic",
+        "Aesthetic Score",
+        "LAION's aesthetic predictor v2: how beautiful an image is, whatever the prompt. Usual values: 4 to 7.5. Sits "
+        "on "
+        "CLIP ViT-L/14: connect a CLIP_VISION, or choose the CLIP's file.",
+        ["laion", "beauty"],
+    )
 
     @classmethod
     def inputs(cls):
-        return [*super().inputs(),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="CLIP ViT-L/14 from Load CLIP Vision; shared with other nodes, so no extra memory."),
-                io.Combo.Input("clip_file", options=["(connect clip_vision)", *weight_files(CLIPSCORE, needed=False)], default="(connect clip_vision)",
-                               optional=True, tooltip="Instead of clip_vision: a CLIP ViT-L/14 file.")]
+        return [
+            *super().inputs(),
+            io.ClipVision.Input(
+                "clip_vision",
+                optional=True,
+                tooltip="CLIP ViT-L/14 from Load CLIP Vision; shared with other nodes, so no extra memory.",
+            ),
+            io.Combo.Input(
+                "clip_file",
+                options=["(connect clip_vision)", *weight_files(CLIPSCORE, needed=False)],
+                default="(connect clip_vision)",
+                optional=True,
+                tooltip="Instead of clip_vision: a CLIP ViT-L/14 file.",
+            ),
+        ]
 
     @classmethod
     def validate_inputs(cls, file, clip_file=""):
@@ -225,7 +363,9 @@ class AestheticLoader(WeightsNode):
         clip = weight_path(clip_file)
         if clip is None:
             raise ValueError("Aesthetic Score needs CLIP ViT-L/14: connect a CLIP_VISION, or choose clip_file.")
-        return io.NodeOutput(Managed(load("aesthetic", path, "cpu", precision(), clip=clip), ("aesthetic", path, {"clip": clip})))
+        return io.NodeOutput(
+            Managed(load("aesthetic", path, "cpu", precision(), clip=clip), ("aesthetic", path, {"clip": clip}))
+        )
 
 
 class ClipVisionTower:
@@ -242,43 +382,77 @@ class ClipVisionTower:
         return self.clip_vision.model(pixel_values=pixels.to(self.clip_vision.load_device), intermediate_output=-2)[2]
 
 
-class ImageSimilarity(io.ComfyNode):
+class ImageSimilarityNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            "TreeRPOSimilarity", "Image Similarity",
-            description="How much an image resembles your reference images: the cosine of CLIP Vision's embeddings, at most 1. A style or a character as reward.",
+            "TreeRPOSimilarity",
+            "Image Similarity",
+            description="How much an image resembles your reference images: the cosine of CLIP Vision's embeddings, "
+            "at most 1. A style or a character as reward.",
             search_aliases=["reward", "style reward", "reference image", "clip vision"],
             inputs=[
                 io.ClipVision.Input("clip_vision"),
                 io.Image.Input("reference", tooltip="One or several reference images."),
-                io.Combo.Input("of", options=["mean", "best"], default="mean", tooltip="With several references: the mean of all similarities, or the best one."),
+                io.Combo.Input(
+                    "of",
+                    options=["mean", "best"],
+                    default="mean",
+                    tooltip="With several references: the mean of all similarities, or the best one.",
+                ),
             ],
-            outputs=[RewardModel.Output(display_name="reward_model")])
+            outputs=[RewardSocket.Output(display_name="reward_model")],
+        )
 
     @classmethod
     def execute(cls, clip_vision, reference, of) -> io.NodeOutput:
         with torch.inference_mode(False):
-            return io.NodeOutput(measures.Similarity(reference.clone(), lambda images: clip_vision.encode_image(images).image_embeds, of))
+            return io.NodeOutput(
+                measures.Similarity(reference.clone(), lambda images: clip_vision.encode_image(images).image_embeds, of)
+            )
 
 
-class ImageMeasure(io.ComfyNode):
+class ImageMeasureNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            "TreeRPOMeasure", "Image Measure",
-            description="A reward that is measured in the picture itself, without any model: for trying a graph. Foreground size is the share of "
-                        "pixels that differ from the border's median colour.",
+            "TreeRPOMeasure",
+            "Image Measure",
+            description="A reward that is measured in the picture itself, without any model: for trying a graph. "
+            "Foreground size is the share of "
+            "pixels that differ from the border's median colour.",
             search_aliases=["reward", "brightness", "colour reward", "sharpness", "jpeg size", "compressibility"],
             inputs=[
                 io.Combo.Input("measure", options=list(KINDS), default="foreground size", tooltip="What to measure."),
-                io.Combo.Input("direction", options=["more", "less"], default="more", tooltip="Whether more or less of it is better."),
-                expert(io.String.Input("colour", default="#ff0000", optional=True,
-                                       tooltip="For measure = colour: the colour the picture's mean should come close to, as #rrggbb.")),
-                expert(io.Float.Input("threshold", default=0.25, min=0.01, max=1.7, step=0.01, optional=True,
-                                      tooltip="For foreground size: how far a pixel must be from the background to count. Higher = only strong differences.")),
+                io.Combo.Input(
+                    "direction",
+                    options=["more", "less"],
+                    default="more",
+                    tooltip="Whether more or less of it is better.",
+                ),
+                expert(
+                    io.String.Input(
+                        "colour",
+                        default="#ff0000",
+                        optional=True,
+                        tooltip="For measure = colour: the colour the picture's mean should come close to, as #rrggbb.",
+                    )
+                ),
+                expert(
+                    io.Float.Input(
+                        "threshold",
+                        default=0.25,
+                        min=0.01,
+                        max=1.7,
+                        step=0.01,
+                        optional=True,
+                        tooltip="For foreground size: how far a pixel must be from the background to count. Higher = "
+                        "only strong differences.",
+                    )
+                ),
             ],
-            outputs=[RewardModel.Output(display_name="reward_model")])
+            outputs=[RewardSocket.Output(display_name="reward_model")],
+        )
 
     @classmethod
     def execute(cls, measure, direction, colour="#ff0000", threshold=0.25) -> io.NodeOutput:
@@ -290,7 +464,7 @@ def rgb(text: str) -> tuple[float, float, float]:
     try:
         if len(digits) != 6:
             raise ValueError
-        return tuple(int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4))
+        return tuple(int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))
     except ValueError:
         raise ValueError(f"'{text}' is not a colour: write it as #rrggbb, such as #ff8800.") from None
 
@@ -299,34 +473,119 @@ class ServerRewardNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            "TreeRPOServer", "Server Reward",
-            description="Scores from a server that you run: any HTTP scorer, or a vision language model as judge behind an OpenAI-compatible address. Your images "
-                        "and prompts are sent there when images are scored, and nowhere else. docs/server_reward.md describes both contracts.",
+            "TreeRPOServer",
+            "Server Reward",
+            description="Scores from a server that you run: any HTTP scorer, or a vision language model as judge "
+            "behind an OpenAI-compatible address. Your images "
+            "and prompts are sent there when images are scored, and nowhere else. docs/server_reward.md describes "
+            "both contracts.",
             search_aliases=["reward", "vlm judge", "http reward", "unifiedreward", "llm judge"],
             inputs=[
-                io.String.Input("address", default="http://127.0.0.1:8000/score", tooltip="Where the server answers, for a judge such as "
-                                                                                         "http://127.0.0.1:8000/v1/chat/completions."),
-                io.Combo.Input("protocol", options=["scores", "chat"], default="scores", tooltip="scores: images and prompts as JSON, one number per image back. "
-                                                                                                 "chat: a vision language model is asked about each image."),
+                io.String.Input(
+                    "address",
+                    default="http://127.0.0.1:8000/score",
+                    tooltip="Where the server answers, for a judge such as http://127.0.0.1:8000/v1/chat/completions.",
+                ),
+                io.Combo.Input(
+                    "protocol",
+                    options=["scores", "chat"],
+                    default="scores",
+                    tooltip="scores: images and prompts as JSON, one number per image back. "
+                    "chat: a vision language model is asked about each image.",
+                ),
                 io.String.Input("model", default="", optional=True, tooltip="chat: the model's name on the server."),
-                io.String.Input("instruction", default=DEFAULT_INSTRUCTION, multiline=True, optional=True,
-                                tooltip="chat: what the judge is asked; {prompt} stands for the prompt."),
-                expert(io.String.Input("pattern", default=DEFAULT_PATTERN, optional=True,
-                                       tooltip="chat: a regular expression whose group is the score in the judge's answer.")),
-                expert(io.String.Input("field", default="", optional=True, tooltip="scores: which list to take when the answer holds several.")),
-                expert(io.String.Input("key_variable", default="", optional=True,
-                                       tooltip="Name of an environment variable that holds the server's API key. The key itself is never stored in the graph.")),
-                expert(io.Float.Input("timeout", default=60.0, min=1.0, max=3600.0, optional=True, tooltip="Seconds to wait for an answer.")),
-                expert(io.Int.Input("retries", default=3, min=0, max=20, optional=True, tooltip="How often to try again after a fault of the connection or the "
-                                                                                               "server. Images still without an answer have no score.")),
-                expert(io.Boolean.Input("whole_group", default=False, optional=True, tooltip="Send all images of a prompt in one request, for a server that "
-                                                                                            "compares them with each other.")),
+                io.String.Input(
+                    "instruction",
+                    default=DEFAULT_INSTRUCTION,
+                    multiline=True,
+                    optional=True,
+                    tooltip="chat: what the judge is asked; {prompt} stands for the prompt.",
+                ),
+                expert(
+                    io.String.Input(
+                        "pattern",
+                        default=DEFAULT_PATTERN,
+                        optional=True,
+                        tooltip="chat: a regular expression whose group is the score in the judge's answer.",
+                    )
+                ),
+                expert(
+                    io.String.Input(
+                        "field",
+                        default="",
+                        optional=True,
+                        tooltip="scores: which list to take when the answer holds several.",
+                    )
+                ),
+                expert(
+                    io.String.Input(
+                        "key_variable",
+                        default="",
+                        optional=True,
+                        tooltip="Name of an environment variable that holds the server's API key. The key itself is "
+                        "never stored in the graph.",
+                    )
+                ),
+                expert(
+                    io.Float.Input(
+                        "timeout",
+                        default=60.0,
+                        min=1.0,
+                        max=3600.0,
+                        optional=True,
+                        tooltip="Seconds to wait for an answer.",
+                    )
+                ),
+                expert(
+                    io.Int.Input(
+                        "retries",
+                        default=3,
+                        min=0,
+                        max=20,
+                        optional=True,
+                        tooltip="How often to try again after a fault of the connection or the "
+                        "server. Images still without an answer have no score.",
+                    )
+                ),
+                expert(
+                    io.Boolean.Input(
+                        "whole_group",
+                        default=False,
+                        optional=True,
+                        tooltip="Send all images of a prompt in one request, for a server that "
+                        "compares them with each other.",
+                    )
+                ),
             ],
-            outputs=[RewardModel.Output(display_name="reward_model")])
+            outputs=[RewardSocket.Output(display_name="reward_model")],
+        )
 
     @classmethod
-    def execute(cls, address, protocol, model="", instruction=DEFAULT_INSTRUCTION, pattern=DEFAULT_PATTERN, field="", key_variable="", timeout=60.0,
-                retries=3, whole_group=False) -> io.NodeOutput:
-        return io.NodeOutput(ServerReward(address, protocol, timeout=timeout, retries=retries, field=field, model=model, instruction=instruction,
-                                          pattern=pattern, key_variable=key_variable, group=whole_group,
-                                          check=comfy.model_management.throw_exception_if_processing_interrupted))
+    def execute(
+        cls,
+        address,
+        protocol,
+        model="",
+        instruction=DEFAULT_INSTRUCTION,
+        pattern=DEFAULT_PATTERN,
+        field="",
+        key_variable="",
+        timeout=60.0,
+        retries=3,
+        whole_group=False,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            ServerReward(
+                address,
+                protocol,
+                timeout=timeout,
+                retries=retries,
+                field=field,
+                model=model,
+                instruction=instruction,
+                pattern=pattern,
+                key_variable=key_variable,
+                group=whole_group,
+                check=comfy.model_management.throw_exception_if_processing_interrupted,
+            )
+        )

@@ -1,110 +1,175 @@
 """Grow the trees."""
+
 import time
 from dataclasses import dataclass
 
 import comfy.model_management
-import comfy.sample
 import comfy.utils
 import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..core import noise as noises
-from ..core.backends.comfy import thaw
-from ..core.memory import MicroBatch
-from ..core.rollout import check_sigmas, grow
-from ..core.tree import Forest
-from .schema import Noise, Policy, Tree, TreeShape, expert, schema
+from ..core.hosts.comfy import thaw
+from ..core.hosts.comfy_host import roots, start_latent
+from ..core.method.iteration import Sampled, sample
+from ..core.method.memory import MicroBatch
+from ..core.method.rollout import check_sigmas
+from ..core.method.tree import Forest
+from .schema import NoiseSocket, PolicySocket, ShapeSocket, TreeSocket, expert, schema
 
 RETAIN_SHARE = 0.6  # of the free memory: decoding and scoring come between sampling and the update
 
 
 @dataclass
 class SampledTree:
-    """What flows along a TREE wire: the trees, and what they were sampled with, since the update must use the very same."""
-    forest: Forest
+    """What flows along a TREE wire:
+
+    the trees, and what they were sampled with, since the update must use the very same.
+    """
+
+    sampled: Sampled
     positive: list
     negative: list | None
     cfg: float
     micro_batch: MicroBatch
-    rollout_forwards: int  # CFG counted twice
-    began: float        # time.perf_counter() when sampling began
-    seconds: float      # how long sampling took
-    fingerprint: int | None  # of the weights that retained graphs belong to
+    began: float  # time.perf_counter() when sampling began
+    seconds: float  # how long sampling took
+
+    @property
+    def forest(self) -> Forest:
+        return self.sampled.forest
 
 
-class TreeSampler(io.ComfyNode):
+class TreeSamplerNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            "TreeRPOSampler", "Tree Sampler",
-            description="Samples a tree of images per prompt with the policy: inside the window every latent branches into several children that share "
-                        "one model call. Gives the tree, and all leaves as one LATENT batch: prompt by prompt.",
+            "TreeRPOSampler",
+            "Tree Sampler",
+            description="Samples a tree of images per prompt with the policy: inside the window every latent branches "
+            "into several children that share "
+            "one model call. Gives the tree, and all leaves as one LATENT batch: prompt by prompt.",
             search_aliases=["grpo rollout", "sde sampler", "tree sampling"],
             inputs=[
-                Policy.Input("policy"),
+                PolicySocket.Input("policy"),
                 io.Conditioning.Input("positive", tooltip="One prompt, or a batch of prompts from Tree Prompts."),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size to train at. Train at the size you sample at."),
-                io.Sigmas.Input("sigmas", tooltip="From BasicScheduler with the base model, denoise 1. 10 steps are enough for training."),
-                TreeShape.Input("shape"),
-                Noise.Input("noise"),
+                io.Latent.Input(
+                    "latent_image", tooltip="An empty latent of the size to train at. Train at the size you sample at."
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="From BasicScheduler with the base model, denoise 1. 10 steps are enough for training.",
+                ),
+                ShapeSocket.Input("shape"),
+                NoiseSocket.Input("noise"),
                 io.Conditioning.Input("negative", optional=True, tooltip="Only used when cfg is not 1."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=30.0, step=0.1,
-                               tooltip="Classifier-free guidance while training. 1 = off, half the cost and the safest; FLUX uses its own guidance instead."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-                             tooltip="Same seed = same tree. Leave it alone while training: each iteration draws new noise from it."),
-                expert(io.Boolean.Input("new_noise", default=True, optional=True,
-                                        tooltip="Each iteration draws new noise. Off = the same noise every time: learns faster by heart, generalises worse.")),
-                expert(io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True,
-                                    tooltip="Latents per model call. Lower = less memory. 0 = all at once; halves by itself when memory runs out.")),
-                expert(io.Boolean.Input("retain_graphs", default=False, optional=True,
-                                        tooltip="Keep what the update needs while sampling, so that it skips its own forward passes: the same result, faster. "
-                                                "Needs much memory and checkpointing off in Tree Policy; where it does not fit, the update recomputes.")),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance while training. 1 = off, half the cost and the safest; FLUX "
+                    "uses its own guidance instead.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Same seed = same tree. Leave it alone while training: each iteration draws new noise "
+                    "from it.",
+                ),
+                expert(
+                    io.Boolean.Input(
+                        "new_noise",
+                        default=True,
+                        optional=True,
+                        tooltip="Each iteration draws new noise. Off = the same noise every time: learns faster by "
+                        "heart, generalises worse.",
+                    )
+                ),
+                expert(
+                    io.Int.Input(
+                        "micro_batch",
+                        default=0,
+                        min=0,
+                        max=4096,
+                        optional=True,
+                        tooltip="Latents per model call. Lower = less memory. 0 = all at once; halves by itself when "
+                        "memory runs out.",
+                    )
+                ),
+                expert(
+                    io.Boolean.Input(
+                        "retain_graphs",
+                        default=False,
+                        optional=True,
+                        tooltip="Keep what the update needs while sampling, so that it skips its own forward passes: "
+                        "the same result, faster. "
+                        "Needs much memory and checkpointing off in Tree Policy; where it does not fit, the update "
+                        "recomputes.",
+                    )
+                ),
             ],
-            outputs=[Tree.Output(display_name="tree"), io.Latent.Output(display_name="leaves")],
-            hidden=[io.Hidden.unique_id])
+            outputs=[TreeSocket.Output(display_name="tree"), io.Latent.Output(display_name="leaves")],
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
-    def execute(cls, policy, positive, latent_image, sigmas, shape, noise, cfg, seed, negative=None, new_noise=True, micro_batch=0,
-                retain_graphs=False) -> io.NodeOutput:
+    def execute(
+        cls,
+        policy,
+        positive,
+        latent_image,
+        sigmas,
+        shape,
+        noise,
+        cfg,
+        seed,
+        negative=None,
+        new_noise=True,
+        micro_batch=0,
+        retain_graphs=False,
+    ) -> io.NodeOutput:
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             sigmas = sigmas.detach().clone().float().cpu()
             check_sigmas(sigmas)
-            steps = len(sigmas) - 1
-            start = shape.start(policy.run.iteration, steps, seed)
-            iteration = policy.run.iteration if new_noise else 0
             samples = start_latent(policy.policy.model, latent_image)
             batch = MicroBatch(micro_batch)
             prompts = list(range(len(positive[0][0]) if positive else 0))
-            with policy.policy.session(positive, negative, cfg, shape=samples.shape[1:], memory_batch=micro_batch or None) as velocity:
-                fresh = noises.roots(samples.shape[1:], seed, iteration, prompts, shape.trees)
-                forest = grow(velocity, noisy(velocity, samples, fresh, sigmas), sigmas, shape, noise, start=start, prompts=prompts, seed=seed, iteration=iteration,
-                              micro_batch=batch, progress=progress(policy.policy.model, cls.hidden.unique_id),
-                              retain=RETAIN_SHARE * velocity.free_memory() if retain_graphs and not policy.policy.checkpointing else 0)
-                fingerprint = velocity.fingerprint() if forest.graphs else None
-                leaves = velocity.process_out(forest.leaves).cpu()
+            retain = RETAIN_SHARE if retain_graphs and not policy.policy.checkpointing else 0.0
+            with policy.policy.session(
+                positive, negative, cfg, shape=samples.shape[1:], memory_batch=micro_batch or None
+            ) as velocity:
+                sampled = sample(
+                    velocity,
+                    lambda drawn: roots(velocity, samples, drawn, sigmas),
+                    sigmas,
+                    shape,
+                    noise,
+                    iteration=policy.run.iteration,
+                    seed=seed,
+                    prompts=prompts,
+                    new_noise=new_noise,
+                    micro_batch=batch,
+                    retain_share=retain,
+                    progress=progress(policy.policy.model, cls.hidden.unique_id),
+                )
+                leaves = velocity.process_out(sampled.forest.leaves).cpu()
         seconds = time.perf_counter() - began
-        return io.NodeOutput(SampledTree(forest, thaw(positive), thaw(negative), cfg, batch, velocity.forwards, began, seconds, fingerprint),
-                             {"samples": leaves})
-
-
-def start_latent(model, latent_image: dict) -> torch.Tensor:
-    """The LATENT to start from, [1, C, H, W] in the model's channel count."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-    if samples.shape[0] != 1:
-        raise ValueError(f"The latent has a batch of {samples.shape[0]}: set batch_size to 1, the number of images comes from Tree Shape.")
-    return thaw(samples)
-
-
-def noisy(velocity, samples: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """The roots: a LATENT's samples [1, C, H, W] with noise [B, C, H, W] at the first sigma, on the model's device."""
-    sigma = float(sigmas[0])
-    return (sigma * noise + (1 - sigma) * velocity.process_in(samples)).to(velocity.device)
+        return io.NodeOutput(
+            SampledTree(sampled, thaw(positive), thaw(negative), cfg, batch, began, seconds), {"samples": leaves}
+        )
 
 
 def progress(model, node_id):
-    """Progress bar with a small preview of the newest denoised prediction; notices an interrupt before every model call."""
+    """Progress bar with a small preview of the newest denoised prediction;
+
+    notices an interrupt before every model call.
+    """
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
     bar = None
 

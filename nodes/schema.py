@@ -1,20 +1,21 @@
 """What the nodes' schemas share: socket types, and the fields older ComfyUI versions do not know."""
+
 import dataclasses
 
 from comfy_api.latest import io
 
 CATEGORY = "TreeRPO"
 
-Policy = io.Custom("TREERPO_POLICY")          # nodes.policy.LivePolicy
-TreeShape = io.Custom("TREERPO_SHAPE")        # core.tree.TreeShape
-Noise = io.Custom("TREERPO_NOISE")            # core.noise.NoiseSchedule
-Tree = io.Custom("TREERPO_TREE")              # nodes.sample.SampledTree
-RewardModel = io.Custom("TREERPO_REWARD")     # anything with core.rewards' score()
-Rewards = io.Custom("TREERPO_REWARDS")        # nodes.reward.Scored
-EdgeAdvantages = io.Custom("TREERPO_ADVANTAGES")  # nodes.train.Credit
-Prompts = io.Custom("TREERPO_PROMPTS")         # core.prompts.PromptList
-ObjectiveSettings = io.Custom("TREERPO_OBJECTIVE")  # (core.objective.Objective, only_good)
-LoraModel = io.Custom("LORA_MODEL")           # core's type: dict of tensors
+PolicySocket = io.Custom("TREERPO_POLICY")  # nodes.policy.LivePolicy
+ShapeSocket = io.Custom("TREERPO_SHAPE")  # core.method.tree.TreeShape
+NoiseSocket = io.Custom("TREERPO_NOISE")  # core.method.noise.NoiseSchedule
+TreeSocket = io.Custom("TREERPO_TREE")  # nodes.sample.SampledTree
+RewardSocket = io.Custom("TREERPO_REWARD")  # anything with core.rewards' score()
+ScoresSocket = io.Custom("TREERPO_REWARDS")  # nodes.reward.Scored
+AdvantagesSocket = io.Custom("TREERPO_ADVANTAGES")  # nodes.train.Credit
+PromptsSocket = io.Custom("TREERPO_PROMPTS")  # core.runs.prompts.PromptList
+ObjectiveSocket = io.Custom("TREERPO_OBJECTIVE")  # (core.method.objective.Objective, only_good)
+LoraSocket = io.Custom("LORA_MODEL")  # core's type: dict of tensors
 
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
@@ -22,8 +23,12 @@ _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 def schema(node_id: str, display_name: str, **fields) -> io.Schema:
     """io.Schema without the fields this ComfyUI does not have yet (search_aliases before 0.4)."""
     fields.setdefault("category", CATEGORY)
-    fields["inputs"] = [part for field in fields.get("inputs", []) for part in (field if isinstance(field, list) else [field])]
-    return io.Schema(node_id=node_id, display_name=display_name, **{name: value for name, value in fields.items() if name in _KNOWN})
+    fields["inputs"] = [
+        part for field in fields.get("inputs", []) for part in (field if isinstance(field, list) else [field])
+    ]
+    return io.Schema(
+        node_id=node_id, display_name=display_name, **{name: value for name, value in fields.items() if name in _KNOWN}
+    )
 
 
 def expert(field: io.Input) -> io.Input:
@@ -41,9 +46,14 @@ def plain_name(text: str, what: str) -> str:
 
 
 def growing(kind, name: str, prefix: str, most: int) -> io.Input | list[io.Input]:
-    """Inputs that grow as they are connected; on ComfyUI without such inputs, `most` optional ones under the same names."""
+    """Inputs that grow as they are connected;
+
+    on ComfyUI without such inputs, `most` optional ones under the same names.
+    """
     if hasattr(io, "Autogrow"):
-        return io.Autogrow.Input(name, template=io.Autogrow.TemplatePrefix(kind.Input(prefix), prefix=prefix, min=1, max=most))
+        return io.Autogrow.Input(
+            name, template=io.Autogrow.TemplatePrefix(kind.Input(prefix), prefix=prefix, min=1, max=most)
+        )
     return [kind.Input(f"{name}.{prefix}{i}", optional=True) for i in range(most)]
 
 

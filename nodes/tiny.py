@@ -1,4 +1,5 @@
 """The embedded models, loaded with ComfyUI's own loaders."""
+
 import functools
 
 import comfy.sd
@@ -16,4 +17,5 @@ def _text_encoder():
 def load(model: str):
     """(MODEL, CLIP, VAE) of the embedded 'flux' or 'sd3'."""
     diffusion = comfy.sd.load_diffusion_model(str(FOLDER / f"{model}.safetensors"))
-    return diffusion, _text_encoder(), comfy.sd.VAE(sd=vae_state_dict(model))
+    form = diffusion.model.latent_format
+    return diffusion, _text_encoder(), comfy.sd.VAE(sd=vae_state_dict(form.scale_factor, form.shift_factor))

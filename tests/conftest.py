@@ -1,4 +1,5 @@
 """Finds ComfyUI, puts it on the path, and loads the pack the way ComfyUI does."""
+
 import importlib.util
 import os
 import sys
@@ -9,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-hypothesis.settings.register_profile("same", derandomize=True, deadline=None)  # the same examples on every machine and in every run
+hypothesis.settings.register_profile(
+    "same", derandomize=True, deadline=None
+)  # the same examples on every machine and in every run
 hypothesis.settings.load_profile("same")
 
 
@@ -57,13 +60,16 @@ def comfy():
     import comfy.sample
     import comfy.samplers
     import comfy.sd
+
     return comfy
 
 
 @pytest.fixture(scope="session")
 def pack(comfy):
     """The repository as ComfyUI loads a custom node pack: by path, under a package name of its own."""
-    spec = importlib.util.spec_from_file_location("treerpo_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "treerpo_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     module = sys.modules["treerpo_pack"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -1,4 +1,5 @@
 """The by-hand graph, node by node in this process, as ComfyUI's executor calls it: inside inference mode."""
+
 import contextlib
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ class Graph:
 
     def __init__(self, pack, folder, model="flux"):
         import folder_paths
+
         folder_paths.set_output_directory(str(folder / "output"))
         folder_paths.folder_names_and_paths["loras"] = ([str(folder / "loras")], folder_paths.supported_pt_extensions)
         self.nodes = {node.define_schema().node_id: node for node in pack.nodes.NODES}
@@ -27,7 +29,9 @@ class Graph:
 
     def call(self, name, **inputs):
         node = self.nodes[f"TreeRPO{name}"]
-        prepared = type(node.__name__, (node,), {"hidden": SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)})
+        prepared = type(
+            node.__name__, (node,), {"hidden": SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)}
+        )
         if node.define_schema().is_input_list:
             inputs = {key: value if isinstance(value, list) else [value] for key, value in inputs.items()}
         with torch.inference_mode():
@@ -35,10 +39,19 @@ class Graph:
 
     def forget(self):
         """What a restart of ComfyUI does to the training state in memory."""
-        self.pack.nodes.policy._RUNS.clear()
+        self.pack.nodes.runs._RUNS.clear()
 
     def policy(self, run_name="test", rank=4, alpha=8.0, targets="attention+mlp", checkpointing=False, **more):
-        return self.call("Policy", model=self.model, run_name=run_name, rank=rank, alpha=alpha, targets=targets, checkpointing=checkpointing, **more)[0]
+        return self.call(
+            "Policy",
+            model=self.model,
+            run_name=run_name,
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            checkpointing=checkpointing,
+            **more,
+        )[0]
 
     def prompts(self, text=TRAIN, per_iteration=0, policy=None):
         return self.call("Prompts", clip=self.clip, text=text, per_iteration=per_iteration, policy=policy)
@@ -51,6 +64,7 @@ class Graph:
 
     def sigmas(self, steps=6):
         import comfy.samplers
+
         with torch.inference_mode():
             return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "simple", steps)
 
@@ -59,8 +73,22 @@ class Graph:
             return {"samples": torch.zeros(batch, channels, 8, 8)}
 
     def sample(self, policy, positive, *, shape=None, noise=None, steps=6, **more):
-        return self.call("Sampler", **{**dict(policy=policy, positive=positive, latent_image=self.latent(), sigmas=self.sigmas(steps),
-                                              shape=shape or self.shape(), noise=noise or self.noise(), cfg=1.0, seed=1), **more})
+        return self.call(
+            "Sampler",
+            **{
+                **dict(
+                    policy=policy,
+                    positive=positive,
+                    latent_image=self.latent(),
+                    sigmas=self.sigmas(steps),
+                    shape=shape or self.shape(),
+                    noise=noise or self.noise(),
+                    cfg=1.0,
+                    seed=1,
+                ),
+                **more,
+            },
+        )
 
     def decode(self, latent):
         with torch.inference_mode():
@@ -71,7 +99,9 @@ class Graph:
         return self.call("Score", reward_model=reward, images=images, prompts=prompts)[0]
 
     def combine(self, rewards, weights="", mode="z-score each, then weight"):
-        return self.call("Combine", rewards={f"reward{i}": reward for i, reward in enumerate(rewards)}, weights=weights, mode=mode)[0]
+        return self.call(
+            "Combine", rewards={f"reward{i}": reward for i, reward in enumerate(rewards)}, weights=weights, mode=mode
+        )[0]
 
     def iteration(self, policy, *, sampling=None, update=None, text=TRAIN):
         """One queue run: the metrics row it leaves."""
@@ -82,20 +112,38 @@ class Graph:
         self.call("Update", policy=policy, tree=tree, advantages=credit, **{**UPDATE, **(update or {})})
         return policy.run.metrics[-1]
 
-    def train(self, policy, iterations, *, text=TRAIN, file=None, held_out=0.0, reward=None, objective=None, **settings):
+    def train(
+        self, policy, iterations, *, text=TRAIN, file=None, held_out=0.0, reward=None, objective=None, **settings
+    ):
         """One queue run of the Trainer node: its outputs."""
         listed = {} if file is None else {"file": file}
         prompts = self.call("PromptList", text=text, held_out=held_out, **listed)[0]
         reward = reward or self.call("Measure", measure="foreground size", direction="more")[0]
-        fixed = dict(policy=policy, clip=self.clip, vae=self.vae, prompts=prompts, sigmas=self.sigmas(), latent_image=self.latent(), reward_model=reward,
-                     iterations=iterations, shape=self.shape(), noise=self.noise(), objective=objective)
-        return self.call("Trainer", **{**fixed, **dict(per_iteration=0, learning_rate=1e-3, seed=1, shuffle=False), **settings})
+        fixed = dict(
+            policy=policy,
+            clip=self.clip,
+            vae=self.vae,
+            prompts=prompts,
+            sigmas=self.sigmas(),
+            latent_image=self.latent(),
+            reward_model=reward,
+            iterations=iterations,
+            shape=self.shape(),
+            noise=self.noise(),
+            objective=objective,
+        )
+        return self.call(
+            "Trainer", **{**fixed, **dict(per_iteration=0, learning_rate=1e-3, seed=1, shuffle=False), **settings}
+        )
 
     def ksampler(self, model, positive, seed=1, steps=6, batch=1, latent=None):
         """ComfyUI's own KSampler (euler, simple, cfg 1)."""
         import nodes
+
         with torch.inference_mode():
-            return nodes.common_ksampler(model, seed, steps, 1.0, "euler", "simple", positive, positive, latent or self.latent(batch=batch))[0]["samples"]
+            return nodes.common_ksampler(
+                model, seed, steps, 1.0, "euler", "simple", positive, positive, latent or self.latent(batch=batch)
+            )[0]["samples"]
 
 
 @contextlib.contextmanager

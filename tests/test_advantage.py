@@ -1,12 +1,14 @@
 """Group normalisation and backup: against the peers' values and against what they must obey."""
+
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from core.advantage import backup, branch_advantages, edge_advantages, leaf_advantages, total_reward
+from core.method.advantage import backup, branch_advantages, edge_advantages, leaf_advantages, total_reward
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "step_values.json").read_text())
 
@@ -15,8 +17,8 @@ def layers_of(values, branching, depth):
     """A level-order list of edges as one tensor per layer."""
     values, out = torch.tensor(values, dtype=torch.float64), []
     for k in range(1, depth + 1):
-        out.append(values[:branching ** k])
-        values = values[branching ** k:]
+        out.append(values[: branching**k])
+        values = values[branching**k :]
     return out
 
 
@@ -29,7 +31,11 @@ def names(branching, depth):
     return out
 
 
-@pytest.mark.parametrize("case", [c for c in REFERENCE["tree"] if "node_reward" in c], ids=lambda c: f"k{c['k']}d{c['d']}-weighted{c['use_prob_weighted']}")
+@pytest.mark.parametrize(
+    "case",
+    [c for c in REFERENCE["tree"] if "node_reward" in c],
+    ids=lambda c: f"k{c['k']}d{c['d']}-weighted{c['use_prob_weighted']}",
+)
 def test_backup_agrees_with_branchgrpo(case):
     log_probs = layers_of(case["edge_logps_level_order"], case["k"], case["d"])
     leaf = torch.tensor(case["leaf_rewards"], dtype=torch.float64)
@@ -38,7 +44,9 @@ def test_backup_agrees_with_branchgrpo(case):
         expected = torch.tensor([case["node_reward"][name] for name in layer_names], dtype=torch.float64)
         torch.testing.assert_close(layer, expected, atol=1e-6, rtol=0)  # the peer works in fp32
     if not case["use_prob_weighted"]:
-        for layer, layer_names in zip(branch_advantages(leaf, case["d"], case["k"], prompts=1), names(case["k"], case["d"])):
+        for layer, layer_names in zip(
+            branch_advantages(leaf, case["d"], case["k"], prompts=1), names(case["k"], case["d"])
+        ):
             expected = torch.tensor([case["node_advantage"][name] for name in layer_names], dtype=torch.float64)
             torch.testing.assert_close(layer, expected, atol=1e-4, rtol=0)
 
@@ -51,20 +59,25 @@ def test_leaf_advantages_agree_with_flow_grpo():
         rewards = torch.tensor([case["rewards"][i] for i in chosen], dtype=torch.float64)
         ours, flat = leaf_advantages({"r": rewards}, 1)
         std = rewards.std(correction=0)
-        expected = torch.tensor([case["advantages"][i] for i in chosen], dtype=torch.float64) * (std + 1e-4) / (std + 1e-8)
+        expected = (
+            torch.tensor([case["advantages"][i] for i in chosen], dtype=torch.float64) * (std + 1e-4) / (std + 1e-8)
+        )
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=0)
         assert bool(flat) == (prompt == "c")
 
 
-groups = st.integers(1, 3), st.integers(2, 3), st.integers(1, 3), st.integers(1, 2), st.integers(0, 10 ** 6)
+groups = st.integers(1, 3), st.integers(2, 3), st.integers(1, 3), st.integers(1, 2), st.integers(0, 10**6)
 
 
 @settings(deadline=None, max_examples=50)
 @given(*groups)
 def test_advantages_sum_to_zero_per_group(prompts, branching, depth, trees, seed):
-    leaves = trees * branching ** depth
+    leaves = trees * branching**depth
     draw = torch.Generator().manual_seed(seed)
-    rewards = {"a": torch.rand(prompts * leaves, generator=draw), "b": 100 + 10 * torch.rand(prompts * leaves, generator=draw)}
+    rewards = {
+        "a": torch.rand(prompts * leaves, generator=draw),
+        "b": 100 + 10 * torch.rand(prompts * leaves, generator=draw),
+    }
     leaf, flat = leaf_advantages(rewards, prompts, {"a": 0.8, "b": 0.2}, clip=1e9)
     assert not flat.any() and leaf.view(prompts, -1).sum(1).abs().max() < 1e-3
     for estimator in ("trajectory", "branchgrpo"):
@@ -86,7 +99,9 @@ def test_softmax_weights_prefer_the_likelier_child():
     log_probs = [torch.tensor([0.0, 0.0]), torch.tensor([2.0, 0.0, 0.0, 0.0])]
     leaf = torch.tensor([1.0, -1.0, 1.0, -1.0])
     mean, total = backup(log_probs, leaf, 2), backup(log_probs, leaf, 2, "sum-logprob", elements=1000)
-    assert mean[0].tolist() == pytest.approx([(torch.tensor(2.0).exp() - 1).item() / (torch.tensor(2.0).exp() + 1).item(), 0.0])
+    assert mean[0].tolist() == pytest.approx(
+        [(torch.tensor(2.0).exp() - 1).item() / (torch.tensor(2.0).exp() + 1).item(), 0.0]
+    )
     assert total[0].tolist() == pytest.approx([1.0, 0.0])
     assert backup(log_probs, leaf, 2, "uniform")[0].tolist() == [0.0, 0.0]
 
@@ -102,10 +117,15 @@ def test_outliers_are_clipped():
     assert float(leaf.max()) == 5
 
 
-@pytest.mark.parametrize("rewards, prompts, message", [
-    ({}, 1, "no reward"), ({"r": torch.ones(3)}, 3, "group of one"), ({"r": torch.ones(5)}, 2, "5 scores for 2 prompts"),
-    ({"r": torch.tensor([float("nan"), float("inf")])}, 1, "'r' is not a number for any of the 2 images"),
-])
+@pytest.mark.parametrize(
+    "rewards, prompts, message",
+    [
+        ({}, 1, "no reward"),
+        ({"r": torch.ones(3)}, 3, "group of one"),
+        ({"r": torch.ones(5)}, 2, "5 scores for 2 prompts"),
+        ({"r": torch.tensor([float("nan"), float("inf")])}, 1, "'r' is not a number for any of the 2 images"),
+    ],
+)
 def test_bad_rewards_are_refused(rewards, prompts, message):
     with pytest.raises(ValueError, match=message):
         leaf_advantages(rewards, prompts)

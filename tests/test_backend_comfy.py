@@ -1,4 +1,5 @@
-"""core/backends/comfy.py in real ComfyUI, on tiny random FLUX, SD3 and SD3.5 networks that its own loaders made."""
+"""core/hosts/comfy.py in real ComfyUI, on tiny random FLUX, SD3 and SD3.5 networks that its own loaders made."""
+
 import contextlib
 import logging
 
@@ -32,7 +33,8 @@ def model(architecture, comfy):
 
 def new_policy(model, trained=True, targets="attention+mlp", **settings):
     """A policy whose adapters change the velocity visibly, as after training, or not at all."""
-    from core.backends.comfy import ComfyPolicy
+    from core.hosts.comfy import ComfyPolicy
+
     policy = ComfyPolicy.create(model, 3, 5.0, targets, **settings)
     if trained:
         generator = torch.Generator().manual_seed(7)
@@ -49,11 +51,20 @@ def velocity_of(policy, x, sigma, rows, positive, negative=None, cfg=1.0):
 
 def marks(model) -> list:
     """All that a session could leave on the shared network: hooks, swapped forwards, foreign attributes."""
-    return [(name, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
-            for name, module in model.model.named_modules()]
+    return [
+        (
+            name,
+            sorted(vars(module)),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._backward_hooks),
+        )
+        for name, module in model.model.named_modules()
+    ]
 
 
 # the velocity
+
 
 def test_velocity_is_the_networks_output(model, architecture):
     x, sigma = tiny.latents(2), torch.tensor([0.9, 0.3])
@@ -77,9 +88,11 @@ def test_a_batch_of_prompts_equals_single_runs(model, cfg):
     sigmas = torch.tensor([0.9, 0.9, 0.5, 0.2])
     batch = velocity_of(policy, x, sigmas, torch.tensor(rows), positive, negative, cfg)
     for j, row in enumerate(rows):
-        single = velocity_of(policy, x[j:j + 1], float(sigmas[j]), [0], tiny.one_prompt(positive, row), negative, cfg)
-        torch.testing.assert_close(batch[j:j + 1], single, rtol=1e-4, atol=2e-5)
-    assert (batch[0] - velocity_of(policy, x[:1], 0.9, [0], tiny.one_prompt(positive, 0), negative, cfg)).abs().max() > 0.1, "prompts must matter"
+        single = velocity_of(policy, x[j : j + 1], float(sigmas[j]), [0], tiny.one_prompt(positive, row), negative, cfg)
+        torch.testing.assert_close(batch[j : j + 1], single, rtol=1e-4, atol=2e-5)
+    assert (
+        batch[0] - velocity_of(policy, x[:1], 0.9, [0], tiny.one_prompt(positive, 0), negative, cfg)
+    ).abs().max() > 0.1, "prompts must matter"
 
 
 def test_cfg_is_comfyuis(model):
@@ -92,12 +105,15 @@ def test_cfg_is_comfyuis(model):
 
 def test_an_euler_loop_is_comfyuis_sampler(model):
     import comfy.samplers
+
     positive, negative = tiny.conditioning(1), tiny.conditioning(1, seed=8)
     expected = euler(model, positive, negative, 3.0, batch=2)
     latent = torch.zeros(2, *C_H_W)
     with new_policy(model, trained=False).session(positive, negative, 3.0, shape=C_H_W) as velocity:
         table = comfy.samplers.simple_scheduler(model.get_model_object("model_sampling"), 4)
-        x = float(table[0]) * comfy.sample.prepare_noise(latent, 3) + (1 - float(table[0])) * velocity.process_in(latent)
+        x = float(table[0]) * comfy.sample.prepare_noise(latent, 3) + (1 - float(table[0])) * velocity.process_in(
+            latent
+        )
         for sigma, following in zip(table.tolist(), table.tolist()[1:]):
             x = x + (following - sigma) * velocity(x, sigma, [0, 0])
         found = velocity.process_out(x)
@@ -116,7 +132,8 @@ def test_forwards_are_counted(model):
 
 
 def test_untrained_adapters_and_the_reference_are_the_base_model(model, monkeypatch):
-    from core.lora import Adapters
+    from core.lora.adapters import Adapters
+
     x, positive = tiny.latents(2), tiny.conditioning(2)
     fresh = velocity_of(new_policy(model, trained=False), x, 0.6, [0, 1], positive)
     with new_policy(model).session(positive, shape=C_H_W) as velocity:
@@ -131,6 +148,7 @@ def test_untrained_adapters_and_the_reference_are_the_base_model(model, monkeypa
 
 
 # gradients
+
 
 def differences(policy, velocity, x, rows, weights, h):
     """(autograd, central difference) of sum(v * weights) along random directions in the space of all adapter values."""
@@ -153,7 +171,9 @@ def differences(policy, velocity, x, rows, weights, h):
                 for p, start, d in zip(parameters, origin, direction):
                     p.copy_(start + place * h * d)
                 values[place] = float(loss())
-        pairs.append((slope, (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)))  # error of order h^4
+        pairs.append(
+            (slope, (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h))
+        )  # error of order h^4
     return pairs
 
 
@@ -168,7 +188,7 @@ def test_gradients_are_finite_differences(model, checkpointing, cfg):
     with policy.session(tiny.conditioning(2), tiny.conditioning(1, tokens=5, seed=8), cfg, shape=C_H_W) as velocity:
         pairs = differences(policy, velocity, x, [1, 0], weights, 2e-3)
     assert max(abs(slope) for slope, _ in pairs) > 1
-    size = sum(slope ** 2 for slope, _ in pairs) ** 0.5
+    size = sum(slope**2 for slope, _ in pairs) ** 0.5
     error = sum((slope - difference) ** 2 for slope, difference in pairs) ** 0.5
     assert error < 1e-3 * size, pairs  # measured 1e-5 to 3e-4: what the fp32 output leaves
 
@@ -216,18 +236,25 @@ def test_training_works_inside_inference_mode(model):
                 optimizer.zero_grad()
         assert torch.is_inference_mode_enabled()
     assert losses[-1] < 0.9 * losses[0]
-    assert not any(t.is_inference() for t in policy.lora_model().values())
+    assert not any(t.is_inference() for t in policy.adapters.state_dict().values())
 
 
 # leaving no trace
 
+
 @pytest.mark.parametrize("way_out", ["return", "exception", "interrupt", "bad input"])
 def test_the_users_model_samples_as_before(model, way_out):
     import comfy.model_management as management
+
     positive, negative = tiny.conditioning(2), tiny.conditioning(1, seed=8)
     before = euler(model, tiny.one_prompt(positive, 0), negative)
     clean = marks(model)
-    errors = {"return": (), "exception": ArithmeticError, "interrupt": management.InterruptProcessingException, "bad input": ValueError}[way_out]
+    errors = {
+        "return": (),
+        "exception": ArithmeticError,
+        "interrupt": management.InterruptProcessingException,
+        "bad input": ValueError,
+    }[way_out]
     policy = new_policy(model, checkpointing=True)
     with torch.inference_mode(), pytest.raises(errors) if errors else contextlib.nullcontext():
         with policy.session(positive, shape=C_H_W) as velocity:
@@ -242,7 +269,9 @@ def test_the_users_model_samples_as_before(model, way_out):
                 if way_out == "bad input":
                     velocity(tiny.latents(2), 0.7, [0, 2])
     assert marks(model) == clean
-    assert not getattr(management, "in_training", False) and model.model.current_patcher is None and not model.is_injected
+    assert (
+        not getattr(management, "in_training", False) and model.model.current_patcher is None and not model.is_injected
+    )
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert torch.equal(euler(model, tiny.one_prompt(positive, 0), negative), before)
     with pytest.raises(RuntimeError, match="session that is over"):
@@ -252,6 +281,7 @@ def test_the_users_model_samples_as_before(model, way_out):
 def test_another_sampler_inside_a_session_sees_the_base_model(model):
     """As the Trainer's before/after pictures do; the session goes on afterwards."""
     import comfy.model_management
+
     positive, negative, x = tiny.conditioning(1), tiny.conditioning(1, seed=8), tiny.latents(2)
     policy = new_policy(model)
     with policy.session(positive, shape=C_H_W) as velocity:
@@ -261,15 +291,18 @@ def test_another_sampler_inside_a_session_sees_the_base_model(model):
         comfy.model_management.unload_all_models()
         with velocity.grad():
             assert torch.equal(velocity(x, 0.7, [0, 0]).detach(), first)
-    torch.testing.assert_close(inside, euler(model, positive, negative), rtol=1e-5, atol=2e-5)  # inside with the training kernels
+    torch.testing.assert_close(
+        inside, euler(model, positive, negative), rtol=1e-5, atol=2e-5
+    )  # inside with the training kernels
 
 
 def test_other_peoples_injections_and_loras_stay(model):
     """A MODEL that carries someone else's swapped forward and a LoRA patch keeps both, in and after the session."""
-    from comfy.patcher_extension import PatcherInjection
     import comfy.sd
+    from comfy.patcher_extension import PatcherInjection
+
     positive, negative = tiny.conditioning(1), tiny.conditioning(1, seed=8)
-    patched, _ = comfy.sd.load_lora_for_models(model, None, new_policy(model).lora_model(), 1.0, 0)
+    patched, _ = comfy.sd.load_lora_for_models(model, None, new_policy(model).adapters.state_dict(), 1.0, 0)
     layer = next(m for name, m in model.model.diffusion_model.named_modules() if name.endswith("attn.qkv"))
 
     def inject(patcher):
@@ -286,11 +319,14 @@ def test_other_peoples_injections_and_loras_stay(model):
     fresh, trained = (velocity_of(new_policy(patched, trained=t), x, sigma, [0], positive) for t in (False, True))
     assert (fresh - velocity_of(new_policy(model, trained=False), x, sigma, [0], positive)).abs().max() > 1e-2
     assert not torch.equal(fresh, trained)
-    assert torch.equal(euler(patched, positive, negative), before) and torch.equal(euler(model, positive, negative), base)
+    assert torch.equal(euler(patched, positive, negative), before) and torch.equal(
+        euler(model, positive, negative), base
+    )
 
 
 def test_thawed_weights_share_the_memory(model):
-    from core.backends.comfy import thaw_weights
+    from core.hosts.comfy import thaw_weights
+
     pointers = [p.data_ptr() for p in model.model.parameters()]
     assert any(p.is_inference() for p in model.model.parameters()), "else this shows nothing"
     thaw_weights(model.model)
@@ -309,7 +345,8 @@ class Stubborn(torch.Tensor):
 
 
 def test_packed_weights_that_do_not_copy_themselves_are_thawed(comfy):
-    from core.backends.comfy import thaw_weights
+    from core.hosts.comfy import thaw_weights
+
     layer = torch.nn.Linear(3, 3)
     with torch.inference_mode():
         packed = torch.randn(3, 3).as_subclass(Stubborn)
@@ -318,13 +355,18 @@ def test_packed_weights_that_do_not_copy_themselves_are_thawed(comfy):
     thaw_weights(layer)
     x = torch.randn(2, 3, requires_grad=True)
     torch.nn.functional.linear(x, layer.weight).sum().backward()
-    assert type(layer.weight) is Stubborn and layer.weight.tensor_type == "Q8_0" and torch.equal(layer.weight.as_subclass(torch.Tensor), packed.as_subclass(torch.Tensor))
+    assert (
+        type(layer.weight) is Stubborn
+        and layer.weight.tensor_type == "Q8_0"
+        and torch.equal(layer.weight.as_subclass(torch.Tensor), packed.as_subclass(torch.Tensor))
+    )
 
 
 def test_attention_without_a_backward_pass_is_replaced(model, architecture, monkeypatch):
     import comfy.ldm.flux.math
     import comfy.ldm.modules.attention as attention
     import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+
     x, positive = tiny.latents(1), tiny.conditioning(1)
     expected = velocity_of(new_policy(model), x, 0.7, [0], positive)
 
@@ -339,14 +381,16 @@ def test_attention_without_a_backward_pass_is_replaced(model, architecture, monk
 
 # files
 
+
 def test_the_saved_lora_is_the_policy(model, tmp_path, caplog):
     import comfy.sd
     import comfy.utils
     from safetensors.torch import save_file
+
     x, positive = tiny.latents(2), tiny.conditioning(2)
     policy = new_policy(model, targets="all linear")
     live = velocity_of(policy, x, 0.7, [0, 1], positive)
-    save_file(policy.lora_model(), tmp_path / "lora.safetensors")
+    save_file(policy.adapters.state_dict(), tmp_path / "lora.safetensors")
     with caplog.at_level(logging.WARNING):
         with torch.inference_mode():
             lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"), safe_load=True)
@@ -360,6 +404,7 @@ def test_the_saved_lora_is_the_policy(model, tmp_path, caplog):
 
 # refusals
 
+
 def test_a_model_that_is_not_flow_matching_is_refused():
     with pytest.raises(ValueError, match="not a flow-matching model"):
         new_policy(tiny.not_flow())
@@ -371,15 +416,27 @@ def limited(**options):
 
 
 REFUSED = {
-    "two entries": (dict(positive=tiny.conditioning(1) + tiny.conditioning(1)), "2 entries, and ComfyUI would average them"),
+    "two entries": (
+        dict(positive=tiny.conditioning(1) + tiny.conditioning(1)),
+        "2 entries, and ComfyUI would average them",
+    ),
     "no entry": (dict(positive=[]), "0 entries"),
     "area": (dict(positive=limited(area=(4, 4, 0, 0))), "limited to an area"),
     "range of steps": (dict(positive=limited(end_percent=0.5)), "limited to an area, a mask or a range"),
     "no negative": (dict(cfg=4.5), "cfg is 4.5, which needs a negative prompt"),
-    "two negatives for three": (dict(positive=tiny.conditioning(3), negative=tiny.conditioning(2), cfg=4.5), "2 prompts for 3 positive ones"),
+    "two negatives for three": (
+        dict(positive=tiny.conditioning(3), negative=tiny.conditioning(2), cfg=4.5),
+        "2 prompts for 3 positive ones",
+    ),
     "context width": (dict(positive=tiny.conditioning(1, context=80)), "80 wide, but the model needs 64"),
-    "negative context width": (dict(negative=tiny.conditioning(1, context=80), cfg=2.0), "The negative conditioning is 80 wide"),
-    "pooled width": (dict(positive=tiny.conditioning(1, pooled=20)), "'pooled_output' of the positive conditioning is 20 wide, but the model needs 48"),
+    "negative context width": (
+        dict(negative=tiny.conditioning(1, context=80), cfg=2.0),
+        "The negative conditioning is 80 wide",
+    ),
+    "pooled width": (
+        dict(positive=tiny.conditioning(1, pooled=20)),
+        "'pooled_output' of the positive conditioning is 20 wide, but the model needs 48",
+    ),
     "pooled rows": (dict(positive=[[tiny.conditioning(3)[0][0], tiny.conditioning(2)[0][1]]]), "3 prompts but 2 rows"),
     "channels": (dict(shape=(4, 8, 8)), "4 channels, but this model needs 16"),
     "video": (dict(shape=(16, 1, 8, 8)), "only images"),
@@ -399,36 +456,54 @@ def test_refusals_before_anything_is_sampled(model, case):
 
 
 def test_missing_pooled_output(model, architecture):
-    with (pytest.raises(ValueError, match="no 'pooled_output'") if architecture != "flux" else contextlib.nullcontext()):
-        assert velocity_of(new_policy(model), tiny.latents(1), 0.7, [0], tiny.conditioning(1, pooled=None)).isfinite().all()
+    with pytest.raises(ValueError, match="no 'pooled_output'") if architecture != "flux" else contextlib.nullcontext():
+        assert (
+            velocity_of(new_policy(model), tiny.latents(1), 0.7, [0], tiny.conditioning(1, pooled=None))
+            .isfinite()
+            .all()
+        )
 
 
 def test_refusals_in_a_call(model):
     with new_policy(model).session(tiny.conditioning(2), shape=C_H_W) as velocity:
-        for x, rows, words in ((tiny.latents(1), [2], "Prompt row 2 does not exist: the conditioning has 2 prompts"),
-                               (tiny.latents(2), [0, -1], "Prompt row -1 does not exist"),
-                               (tiny.latents(1), [0], None),
-                               (tiny.latents(2), [0], "1 prompt rows for 2 latents"),
-                               (tiny.latents(1)[:, :4], [0], r"needs \[batch, 16, height, width\]"),
-                               (tiny.latents(1)[0], [0], r"needs \[batch, 16, height, width\]")):
+        for x, rows, words in (
+            (tiny.latents(1), [2], "Prompt row 2 does not exist: the conditioning has 2 prompts"),
+            (tiny.latents(2), [0, -1], "Prompt row -1 does not exist"),
+            (tiny.latents(1), [0], None),
+            (tiny.latents(2), [0], "1 prompt rows for 2 latents"),
+            (tiny.latents(1)[:, :4], [0], r"needs \[batch, 16, height, width\]"),
+            (tiny.latents(1)[0], [0], r"needs \[batch, 16, height, width\]"),
+        ):
             with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
                 velocity(x, 0.5, rows)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_casting_fp8_weights_costs_is_in_the_memory_estimate(architecture, checkpointing):
-    """Autograd keeps the weights in the form they were computed with; without fp8, or checkpointed, there is no such copy."""
+    """Autograd keeps the weights in the form they were computed with;
+
+    without fp8, or checkpointed, there is no such copy.
+    """
+
     def kept(dtype):
-        policy, found = new_policy(tiny.load(architecture, dtype=dtype), targets="all linear", checkpointing=checkpointing), {}
+        policy, found = (
+            new_policy(tiny.load(architecture, dtype=dtype), targets="all linear", checkpointing=checkpointing),
+            {},
+        )
 
         def pack(tensor):
             found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with policy.session(tiny.conditioning(), shape=C_H_W) as velocity, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with (
+            policy.session(tiny.conditioning(), shape=C_H_W) as velocity,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             with velocity.grad():
                 out = velocity(torch.ones(1, *C_H_W), 0.5, [0])
-            known = {parameter.untyped_storage().data_ptr() for parameter in policy.model.model.diffusion_model.parameters()}
+            known = {
+                parameter.untyped_storage().data_ptr() for parameter in policy.model.model.diffusion_model.parameters()
+            }
             found = {pointer: size for pointer, size in found.items() if pointer not in known}
             return sum(found.values()), policy.memory(C_H_W, 1), out.requires_grad
 

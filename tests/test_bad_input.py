@@ -1,4 +1,5 @@
 """Bad input gets one clear sentence in the user's words, and loses nothing: no run, no file, no other node's model."""
+
 import pytest
 import torch
 from graph import Graph
@@ -35,7 +36,9 @@ def test_a_file_of_someone_else_is_not_replaced(graph):
     assert precious.read_bytes() == b"somebody's work"
     graph.call("SaveLora", policy=policy, lora_name="mine")
     graph.call("SaveLora", policy=policy, lora_name="mine")  # our own may be replaced
-    refused("was not saved by run 'other'", graph.call, "SaveLora", policy=graph.policy(run_name="other"), lora_name="mine")
+    refused(
+        "was not saved by run 'other'", graph.call, "SaveLora", policy=graph.policy(run_name="other"), lora_name="mine"
+    )
 
 
 def test_sampling(graph):
@@ -51,7 +54,12 @@ def test_sampling(graph):
     refused("SIGMAS end at", graph.sample, policy, positive, sigmas=half)
     refused("cfg is 3.0, which needs a negative prompt", graph.sample, policy, positive, cfg=3.0)
     context, options = positive[0]
-    refused("no 'pooled_output'", graph.sample, policy, [[context, {k: v for k, v in options.items() if k != "pooled_output"}]])
+    refused(
+        "no 'pooled_output'",
+        graph.sample,
+        policy,
+        [[context, {k: v for k, v in options.items() if k != "pooled_output"}]],
+    )
     refused("64 wide, but the model needs 768", graph.sample, policy, [[context[..., :64], options]])
     refused("2 entries", graph.sample, policy, positive + positive)
     refused("no prompt|connect a single prompt", graph.sample, policy, [])
@@ -74,12 +82,20 @@ def test_rewards(graph, monkeypatch):
     tree, leaves = graph.sample(policy, positive)
     images = graph.decode(leaves)
     refused("cannot be shared out evenly", graph.score, images[:3], prompts)
-    refused("scored 4 images, but the tree has 8 leaves", graph.call, "Advantages", tree=tree, rewards=graph.score(images[:4], prompts))
+    refused(
+        "scored 4 images, but the tree has 8 leaves",
+        graph.call,
+        "Advantages",
+        tree=tree,
+        rewards=graph.score(images[:4], prompts),
+    )
     nan = graph.score(images, prompts)
     nan.values["foreground size"][:] = float("nan")
     refused("is not a number for any of the 8 images", graph.call, "Advantages", tree=tree, rewards=nan)
     lonely, latent = graph.sample(policy, positive, shape=graph.shape(branching=1, depth=1))
-    refused("group of one leaf", graph.call, "Advantages", tree=lonely, rewards=graph.score(graph.decode(latent), prompts))
+    refused(
+        "group of one leaf", graph.call, "Advantages", tree=lonely, rewards=graph.score(graph.decode(latent), prompts)
+    )
     assert policy.run.iteration == 0 and not (graph.folder / "output/treerpo/test").exists()
 
 
@@ -126,7 +142,9 @@ def test_a_full_disk_keeps_the_older_files_and_the_update(graph, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="Could not write state.pt .* No space left on device. The previous version is untouched."):
+    with pytest.raises(
+        OSError, match="Could not write state.pt .* No space left on device. The previous version is untouched."
+    ):
         graph.iteration(policy)
     monkeypatch.undo()
     assert files == {p: p.read_bytes() for p in folder.iterdir()}  # and no temporary file is left
@@ -144,4 +162,13 @@ def test_models_that_are_not_flow_matching(graph):
             return comfy.model_sampling.ModelSamplingDiscrete()
 
     EpsModel.cached_patcher_init = None
-    refused("is not a flow-matching model", graph.call, "Policy", model=EpsModel(), run_name="x", rank=4, alpha=4.0, targets="attention")
+    refused(
+        "is not a flow-matching model",
+        graph.call,
+        "Policy",
+        model=EpsModel(),
+        run_name="x",
+        rank=4,
+        alpha=4.0,
+        targets="attention",
+    )

@@ -1,4 +1,8 @@
-"""core/checkpoint.py and core/ema.py: a run survives kills, full disks, damaged files and rollbacks, on toy adapters."""
+"""core/runs/run.py and core/lora/ema.py:
+
+a run survives kills, full disks, damaged files and rollbacks, on toy adapters.
+"""
+
 import errno
 import io
 import itertools
@@ -12,16 +16,18 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from core import checkpoint
-from core.checkpoint import DamagedCheckpoint, Run, changed_settings, list_checkpoints, read_state
-from core.ema import Ema
-from core.lora import Adapters
+from core import files
+from core.lora.adapters import Adapters
+from core.lora.ema import Ema
+from core.runs import run as checkpoint
+from core.runs.run import DamagedCheckpoint, Run, changed_settings, list_checkpoints, read_state
 
 CONFIG = {"rank": 2, "base_model": "Flux"}
 END = 6
@@ -36,12 +42,15 @@ def open_run(folder, resume_from=None, config=CONFIG) -> Run:
     run = Run.open(folder, new_adapters(), config, resume_from)
     if run.iteration == 0:
         torch.manual_seed(0)
-    run.ema = Ema(run.adapters, 0.7, every=2)
+    run.ema = Ema(run.adapters, 0.7)
     return run
 
 
 def learn(run) -> dict:
-    """One update that depends on everything a resume must bring back: weights, moments, average, extra, random state."""
+    """One update that depends on everything a resume must bring back:
+
+    weights, moments, average, extra, random state.
+    """
     optimizer = run.adamw(0.05, weight_decay=0.01)
     for parameter, average in zip(run.adapters.parameters(), run.ema.shadow):
         parameter.grad = 0.1 * parameter.detach() + 0.1 * average + torch.randn(parameter.shape)
@@ -64,8 +73,16 @@ def train(run, until=END, every=1, last=2) -> Run:
 def bits(run) -> bytes:
     """Everything of a run that a resume must bring back, as bytes."""
     moments = run.adamw(0.05, weight_decay=0.01).state_dict()["state"]
-    tensors = [*run.adapters.parameters(), *run.ema.shadow, *(moments[i][key] for i in moments for key in sorted(moments[i])), torch.get_rng_state()]
-    return b"".join(t.detach().numpy().tobytes() for t in tensors) + json.dumps([run.iteration, run.ema.steps, run.metrics, run.extra]).encode()
+    tensors = [
+        *run.adapters.parameters(),
+        *run.ema.shadow,
+        *(moments[i][key] for i in moments for key in sorted(moments[i])),
+        torch.get_rng_state(),
+    ]
+    return (
+        b"".join(t.detach().numpy().tobytes() for t in tensors)
+        + json.dumps([run.iteration, run.ema.steps, run.metrics, run.extra]).encode()
+    )
 
 
 def rows(folder) -> list[dict]:
@@ -84,7 +101,10 @@ def through(tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_disk():
-    """Nothing here tests what a power failure does, so nothing waits for the disk. (tests/test_bad_input.py proves that fsync is called.)"""
+    """Nothing here tests what a power failure does, so nothing waits for the disk.
+
+    (tests/test_bad_input.py proves that fsync is called.)
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -97,9 +117,12 @@ def folder(tmp_path):
 
 # Resuming
 
+
 @pytest.mark.parametrize("every", range(1, 6))
 def test_resuming_is_the_same_as_never_having_stopped(every, through, tmp_path):
-    for number, stops in enumerate(itertools.chain.from_iterable(itertools.combinations(range(1, END), n) for n in (1, 2))):
+    for number, stops in enumerate(
+        itertools.chain.from_iterable(itertools.combinations(range(1, END), n) for n in (1, 2))
+    ):
         folder = tmp_path / str(number)
         for until in (*stops, END):
             run = open_run(folder)
@@ -114,15 +137,29 @@ def test_resuming_is_the_same_as_never_having_stopped(every, through, tmp_path):
 
 def test_the_files_of_a_run(folder):
     run = open_run(folder)
-    run.commit(learn(run), pictures={"curve.png": Image.new("RGB", (2, 2)), "samples/000001.png": Image.new("RGB", (2, 2))})
+    run.commit(
+        learn(run), lambda: {"curve.png": Image.new("RGB", (2, 2)), "samples/000001.png": Image.new("RGB", (2, 2))}
+    )
     run.keep(1, best=True)
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files == {"state.pt", "adapter.safetensors", "config.json", "metrics.jsonl", "curve.png", "samples/000001.png", "best/state.pt",
-                     "best/adapter.safetensors", "checkpoints/000001/state.pt", "checkpoints/000001/adapter.safetensors"}
+    assert files == {
+        "state.pt",
+        "adapter.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "curve.png",
+        "samples/000001.png",
+        "best/state.pt",
+        "best/adapter.safetensors",
+        "checkpoints/000001/state.pt",
+        "checkpoints/000001/adapter.safetensors",
+    }
     assert json.loads((folder / "config.json").read_text()) == CONFIG
     averaged, live = run.lora(averaged=True), run.lora()
     saved = load_file(folder / "adapter.safetensors")
-    assert all(torch.equal(saved[key], averaged[key]) for key in saved) and any(not torch.equal(saved[key], live[key]) for key in saved)
+    assert all(torch.equal(saved[key], averaged[key]) for key in saved) and any(
+        not torch.equal(saved[key], live[key]) for key in saved
+    )
     with safe_open(folder / "adapter.safetensors", "pt") as file:
         assert file.metadata()["treerpo.ema"] == "0.7" and file.metadata()["treerpo.iterations"] == "1"
     run.ema = None
@@ -156,10 +193,14 @@ def test_recording_appends_and_writes_no_state(folder, monkeypatch):
     states = (folder / "state.pt").read_bytes()
     for _ in range(3):
         run.record({**learn(run), "tuple": (1, 2), "nan": float("nan")})
-    assert (folder / "state.pt").read_bytes() == states and len(rows(folder)) == 4 and run.metrics[-1]["tuple"] == [1, 2]
+    assert (
+        (folder / "state.pt").read_bytes() == states and len(rows(folder)) == 4 and run.metrics[-1]["tuple"] == [1, 2]
+    )
     with pytest.raises(TypeError):
         run.record({"reward": torch.ones(1)})
-    assert run.unsaved and run.iteration == len(run.metrics) == len(rows(folder)) == 4, "what cannot be recorded is not counted"
+    assert run.unsaved and run.iteration == len(run.metrics) == len(rows(folder)) == 4, (
+        "what cannot be recorded is not counted"
+    )
 
 
 def test_numbers_of_numpy_are_saved_as_plain_ones(folder):
@@ -186,15 +227,28 @@ def test_metrics_jsonl_that_someone_removed_or_edited_is_written_anew(folder):
 
 # Kills and full disks, at every single file operation
 
+
 class Disk:
-    """Counts what core.checkpoint does to files; from the `limit`-th operation on, `error` is raised instead. Writes are half done."""
+    """Counts what core.runs.run does to files;
+
+    from the `limit`-th operation on, `error` is raised instead. Writes are half done.
+    """
+
     CHANGING = ("replace", "link", "unlink", "rmdir", "mkdir", "fsync", "truncate")
 
     def __init__(self, monkeypatch, error=None, needs_space=False, links=True):
         self.count, self.limit, self.error, self.patch = 0, None, error, monkeypatch
         for name in self.CHANGING:
-            monkeypatch.setattr(os, name, self.wrap(getattr(os, name), needs_space and name in ("replace", "unlink", "rmdir", "truncate"), links or name != "link"))
-        monkeypatch.setattr(checkpoint, "open", self.open, raising=False)
+            monkeypatch.setattr(
+                os,
+                name,
+                self.wrap(
+                    getattr(os, name),
+                    needs_space and name in ("replace", "unlink", "rmdir", "truncate"),
+                    links or name != "link",
+                ),
+            )
+        monkeypatch.setattr(files, "open", self.open, raising=False)
 
     def step(self):
         self.count += 1
@@ -208,6 +262,7 @@ class Disk:
             if not allowed:
                 raise PermissionError(errno.EPERM, "no hard links here")
             return function(*args, **kwargs)
+
         return changed
 
     def open(self, path, mode="r"):
@@ -221,7 +276,7 @@ class Disk:
                 try:
                     disk.step()
                 except BaseException:
-                    file.write(bytes(data)[:len(data) // 2])
+                    file.write(bytes(data)[: len(data) // 2])
                     raise
                 return file.write(data)
 
@@ -233,6 +288,7 @@ class Disk:
 
             def close(self):
                 file.close()
+
         return File()
 
 
@@ -248,13 +304,19 @@ def check_every_visible_file(folder):
         state = read_state(path / "state.pt")
         if path != folder:  # there, the two files may be of two iterations after a kill
             with safe_open(path / "adapter.safetensors", "pt") as file:
-                assert file.metadata()["treerpo.iterations"] == str(state["iteration"]) and len(file.keys()) == len(state["adapters"])
+                assert file.metadata()["treerpo.iterations"] == str(state["iteration"]) and len(file.keys()) == len(
+                    state["adapters"]
+                )
             assert path.name in ("best", f"{state['iteration']:06d}")
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
 def test_a_kill_at_any_file_operation_changes_nothing(links, through, tmp_path, monkeypatch):
-    """Killed at the n-th operation for all n; nothing after it happens either, no clean-up. Then the run goes on to the same end."""
+    """Killed at the n-th operation for all n;
+
+    nothing after it happens either, no clean-up. Then the run goes on to the same end.
+    """
+
     def session(folder):
         run = train(open_run(folder), until=4, every=2)
         run.restore(2)
@@ -313,11 +375,19 @@ def test_the_best_survives_a_kill_while_it_is_replaced(folder, killed, monkeypat
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
 def test_a_disk_that_fills_up_at_any_moment(links, through, tmp_path, monkeypatch):
-    """From the n-th operation on nothing can be written: one sentence each time, the run learns on in memory, and saves when there is space."""
+    """From the n-th operation on nothing can be written:
+
+    one sentence each time, the run learns on in memory, and saves when there is space.
+    """
+
     def session(run, errors):
         while run.iteration < END:
             row = learn(run)
-            for action in (lambda: run.record(row), lambda: run.iteration % 2 or run.save(), lambda: run.iteration % 2 or run.keep(2, best=True)):
+            for action in (
+                lambda: run.record(row),
+                lambda: run.iteration % 2 or run.save(),
+                lambda: run.iteration % 2 or run.keep(2, best=True),
+            ):
                 try:
                     action()
                 except OSError as error:
@@ -338,7 +408,7 @@ def test_a_disk_that_fills_up_at_any_moment(links, through, tmp_path, monkeypatc
         if folder.exists():
             check_every_visible_file(folder)
         if (folder / "metrics.jsonl").exists():
-            assert rows(folder) == run.metrics[:len(rows(folder))]
+            assert rows(folder) == run.metrics[: len(rows(folder))]
         assert run.iteration == len(run.metrics) == END and bits(run) == through
         if (folder / "state.pt").exists():
             assert read_state(folder / "state.pt")["iteration"] <= END
@@ -354,8 +424,12 @@ def test_a_failed_record_is_counted_once_and_leaves_no_half_line(folder, monkeyp
         with monkeypatch.context() as patch:
             disk = Disk(patch, OSError(errno.ENOSPC, "No space left on device"), needs_space=truncating)
             disk.limit = 1  # the file opens, and half the line fits
-            with pytest.raises(OSError, match="^Could not add to metrics.jsonl in .+ No space left on device. The run goes on in memory; its next save or "
-                                              "iteration writes what is missing.$"):
+            with pytest.raises(
+                OSError,
+                match="^Could not add to metrics.jsonl in .+ No space left on device. The run goes on in memory; its "
+                "next save or "
+                "iteration writes what is missing.$",
+            ):
                 run.record(learn(run))
         assert len(run.metrics) == run.iteration
         if truncating:
@@ -386,10 +460,12 @@ def test_a_read_only_output_folder(folder, monkeypatch):
 
 # Checkpoints and rollback
 
+
 @given(st.integers(0, 4), st.lists(st.booleans(), min_size=1, max_size=8))
 @settings(max_examples=15, deadline=None)
 def test_pruning_keeps_the_newest(last, best_at):
     import tempfile
+
     with tempfile.TemporaryDirectory() as base:
         run = open_run(checkpoint.Path(base) / "run")
         for best in best_at:
@@ -397,9 +473,16 @@ def test_pruning_keeps_the_newest(last, best_at):
             run.keep(last, best)  # saves by itself
         made = range(1, len(best_at) + 1)
         assert [c.iteration for c in run.checkpoints()] == sorted(made, reverse=True)[:last]
-        assert sorted(os.listdir(run.folder / "checkpoints") if last else []) == [f"{i:06d}" for i in made][-last if last else len(made):]
+        assert (
+            sorted(os.listdir(run.folder / "checkpoints") if last else [])
+            == [f"{i:06d}" for i in made][-last if last else len(made) :]
+        )
         best = [i for i, chosen in zip(made, best_at) if chosen]
-        assert (read_state(run.folder / "best/state.pt")["iteration"] == best[-1]) if best else not (run.folder / "best").exists()
+        assert (
+            (read_state(run.folder / "best/state.pt")["iteration"] == best[-1])
+            if best
+            else not (run.folder / "best").exists()
+        )
 
 
 def test_pruning_removes_only_what_is_ours(folder):
@@ -421,7 +504,11 @@ def test_checkpoints_are_listed_without_loading_them(folder, monkeypatch):
     run = train(open_run(folder), until=3, last=9)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("not cheap"))
     found = run.checkpoints()
-    assert [(c.iteration, c.path.name) for c in found] == [(3, "000003"), (2, "000002"), (1, "000001")] and found == list_checkpoints(folder)
+    assert [(c.iteration, c.path.name) for c in found] == [
+        (3, "000003"),
+        (2, "000002"),
+        (1, "000001"),
+    ] and found == list_checkpoints(folder)
     assert found[0].summary == f"iteration 3, reward {run.metrics[-1]['reward']:.4f} ± 0.5000"
     (folder / "checkpoints/000002/adapter.safetensors").write_bytes(b"<html>")
     assert [c.iteration for c in run.checkpoints()] == [3, 1]
@@ -445,7 +532,9 @@ def test_rolling_back(folder, through, where, reopened):
     assert run.iteration == 3 and bits(run) == at_three and rows(folder) == run.metrics
     assert read_state(folder / "checkpoints/000005/state.pt")["iteration"] == 5, "what was left is not lost"
     assert read_state(folder / "state.pt")["iteration"] == 3 and hidden(folder) == []
-    assert (folder / "adapter.safetensors").read_bytes() == (folder / "checkpoints/000003/adapter.safetensors").read_bytes()
+    assert (folder / "adapter.safetensors").read_bytes() == (
+        folder / "checkpoints/000003/adapter.safetensors"
+    ).read_bytes()
     assert bits(train(open_run(folder), last=9)) == through
     run = open_run(folder)
     run.restore(5)
@@ -511,6 +600,7 @@ def test_a_checkpoint_is_not_changed_by_what_the_run_does_later(folder):
 
 # Files that are not what they should be
 
+
 class Evil:
     """A pickle that creates a file when it is loaded."""
 
@@ -541,14 +631,30 @@ def test_damaged_states_are_refused_in_one_sentence_and_run_no_code(folder):
     zipped = io.BytesIO()
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("hello.txt", "hello")
-    cases = {"empty": b"", "html": b"<html>not found</html>", "half": whole[:len(whole) // 2], "all but the last byte": whole[:-1], "zip": zipped.getvalue(),
-             "lora": (folder / "adapter.safetensors").read_bytes(), "pickle": pickle.dumps(evil), "torch pickle": saved(evil),
-             "hidden pickle": saved({**state, "extra": evil}), "legacy": saved_legacy(evil), "tensor": saved(torch.ones(3)), "list": saved([1]),
-             "no keys": saved({"format": 2}), "wrong kinds": saved({**state, "iteration": "3"}), "text weights": saved({**state, "adapters": {"a": "b"}})}
+    cases = {
+        "empty": b"",
+        "html": b"<html>not found</html>",
+        "half": whole[: len(whole) // 2],
+        "all but the last byte": whole[:-1],
+        "zip": zipped.getvalue(),
+        "lora": (folder / "adapter.safetensors").read_bytes(),
+        "pickle": pickle.dumps(evil),
+        "torch pickle": saved(evil),
+        "hidden pickle": saved({**state, "extra": evil}),
+        "legacy": saved_legacy(evil),
+        "tensor": saved(torch.ones(3)),
+        "list": saved([1]),
+        "no keys": saved({"format": 2}),
+        "wrong kinds": saved({**state, "iteration": "3"}),
+        "text weights": saved({**state, "adapters": {"a": "b"}}),
+    }
     for name, data in cases.items():
         corrupt(folder / "state.pt", data)
-        with pytest.raises(DamagedCheckpoint, match=r"^The checkpoint \S+state.pt cannot be read \(\w+\): it is damaged or not one of TreeRPO's; move it away "
-                                                    r"to begin again, or choose another run name\.$"):
+        with pytest.raises(
+            DamagedCheckpoint,
+            match=r"^The checkpoint \S+state.pt cannot be read \(\w+\): it is damaged or not one of TreeRPO's; move it away "
+            r"to begin again, or choose another run name\.$",
+        ):
             open_run(folder)
         assert (folder / "state.pt").read_bytes() == data, name
     assert not evil.path.exists()
@@ -599,12 +705,22 @@ def test_a_damaged_state_names_the_newest_checkpoint_that_is_whole(folder, throu
     damaged = (folder / "state.pt").read_bytes()[:-100]
     corrupt(folder / "state.pt", damaged)
     for newest in (5, 4, 3):
-        with pytest.raises(DamagedCheckpoint, match=f"TreeRPO's; the checkpoint of iteration {newest} is whole: choose .+ @ {newest}. under begin_from and a new run name.$"):
+        with pytest.raises(
+            DamagedCheckpoint,
+            match=f"TreeRPO's; the checkpoint of iteration {newest} is whole: choose .+ @ {newest}. under begin_from "
+            "and a new run name.$",
+        ):
             open_run(folder)
         corrupt(folder / f"checkpoints/{newest:06d}/state.pt", b"\0" * 1000)
-    with pytest.raises(DamagedCheckpoint, match=f"the checkpoint of iteration {best} is whole: choose .+ @ best. under begin_from and a new run name.$"):
+    with pytest.raises(
+        DamagedCheckpoint,
+        match=f"the checkpoint of iteration {best} is whole: choose .+ @ best. under begin_from and a new run name.$",
+    ):
         open_run(folder)
-    with pytest.raises(DamagedCheckpoint, match="/checkpoints/000004/state.pt cannot be read .+ choose .+ @ best. under begin_from and a new run name.$"):
+    with pytest.raises(
+        DamagedCheckpoint,
+        match="/checkpoints/000004/state.pt cannot be read .+ choose .+ @ best. under begin_from and a new run name.$",
+    ):
         open_run(folder, resume_from=4)
     run = open_run(folder, resume_from="best")
     assert (folder / "state.damaged.pt").read_bytes() == damaged, "nothing is deleted"
@@ -615,7 +731,10 @@ def test_a_newer_format_is_refused_and_todays_first_one_is_read(folder):
     run = train(open_run(folder), until=2, last=0)
     state = read_state(folder / "state.pt")
     corrupt(folder / "state.pt", saved({**state, "format": checkpoint.FORMAT + 1, "adapters": "something new"}))
-    with pytest.raises(ValueError, match=r"was made by a newer TreeRPO \(format 3, this one reads up to 2\): update TreeRPO, or choose another run name.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"was made by a newer TreeRPO \(format 3, this one reads up to 2\): update TreeRPO, or choose another run name.$",
+    ):
         open_run(folder)
     first = {key: state[key] for key in ("iteration", "adapters", "optimizer", "metrics", "config")}
     corrupt(folder / "state.pt", saved({"format": 1, **first}))
@@ -628,9 +747,14 @@ def test_a_newer_format_is_refused_and_todays_first_one_is_read(folder):
 
 def test_checkpoints_of_another_model_are_refused(folder):
     train(open_run(folder), until=2)
-    with pytest.raises(ValueError, match=r"^Run 'run' was begun with other settings \(base_model 'Flux' -> 'SD3'\): set them back or choose another run name.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^Run 'run' was begun with other settings \(base_model 'Flux' -> 'SD3'\): set them back or choose another run name.$",
+    ):
         open_run(folder, config={**CONFIG, "base_model": "SD3"})
-    with pytest.raises(ValueError, match="^The checkpoint of run 'run' belongs to another model: .+ 2 of another size .+$"):
+    with pytest.raises(
+        ValueError, match="^The checkpoint of run 'run' belongs to another model: .+ 2 of another size .+$"
+    ):
         Run.open(folder, new_adapters(hidden=6), CONFIG)
     one_layer = Adapters.create(nn.Sequential(nn.Linear(4, 5)), 2, 3.0, "all linear")
     with pytest.raises(ValueError, match="^The checkpoint of run 'run' belongs to another model: .+ unknown .+$"):
@@ -647,17 +771,23 @@ def test_checkpoints_of_another_model_are_refused(folder):
 
 # Settings
 
+
 def test_trainer_settings_may_change_and_the_others_may_not(folder):
     run = open_run(folder)
     assert run.change_settings({"learning_rate": 3e-4, "betas": (0.9, 0.99)}) == []
     run.commit(learn(run))
     run = open_run(folder)
     assert run.change_settings({"learning_rate": 3e-4, "betas": (0.9, 0.99)}) == []
-    assert run.change_settings({"learning_rate": 1e-4, "betas": (0.9, 0.99), "kl": 0.1}) == ["learning_rate 0.0003 -> 0.0001", "kl not set -> 0.1"]
+    assert run.change_settings({"learning_rate": 1e-4, "betas": (0.9, 0.99), "kl": 0.1}) == [
+        "learning_rate 0.0003 -> 0.0001",
+        "kl not set -> 0.1",
+    ]
     run.commit(learn(run))
     assert json.loads((folder / "config.json").read_text())["trainer"]["learning_rate"] == 1e-4
     assert open_run(folder).config["trainer"]["kl"] == 0.1
-    assert open_run(folder, config={**CONFIG, "trainer": {"learning_rate": 1}}).config["trainer"] == {"learning_rate": 1}
+    assert open_run(folder, config={**CONFIG, "trainer": {"learning_rate": 1}}).config["trainer"] == {
+        "learning_rate": 1
+    }
     with safe_open(folder / "adapter.safetensors", "pt") as file:
         assert "learning_rate" not in file.metadata()["treerpo.config"], "prompts may be among them"
     assert len(run.checkpoints()) == 0
@@ -665,26 +795,29 @@ def test_trainer_settings_may_change_and_the_others_may_not(folder):
 
 def test_changed_settings():
     assert changed_settings({"a": 1, "b": None, "c": "x"}, {"a": 1, "b": None, "c": "x"}) == []
-    assert changed_settings({"a": 1, "gone": 2}, {"a": True, "new": None}) == ["gone 2 -> not set", "new not set -> None"]
+    assert changed_settings({"a": 1, "gone": 2}, {"a": True, "new": None}) == [
+        "gone 2 -> not set",
+        "new not set -> None",
+    ]
     (text,) = changed_settings({"prompts": "a red circle\n" * 50}, {"prompts": "a blue circle\n" * 50})
     assert len(text) < 100 and "\n" not in text
 
 
 # The moving average
 
+
 def test_the_average_follows_flow_grpo():
     parameter = nn.Parameter(torch.zeros(3))
-    ema, expected = Ema([parameter], decay=0.9, every=8), torch.zeros(3)
+    ema, expected = Ema([parameter], decay=0.9), torch.zeros(3)
     for n in range(100):
         with torch.no_grad():
             parameter.copy_(torch.full((3,), float(n)))
         ema.update()
-        if (n + 1) % 8 == 0:
-            expected += (1 - min((1 + n) / (10 + n), 0.9)) * (parameter.detach() - expected)
+        expected += (1 - min((1 + n) / (10 + n), 0.9)) * (parameter.detach() - expected)
         torch.testing.assert_close(ema.shadow[0], expected)
-    for decay, every in ((1.0, 1), (-0.1, 1), (0.9, 0)):
+    for decay in (1.0, -0.1):
         with pytest.raises(ValueError, match="decay from 0 to below 1"):
-            Ema([parameter], decay, every)
+            Ema([parameter], decay)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -738,12 +871,12 @@ def test_the_average_goes_where_the_parameters_go():
 
 def test_the_state_of_an_average(folder):
     adapters = new_adapters()
-    ema, other = Ema(adapters, 0.5), Ema(adapters, 0.9, every=4)
+    ema, other = Ema(adapters, 0.5), Ema(adapters, 0.9)
     with torch.no_grad():
         [p.normal_() for p in adapters.parameters()]
     ema.update()
     other.load_state_dict(ema.state_dict())
-    assert other.steps == 1 and (other.decay, other.every) == (0.9, 4) and all(torch.equal(a, b) for a, b in zip(ema.shadow, other.shadow))
+    assert other.steps == 1 and other.decay == 0.9 and all(torch.equal(a, b) for a, b in zip(ema.shadow, other.shadow))
     small = Ema([nn.Parameter(torch.ones(2))], 0.5)
     with pytest.raises(ValueError, match="does not fit these adapters"):
         small.load_state_dict(ema.state_dict())

@@ -1,22 +1,31 @@
 """The picture and the line that show how a run is doing: right, legible, and never the reason why a run stops."""
+
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from core import dashboard as module
-from core.dashboard import Sample, brief, dashboard, status_line
-from core.plot import BETTER, INK, WORSE
+from core.pictures import dashboard as module
+from core.pictures.dashboard import Sample, brief, dashboard, status_line
+from core.pictures.plot import BETTER, INK, WORSE
 from embedded.shapes import captions, draw
 
 
 def sample(index, score, prompt=None, size=96):
-    return Sample(draw(torch.tensor([index]), torch.Generator().manual_seed(0), size=size).movedim(1, -1)[0], score, prompt or captions()[index])
+    return Sample(
+        draw(torch.tensor([index]), torch.Generator().manual_seed(0), size=size).movedim(1, -1)[0],
+        score,
+        prompt or captions()[index],
+    )
 
 
-BEST, WORST = sample(3, 0.4821), sample(50, 0.1133, "a photo of a purple square on a gray background, studio light, " * 9)
+BEST, WORST = (
+    sample(3, 0.4821),
+    sample(50, 0.1133, "a photo of a purple square on a gray background, studio light, " * 9),
+)
 
 
 def rows(count, names=("size",), every=0, judge=False):
@@ -24,8 +33,16 @@ def rows(count, names=("size",), every=0, judge=False):
     run = []
     for i in range(count):
         part = i / max(count - 1, 1)
-        row = {"iteration": i + 1, "reward": 0.2 + 0.3 * part, "reward_std": 0.04, "clip_frac": 0.1 * part, "kl": 2e-4 * part, "seconds": 4.0, "forwards": 1240}
-        row |= {f"rewards/{name}/mean": 100 ** k * (0.2 + 0.3 * part) for k, name in enumerate(names)}
+        row = {
+            "iteration": i + 1,
+            "reward": 0.2 + 0.3 * part,
+            "reward_std": 0.04,
+            "clip_frac": 0.1 * part,
+            "kl": 2e-4 * part,
+            "seconds": 4.0,
+            "forwards": 1240,
+        }
+        row |= {f"rewards/{name}/mean": 100**k * (0.2 + 0.3 * part) for k, name in enumerate(names)}
         if every and i % every == 0:
             row |= {"eval/reward": 0.2 + 0.2 * part} | ({"eval/judge": 0.27 - 0.02 * part} if judge else {})
         run.append(row)
@@ -36,7 +53,9 @@ def places(picture, colour, box=None):
     """Rows and columns [n, 2] of the pixels of a colour, within box (left, top, right, bottom)."""
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
     left, top, right, bottom = box or (0, 0, picture.width, picture.height)
-    return ((pixels == torch.tensor(colour, dtype=torch.uint8)).all(2)[top:bottom, left:right]).nonzero() + torch.tensor([top, left])
+    return (
+        (pixels == torch.tensor(colour, dtype=torch.uint8)).all(2)[top:bottom, left:right]
+    ).nonzero() + torch.tensor([top, left])
 
 
 @pytest.fixture
@@ -60,7 +79,12 @@ def drawn(monkeypatch):
 
 
 MODELS = (["size"], ["HPSv2.1", "ImageReward", "aesthetic predictor v2.5"], [f"model {i}" for i in range(9)])
-CASES = [rows(n, names, every, judge) for n in (1, 5, 500) for names in MODELS for every, judge in ((0, False), (2, False), (2, True))]
+CASES = [
+    rows(n, names, every, judge)
+    for n in (1, 5, 500)
+    for names in MODELS
+    for every, judge in ((0, False), (2, False), (2, True))
+]
 
 
 @pytest.mark.parametrize("size", [(900, 420), (1400, 600), (700, 420), (900, 700)], ids=str)
@@ -78,8 +102,24 @@ def test_nothing_overlaps_or_is_cut_off(drawn, metrics, size):
 def test_the_newest_values_are_written(drawn):
     dashboard(rows(11, ["HPSv2.1", "ImageReward"], every=5, judge=True), BEST, WORST, judge="PickScore")
     texts = [text for text, _ in drawn]
-    assert {"HPSv2.1", ".500", "ImageReward", "50.0", "held-out", ".400", "PickScore", ".250", "clipped", "10 %", "KL", "2.0e-4", "best .482", "worst .113", "1",
-            "iteration 11"} <= set(texts)
+    assert {
+        "HPSv2.1",
+        ".500",
+        "ImageReward",
+        "50.0",
+        "held-out",
+        ".400",
+        "PickScore",
+        ".250",
+        "clipped",
+        "10 %",
+        "KL",
+        "2.0e-4",
+        "best .482",
+        "worst .113",
+        "1",
+        "iteration 11",
+    } <= set(texts)
 
 
 def test_one_reward_shows_its_spread_and_where_it_came_from(drawn):
@@ -146,15 +186,35 @@ def test_long_runs_are_averaged_not_thinned():
     assert module._averaged(short) is short
 
 
-VALUE = st.one_of(st.floats(allow_nan=True), st.integers(-10 ** 40, 10 ** 40), st.none(), st.text(max_size=3), st.just(0.3))
-KEYS = ["iteration", "reward", "reward_std", "clip_frac", "kl", "rewards/a/mean", "rewards/b/mean", "rewards//mean", "rewards/\ud800\n/mean", "eval/reward",
-        "eval/judge", "forwards", "seconds"]
+VALUE = st.one_of(
+    st.floats(allow_nan=True), st.integers(-(10**40), 10**40), st.none(), st.text(max_size=3), st.just(0.3)
+)
+KEYS = [
+    "iteration",
+    "reward",
+    "reward_std",
+    "clip_frac",
+    "kl",
+    "rewards/a/mean",
+    "rewards/b/mean",
+    "rewards//mean",
+    "rewards/\ud800\n/mean",
+    "eval/reward",
+    "eval/judge",
+    "forwards",
+    "seconds",
+]
 SIZES = [(900, 420), (400, 187), (64, 64), (30, 500), (2000, 90)]
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.dictionaries(st.sampled_from(KEYS), VALUE), max_size=12), st.integers(1, 300), st.sampled_from(SIZES), st.text(max_size=300),
-       st.floats())
+@given(
+    st.lists(st.dictionaries(st.sampled_from(KEYS), VALUE), max_size=12),
+    st.integers(1, 300),
+    st.sampled_from(SIZES),
+    st.text(max_size=300),
+    st.floats(),
+)
 def test_nothing_in_the_metrics_raises(metrics, times, size, text, score):
     image = Sample(torch.full((20, 30, 3), math.nan), score, text + "\n\ud800")
     picture = dashboard(metrics * times, image, image, *size, judge=text)
@@ -163,7 +223,7 @@ def test_nothing_in_the_metrics_raises(metrics, times, size, text, score):
         assert "\n" not in status_line(row, 3, 10, score, 5)
 
 
-@pytest.mark.parametrize("wrong", [math.inf, -math.inf, 1e300, 10 ** 40, None, "3"], ids=str)
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf, 1e300, 10**40, None, "3"], ids=str)
 def test_a_senseless_number_is_a_gap(wrong):
     metrics = rows(30)
     metrics[12]["reward"] = metrics[20]["reward_std"] = metrics[20]["kl"] = math.nan
@@ -185,22 +245,49 @@ def test_brief_numbers_are_short_and_right(value):
     assert float(text) == pytest.approx(value, rel=0.05)
 
 
-@pytest.mark.parametrize("value, text", [(0.412, ".412"), (0.0312, ".031"), (-0.5, "-.500"), (24.13, "24.1"), (1234.5, "1234"), (1.2e-4, "1.2e-4"), (9.999, "10.0"),
-                                         (99999.9, "1.0e5"), (0.99999, "1.00"), (0, "0"), (-1.034, "-1.03")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.412, ".412"),
+        (0.0312, ".031"),
+        (-0.5, "-.500"),
+        (24.13, "24.1"),
+        (1234.5, "1234"),
+        (1.2e-4, "1.2e-4"),
+        (9.999, "10.0"),
+        (99999.9, "1.0e5"),
+        (0.99999, "1.00"),
+        (0, "0"),
+        (-1.034, "-1.03"),
+    ],
+)
 def test_brief_numbers(value, text):
     assert brief(value) == text
 
 
 def test_the_line():
     row = {"reward": 0.412, "reward_std": 0.0308, "kl": 1.2e-4, "forwards": 1240, "seconds": 4.0}
-    assert status_line(row, 12, 100, 2.7, 11.3e9) == "iteration 12/100 · reward .412 ± .031 · KL 1.2e-4 · 310 forwards/s · 11.3 GB · 4 min left"
+    assert (
+        status_line(row, 12, 100, 2.7, 11.3e9)
+        == "iteration 12/100 · reward .412 ± .031 · KL 1.2e-4 · 310 forwards/s · 11.3 GB · 4 min left"
+    )
     assert status_line({"reward": 24.13, "reward_std": 0.5, "kl": 0.0}, 1, 0, 9.0) == "iteration 1 · reward 24.1 ± .5"
     assert status_line({"reward": 1.2e-4, "reward_std": 3e-5}, 1, 0, 9.0) == "iteration 1 · reward 1.2e-4 ± 3.0e-5"
     assert status_line({"reward": math.nan}, 100, 100, 2.0) == "iteration 100/100 · reward is no number · done"
     assert status_line({}, 0, 5, math.nan) == "iteration 0/5"
 
 
-@pytest.mark.parametrize("seconds, text", [(0.2, "1 s left"), (89, "89 s left"), (91, "2 min left"), (5940, "99 min left"), (6100, "1 h 42 min left"),
-                                           (36000, "10 h left"), (3600 * 50, "2 days 2 h left")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.2, "1 s left"),
+        (89, "89 s left"),
+        (91, "2 min left"),
+        (5940, "99 min left"),
+        (6100, "1 h 42 min left"),
+        (36000, "10 h left"),
+        (3600 * 50, "2 days 2 h left"),
+    ],
+)
 def test_time_left(seconds, text):
     assert status_line({}, 0, 1, seconds).endswith(text)

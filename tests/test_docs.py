@@ -1,5 +1,7 @@
-"""What is written about the nodes fits the nodes: help pages, translations, links and pictures. Read from data/schema.json, which
-test_schema.py compares with the nodes themselves."""
+"""What is written about the nodes fits the nodes: help pages, translations, links and pictures. Read from
+data/schema.json, which test_schema.py compares with the nodes themselves.
+"""
+
 import json
 import re
 from pathlib import Path
@@ -10,7 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NODES = json.loads((ROOT / "tests" / "data" / "schema.json").read_text("utf-8"))
 PAGES = ROOT / "web" / "docs"
 BY_TITLE = {entry["display_name"]: node for node, entry in NODES.items()}
-WRITTEN = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(path for folder in ("docs", "web", "tests") for path in sorted((ROOT / folder).rglob("*.md")))]
+WRITTEN = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *(path for folder in ("docs", "web", "tests") for path in sorted((ROOT / folder).rglob("*.md"))),
+]
 
 
 def inputs(node: str) -> dict[str, dict]:
@@ -26,8 +32,13 @@ def translations(language: str) -> dict:
 
 
 def translated(node: str) -> list[str]:
-    """The keys of a node's inputs in a translation: ComfyUI's frontend has '_' for dots, and one key per growing input."""
-    growing = [f"{name}_{row['grows']}{i}" for name, row in inputs(node).items() if "grows" in row for i in range(row["most"])]
+    """The keys of a node's inputs in a translation:
+
+    ComfyUI's frontend has '_' for dots, and one key per growing input.
+    """
+    growing = [
+        f"{name}_{row['grows']}{i}" for name, row in inputs(node).items() if "grows" in row for i in range(row["most"])
+    ]
     return [*inputs(node), *growing]
 
 
@@ -37,11 +48,18 @@ def test_every_node_has_a_help_page_and_every_page_a_node():
 
 @pytest.mark.parametrize("node", NODES)
 def test_help_page_fits_its_node(node):
-    """In `code` that looks like a name, a page names this node's own inputs, outputs and options; other nodes' inputs are *Title → input*."""
+    """In `code` that looks like a name, a page names this node's own inputs, outputs and options;
+
+    other nodes' inputs are *Title → input*.
+    """
     text = (PAGES / f"{node}.md").read_text("utf-8")
     assert text.startswith(f"# {NODES[node]['display_name']}\n")
     own = inputs(node)
-    known = {*own, *(row["name"] for row in NODES[node]["outputs"]), *(str(option) for row in own.values() for option in row.get("options", []))}
+    known = {
+        *own,
+        *(row["name"] for row in NODES[node]["outputs"]),
+        *(str(option) for row in own.values() for option in row.get("options", [])),
+    }
     named = set(re.findall(r"`([a-z][a-z0-9_]*)`", text))
     assert named <= known, "no input, output or option of this node"
     assert {name for name, row in own.items() if not row.get("advanced")} <= named, "inputs that are not explained"
@@ -60,7 +78,9 @@ def test_links_and_pictures_exist(path):
 def test_help_pages_hold_only_links_that_work_in_comfyui(path):
     """ComfyUI finds a page's pictures beside it, but not its relative links; and it serves nothing outside web/."""
     text = without_code(path.read_text("utf-8"))
-    assert not [target for target in re.findall(r"(?<!!)\[[^\]\n]*\]\(([^)\s]+)\)", text) if not target.startswith("https://")]
+    assert not [
+        target for target in re.findall(r"(?<!!)\[[^\]\n]*\]\(([^)\s]+)\)", text) if not target.startswith("https://")
+    ]
     for target in re.findall(r"!\[[^\]\n]*\]\(([^)\s]+)\)", text):
         assert (PAGES / target).resolve().is_relative_to(PAGES), target
 
@@ -69,7 +89,9 @@ def test_pictures_of_help_pages_are_of_a_node_or_the_readmes():
     for path in (PAGES / "images").iterdir():
         if path.stem in NODES:
             continue
-        assert path.read_bytes() == (ROOT / "docs" / "images" / path.name).read_bytes(), f"copy docs/images/{path.name} to web/docs/images again"
+        assert path.read_bytes() == (ROOT / "docs" / "images" / path.name).read_bytes(), (
+            f"copy docs/images/{path.name} to web/docs/images again"
+        )
 
 
 def test_every_help_page_has_a_picture():
@@ -88,12 +110,19 @@ def test_chinese_is_complete():
 
 @pytest.mark.parametrize("language", sorted(path.parent.name for path in ROOT.glob("locales/*/nodeDefs.json")))
 def test_translations_name_what_exists_and_hold_no_formatting(language):
-    """Names and descriptions are vue-i18n messages, in which {}, @ and | mean something; tooltips are shown as they are."""
+    """Names and descriptions are vue-i18n messages, in which {}, @ and | mean something;
+
+    tooltips are shown as they are.
+    """
     for node, entry in translations(language).items():
         assert set(entry.get("inputs", {})) <= set(translated(node)), node
         assert all(int(i) < len(NODES[node]["outputs"]) for i in entry.get("outputs", {})), node
         fields = [*entry.get("inputs", {}).values(), *entry.get("outputs", {}).values()]
-        messages = [entry.get("display_name", ""), entry.get("description", ""), *(field.get("name", "") for field in fields)]
+        messages = [
+            entry.get("display_name", ""),
+            entry.get("description", ""),
+            *(field.get("name", "") for field in fields),
+        ]
         assert not [text for text in messages if re.search(r"[{}@|]", text)], node
 
 

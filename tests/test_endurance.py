@@ -1,4 +1,5 @@
 """The endurance benchmark in short: what it measures over 20 kills and 500 iterations is held here over a few."""
+
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ def bench(folder, *arguments):
         pytest.skip(MISSING)
     target = folder / "results.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "endurance.py"), "--json", str(target), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(COMFYUI)}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(COMFYUI)}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(target.read_text())
 

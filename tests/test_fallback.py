@@ -1,4 +1,8 @@
-"""core/fallback.py: the demo without ComfyUI leaves what it promises, on the settings and the model of the demo with it."""
+"""standalone/demo.py:
+
+the demo without ComfyUI leaves what it promises, on the settings and the model of the demo with it.
+"""
+
 import json
 
 import pytest
@@ -10,8 +14,9 @@ pytest.importorskip("open_clip")
 pytest.importorskip("peft")
 from PIL import Image
 
-from core import cost, fallback
-from core.backends.host import batch
+from core.hosts.diffusers_models import batch
+from core.method import cost
+from standalone import demo as fallback
 
 EMBEDDED = fallback.REPO / "embedded"
 KINDS = [kind for kind in ("flux", "sd3") if (EMBEDDED / f"{kind}.safetensors").exists()]
@@ -21,7 +26,11 @@ FILES = ["metrics.jsonl", "reward_curve.png", "tree.png", "before.png", "after.p
 def small_graph(name: str, original=fallback.graph) -> dict:
     """The shipped graph with fewer steps, branches and prompts."""
     nodes = original(name)
-    changes = {"Shape": {"branching": 2, "depth": 2, "trees": 1, "tail": 0.5}, "Sigmas": {"steps": 6}, "Sample after": {"steps": 4}}
+    changes = {
+        "Shape": {"branching": 2, "depth": 2, "trees": 1, "tail": 0.5},
+        "Sigmas": {"steps": 6},
+        "Sample after": {"steps": 4},
+    }
     for title in ("Prompts", "Held-out prompts"):
         if title in nodes:
             changes[title] = {"text": "\n".join(nodes[title]["text"].splitlines()[:2])}
@@ -32,14 +41,18 @@ def small_graph(name: str, original=fallback.graph) -> dict:
 def small():
     """The demo on a small graph, with the text features computed once."""
     import embedded.clip_l
-    from core.backends import host
+    from core.hosts import diffusers_models as host
 
     nodes = {**small_graph("first_steps"), **small_graph("compare")}
     prompts = [line for title in ("Prompts", "Held-out prompts") for line in fallback.lines(nodes[title]["text"])]
     features = host.clip_l_features(embedded.clip_l.random_clip_l(), prompts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fallback, "graph", small_graph)
-        patch.setattr(host, "clip_l_features", lambda weights, wanted: features if wanted == prompts else pytest.fail("other prompts"))
+        patch.setattr(
+            host,
+            "clip_l_features",
+            lambda weights, wanted: features if wanted == prompts else pytest.fail("other prompts"),
+        )
         patch.setattr(embedded.clip_l, "random_clip_l", lambda: None)
         yield fallback
 
@@ -60,7 +73,9 @@ def test_every_file_is_there(demo):
     for name in [*FILES, f"treerpo-shapes-{kind}.safetensors"]:
         assert (folder / name).stat().st_size > 0, name
     pictures = [Image.open(folder / f"{when}.png") for when in ("before", "after")]
-    assert pictures[0].size == pictures[1].size and pictures[0].tobytes() != pictures[1].tobytes(), "training changed nothing"
+    assert pictures[0].size == pictures[1].size and pictures[0].tobytes() != pictures[1].tobytes(), (
+        "training changed nothing"
+    )
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["backend"] == "diffusers" and summary["held_out"]["before"] != summary["held_out"]["after"]
     assert summary["reward_first"] == pytest.approx(sum(row["reward"] for row in rows(folder)) / 2)
@@ -106,12 +121,16 @@ def test_pictures_are_those_of_comfyuis_ksampler(kind, small, comfy):
     demo = small.Demo(kind, 0)
     model = comfy.sd.load_diffusion_model(str(EMBEDDED / f"{kind}.safetensors"), model_options={"dtype": torch.float32})
     from embedded.shapes import vae_state_dict
-    vae = comfy.sd.VAE(sd=vae_state_dict(kind), dtype=torch.float32)
+
+    form = model.model.latent_format
+    vae = comfy.sd.VAE(sd=vae_state_dict(form.scale_factor, form.shift_factor), dtype=torch.float32)
     texts = [*demo.prompts.train, *demo.prompts.held_out][:3]
     features, pooled = batch([demo.host.features[text] for text in texts])
     positive = [[features, {"pooled_output": pooled}]]
     empty = torch.zeros(3, *demo.latent)
-    samples = comfy.sample.sample(model, comfy.sample.prepare_noise(empty, 11), 5, 1.0, "euler", "simple", positive, positive, empty, seed=11)
+    samples = comfy.sample.sample(
+        model, comfy.sample.prepare_noise(empty, 11), 5, 1.0, "euler", "simple", positive, positive, empty, seed=11
+    )
     expected = vae.decode(samples)
     assert expected.std() > 0.05
     torch.testing.assert_close(demo.draw(texts, 11, 5), expected, rtol=0, atol=1e-4)
@@ -121,11 +140,22 @@ def test_the_shipped_graphs_are_understood():
     settings, comparison = fallback.graph("first_steps"), fallback.graph("compare")
     assert fallback.tree_shape(settings["Shape"]).leaves >= 2
     fallback.noise_schedule({**settings["Noise"], "shape": "list", "list": "0.5, 0.7"}).levels(2)
-    trained, held_out = fallback.lines(settings["Prompts"]["text"]), fallback.lines(comparison["Held-out prompts"]["text"])
+    trained, held_out = (
+        fallback.lines(settings["Prompts"]["text"]),
+        fallback.lines(comparison["Held-out prompts"]["text"]),
+    )
     assert trained and held_out and not set(trained) & set(held_out)
     for title, inputs in (("Sample after", comparison), ("Sample before", comparison)):
-        assert inputs[title]["sampler_name"] == "euler" and inputs[title]["scheduler"] == "simple" and inputs[title]["cfg"] == 1
-    assert settings["Sigmas"]["scheduler"] == "simple" and settings["Sampler"]["cfg"] == 1 and settings["Sampler"]["new_noise"]
+        assert (
+            inputs[title]["sampler_name"] == "euler"
+            and inputs[title]["scheduler"] == "simple"
+            and inputs[title]["cfg"] == 1
+        )
+    assert (
+        settings["Sigmas"]["scheduler"] == "simple"
+        and settings["Sampler"]["cfg"] == 1
+        and settings["Sampler"]["new_noise"]
+    )
 
 
 def test_no_iterations_is_refused(monkeypatch, capsys, tmp_path):

@@ -1,7 +1,10 @@
-"""What only a GPU can show: bf16 and fp8 in ComfyUI, dynamic VRAM, foreign attention, memory as estimated, running out of it, fp16 rewards.
+"""What only a GPU can show: bf16 and fp8 in ComfyUI, dynamic VRAM, foreign attention, memory as estimated, running out
+of it, fp16 rewards.
 
-TREERPO_GPU_TESTS_ON_CPU=1 runs them on the CPU instead, through the same code, where that means anything; the others stay skipped.
+TREERPO_GPU_TESTS_ON_CPU=1 runs them on the CPU instead, through the same code, where that means anything; the others
+stay skipped.
 """
+
 import json
 import os
 import subprocess
@@ -15,12 +18,15 @@ import torch
 CUDA = torch.cuda.is_available()
 ON_CPU = os.environ.get("TREERPO_GPU_TESTS_ON_CPU") == "1" and not CUDA
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not (CUDA or ON_CPU), reason="no GPU (TREERPO_GPU_TESTS_ON_CPU=1 runs these on the CPU)")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (CUDA or ON_CPU), reason="no GPU (TREERPO_GPU_TESTS_ON_CPU=1 runs these on the CPU)"),
+]
 only_cuda = pytest.mark.skipif(not CUDA, reason="no GPU, and on a CPU this means nothing")
 ARCHITECTURES = ("flux", "sd3.5")
 SIDE = 64 if CUDA else 8  # of the latents: a picture of 512 pixels, or a small one where it only has to run
 SEED = 5
-ROUNDING = 0.02    # relative error: bf16 has 8 bits, and sums of thousands of terms lose less than one of them
+ROUNDING = 0.02  # relative error: bf16 has 8 bits, and sums of thousands of terms lose less than one of them
 
 
 def weights(architecture: str, big: bool = False) -> dict[str, torch.Tensor]:
@@ -32,7 +38,8 @@ def weights(architecture: str, big: bool = False) -> dict[str, torch.Tensor]:
 
 def new_policy(model, **settings):
     """A policy whose adapters change the velocity visibly, as after training."""
-    from core.backends.comfy import ComfyPolicy
+    from core.hosts.comfy import ComfyPolicy
+
     policy = ComfyPolicy.create(model, 8, 16.0, "attention", **settings)
     generator = torch.Generator().manual_seed(7)
     with torch.inference_mode(False), torch.no_grad():
@@ -54,21 +61,32 @@ def gradient(policy, side: int = 8) -> torch.Tensor:
 
 def tree(velocity, micro_batch, side: int, branching: int = 3, prompts: int = 2):
     """(forest, edge advantages) of a small tree per prompt."""
-    from core import noise
-    from core.advantage import backup
-    from core.noise import NoiseSchedule
-    from core.rollout import grow
-    from core.tree import TreeShape
+    from core.method import noise
+    from core.method.advantage import backup
+    from core.method.noise import NoiseSchedule
+    from core.method.rollout import grow
+    from core.method.tree import TreeShape
+
     roots = noise.roots((16, side, side), SEED, 1, list(range(prompts)), 1).to(velocity.device)
-    forest = grow(velocity, roots, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]), TreeShape(branching, 2, window="fixed"), NoiseSchedule("cps", 0.7), start=0,
-                  prompts=list(range(prompts)), seed=SEED, micro_batch=micro_batch)
+    forest = grow(
+        velocity,
+        roots,
+        torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]),
+        TreeShape(branching, 2, window="fixed"),
+        NoiseSchedule("cps", 0.7),
+        start=0,
+        prompts=list(range(prompts)),
+        seed=SEED,
+        micro_batch=micro_batch,
+    )
     leaf = torch.randn(len(forest.leaves), generator=torch.Generator().manual_seed(3))
     return forest, backup([p.cpu() for p in forest.log_probs], leaf, branching)
 
 
 def iteration(velocity, optimizer, micro_batch, side: int) -> dict[str, float]:
-    from core.objective import Objective
-    from core.update import update
+    from core.method.objective import Objective
+    from core.method.update import update
+
     forest, advantages = tree(velocity, micro_batch, side)
     return update(velocity, forest, advantages, optimizer, Objective(1e-2, 1e-2), micro_batch=micro_batch)
 
@@ -81,23 +99,30 @@ def euler(model) -> torch.Tensor:
 
 # bf16 and fp8
 
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("micro_batch", [0, 2])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
 def test_ratio_is_one_before_any_update(comfy, dtype, architecture, micro_batch, checkpointing):
     """Old and new log-probabilities come from the same slices, so that rounding is the same in both."""
-    from core.memory import MicroBatch
-    from core.objective import Objective
-    from core.update import policy_gradient
-    policy, batch = new_policy(tiny.load_weights(weights(architecture, big=True), dtype), checkpointing=checkpointing), MicroBatch(micro_batch)
+    from core.method.memory import MicroBatch
+    from core.method.objective import Objective
+    from core.method.update import policy_gradient
+
+    policy, batch = (
+        new_policy(tiny.load_weights(weights(architecture, big=True), dtype), checkpointing=checkpointing),
+        MicroBatch(micro_batch),
+    )
     with policy.session(tiny.conditioning(2), shape=(16, SIDE, SIDE)) as velocity:
         forest, advantages = tree(velocity, batch, SIDE)
         metrics = policy_gradient(velocity, forest, advantages, Objective(1e-6, 1e-6), micro_batch=batch)
         assert batch.size == micro_batch, "memory must not have run out here"
         assert all(bool(p.grad.isfinite().all()) for p in velocity.parameters() if p.grad is not None)
         assert sum(float(p.grad.norm()) for p in velocity.parameters() if p.grad is not None) > 0
-    assert metrics["edges_trained"] == 2 * (3 + 9) and metrics["clip_frac"] == 0 and abs(metrics["ratio_mean"] - 1) < 1e-6
+    assert (
+        metrics["edges_trained"] == 2 * (3 + 9) and metrics["clip_frac"] == 0 and abs(metrics["ratio_mean"] - 1) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -113,7 +138,10 @@ def test_fp8_weights_give_the_gradient_of_the_same_weights_in_bf16(comfy, archit
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_gradients_are_those_of_fp32(comfy, architecture):
-    exact, half = (gradient(new_policy(tiny.load_weights(weights(architecture), dtype))) for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (
+        gradient(new_policy(tiny.load_weights(weights(architecture), dtype)))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     assert torch.nn.functional.cosine_similarity(half, exact, dim=0) > 0.995
 
 
@@ -151,7 +179,9 @@ def train_as_loaded(file: str, no_vram: bool) -> dict:
     """Two iterations on a MODEL from a core loader, and what they did to it; runs in a process of its own."""
     import comfy.model_management
     import comfy.sd
-    from core.memory import MicroBatch
+
+    from core.method.memory import MicroBatch
+
     if no_vram:
         comfy.model_management.vram_state = comfy.model_management.VRAMState.NO_VRAM
     with torch.inference_mode():
@@ -169,24 +199,43 @@ def train_as_loaded(file: str, no_vram: bool) -> dict:
             middle = euler(model)
     same = all(torch.equal(a, b.detach().cpu()) for a, b in zip(first, model.model.diffusion_model.parameters()))
     on_cpu = sum(p.device.type == "cpu" for p in policy._clone().model.diffusion_model.parameters())
-    return {"dynamic": bool(getattr(model, "is_dynamic", bool)()), "weights_unchanged": same, "difference": float((middle - before).abs().max()),
-            "spread": float(before.std()), "learned": float((flat(policy.adapters.parameters()) - start).abs().max()), "weights_on_cpu": on_cpu,
-            "ratios": [row["ratio_first"] for row in rows], "gradients": [row["grad_norm"] for row in rows], "skipped": [row["skipped"] for row in rows]}
+    return {
+        "dynamic": bool(getattr(model, "is_dynamic", bool)()),
+        "weights_unchanged": same,
+        "difference": float((middle - before).abs().max()),
+        "spread": float(before.std()),
+        "learned": float((flat(policy.adapters.parameters()) - start).abs().max()),
+        "weights_on_cpu": on_cpu,
+        "ratios": [row["ratio_first"] for row in rows],
+        "gradients": [row["grad_norm"] for row in rows],
+        "skipped": [row["skipped"] for row in rows],
+    }
 
 
 @pytest.mark.parametrize("place", ["dynamic", "no vram", "plain"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_leaves_the_model_alone_wherever_its_weights_are(comfy, architecture, place, tmp_path):
-    """Dynamic VRAM is ComfyUI's default on NVIDIA; "no vram" keeps every weight in main memory until its layer runs. Each needs a process of its own."""
+    """Dynamic VRAM is ComfyUI's default on NVIDIA;
+
+    "no vram" keeps every weight in main memory until its layer runs. Each needs a process of its own.
+    """
     from conftest import COMFYUI, ROOT
     from safetensors.torch import save_file
+
     if place != "plain" and not CUDA:
         pytest.skip("no GPU, and without one there is no VRAM to leave weights out of")
     if place == "dynamic":
         pytest.importorskip("comfy_aimdo")
     file = tmp_path / "model.safetensors"
     save_file({key: tensor.to(torch.bfloat16) for key, tensor in weights(architecture).items()}, file)
-    code = DYNAMIC.format(comfyui=str(COMFYUI), tests=str(ROOT / "tests"), root=str(ROOT), dynamic=place == "dynamic", file=str(file), no_vram=place == "no vram")
+    code = DYNAMIC.format(
+        comfyui=str(COMFYUI),
+        tests=str(ROOT / "tests"),
+        root=str(ROOT),
+        dynamic=place == "dynamic",
+        file=str(file),
+        no_vram=place == "no vram",
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -202,11 +251,14 @@ def test_training_leaves_the_model_alone_wherever_its_weights_are(comfy, archite
 
 # attention
 
+
 def without_backward(function):
     """What sage and flash attention are to autograd: numbers with no way back."""
+
     def attention(*args, **kwargs):
         with torch.no_grad():
             return function(*args, **kwargs)
+
     return attention
 
 
@@ -217,10 +269,15 @@ def test_attention_that_comfyui_chose_does_not_break_gradients(comfy, architectu
     import comfy.ldm.flux.math
     import comfy.ldm.modules.attention as attention
     import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+
     model = tiny.load_weights(weights(architecture), torch.bfloat16)
     expected = gradient(new_policy(model, checkpointing=checkpointing))
     assert expected.norm() > 1
-    real = [getattr(attention, f"attention_{name}") for name in ("sage", "flash") if getattr(attention, f"{name.upper()}_ATTENTION_IS_AVAILABLE", False)]
+    real = [
+        getattr(attention, f"attention_{name}")
+        for name in ("sage", "flash")
+        if getattr(attention, f"{name.upper()}_ATTENTION_IS_AVAILABLE", False)
+    ]
     for chosen in (attention.wrap_attn(without_backward(attention.attention_basic)), *real):
         for module in (attention, comfy.ldm.flux.math if architecture == "flux" else mmdit):
             monkeypatch.setattr(module, "optimized_attention", chosen)
@@ -230,9 +287,11 @@ def test_attention_that_comfyui_chose_does_not_break_gradients(comfy, architectu
 
 # memory
 
+
 def peak(work) -> int:
     """Highest bytes allocated on the GPU while it runs."""
     import comfy.model_management
+
     comfy.model_management.soft_empty_cache()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -245,16 +304,30 @@ def peak(work) -> int:
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 @pytest.mark.parametrize("architecture", ["flux", "sd35_medium"])
 def test_memory_is_as_estimated(comfy, architecture, checkpointing, monkeypatch):
-    """A peak is at most 1.5 times the estimate, and the estimate at most 3 times the peak: ComfyUI makes room by it. Its rules are made for the
-    official widths, so FLUX has those here, with fewer blocks, and SD3.5-medium is whole."""
-    from core.memory import MicroBatch
-    from core.objective import Objective
-    from core.update import update
+    """A peak is at most 1.5 times the estimate, and the estimate at most 3 times the peak: ComfyUI makes room by it.
+    Its rules are made for the official widths, so FLUX has those here, with fewer blocks, and SD3.5-medium is whole.
+    """
+    from core.method.memory import MicroBatch
+    from core.method.objective import Objective
+    from core.method.update import update
+
     full_size = benchmark()
     monkeypatch.setitem(full_size.MODELS, "flux", full_size.MODELS["flux"] | {"blocks": 3, "single": 6})
     comfy.model_management.unload_all_models()
     others = torch.cuda.memory_allocated()  # what earlier tests left
-    engine = full_size.Comfy(SimpleNamespace(model=architecture, scale=1, size=512, dtype="bf16", memory=0, rank=32, checkpointing=checkpointing, steps=4, vae=False))
+    engine = full_size.Comfy(
+        SimpleNamespace(
+            model=architecture,
+            scale=1,
+            size=512,
+            dtype="bf16",
+            memory=0,
+            rank=32,
+            checkpointing=checkpointing,
+            steps=4,
+            vae=False,
+        )
+    )
     shape, batch = (16, 64, 64), 2
     with torch.inference_mode(False), torch.no_grad(), engine.session(batch) as velocity:
         optimizer, found, micro_batch = torch.optim.AdamW(velocity.parameters(), lr=1e-4), [], MicroBatch(batch)
@@ -273,18 +346,24 @@ def test_memory_is_as_estimated(comfy, architecture, checkpointing, monkeypatch)
 def benchmark():
     """benchmarks/full_size.py, which knows the official sizes."""
     from conftest import ROOT
+
     if str(ROOT / "benchmarks") not in sys.path:
         sys.path.append(str(ROOT / "benchmarks"))
     import full_size
+
     return full_size
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_micro_batches_halve_when_memory_runs_out(comfy, architecture, monkeypatch):
-    """The card is made smaller than the update needs; the run goes on with fewer latents, and its result is that of the small micro-batch."""
-    from core.memory import MicroBatch
-    from core.objective import Objective
-    from core.update import policy_gradient
+    """The card is made smaller than the update needs;
+
+    the run goes on with fewer latents, and its result is that of the small micro-batch.
+    """
+    from core.method.memory import MicroBatch
+    from core.method.objective import Objective
+    from core.method.update import policy_gradient
+
     policy = new_policy(tiny.load_weights(weights(architecture, big=True), torch.bfloat16))
     with policy.session(tiny.conditioning(2), shape=(16, SIDE, SIDE)) as velocity:
         forest, advantages = tree(velocity, MicroBatch(2), SIDE)
@@ -307,7 +386,10 @@ def test_micro_batches_halve_when_memory_runs_out(comfy, architecture, monkeypat
 
 
 class smaller_device:
-    """A GPU with room for two or three latents' graphs at most; on the CPU, calls of more than three fail as a GPU does."""
+    """A GPU with room for two or three latents' graphs at most;
+
+    on the CPU, calls of more than three fail as a GPU does.
+    """
 
     def __init__(self, velocity, learn, monkeypatch):
         self.velocity, self.learn, self.monkeypatch = velocity, learn, monkeypatch
@@ -320,9 +402,11 @@ class smaller_device:
                 if len(x) > 3 and torch.is_grad_enabled():
                     raise torch.cuda.OutOfMemoryError("CUDA out of memory (pretended)")
                 return whole(velocity, x, sigma, rows)
+
             self.monkeypatch.setattr(type(self.velocity), "__call__", limited)
             return
-        from core.memory import MicroBatch
+        from core.method.memory import MicroBatch
+
         one, three, six = (peak(lambda: self.learn(MicroBatch(count))) for count in (1, 3, 6))
         assert one < three < six, "else the memory says nothing"
         torch.cuda.empty_cache()
@@ -338,12 +422,18 @@ class smaller_device:
 
 # rewards
 
+
 @pytest.mark.parametrize("kind", ["clipscore_hf", "pickscore", "hps_v2", "image_reward"])
 def test_rewards_in_fp16_are_those_of_the_cpu(kind, tmp_path):
-    """Tiny weights of the official form; on a GPU float16 is the default. On the CPU bfloat16 takes its place, which is coarser."""
+    """Tiny weights of the official form;
+
+    on a GPU float16 is the default. On the CPU bfloat16 takes its place, which is coarser.
+    """
     pytest.importorskip("open_clip" if kind == "hps_v2" else "transformers")
-    from core.rewards import load as load_reward
     from golden import inputs, models
+
+    from core.rewards import load as load_reward
+
     name = {"clipscore_hf": "clipscore"}.get(kind, kind)
     file = models.write(kind, tmp_path)
     images = torch.rand(6, 48, 40, 3, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,5 @@
 """The by-hand graph in real ComfyUI, on the embedded FLUX and SD3: the invariants of the method."""
+
 import json
 import sys
 
@@ -20,6 +21,7 @@ def graph(request, pack, tmp_path):
 
 def older_than(*version):
     from comfyui_version import __version__
+
     return tuple(int(part) for part in __version__.split(".")[:2]) < version
 
 
@@ -29,7 +31,7 @@ def session(graph, policy, tree):
 
 def log_ratios(graph, policy, tree):
     """Largest |log ratio| of any edge when the tree is scored again."""
-    update = graph.pack.core.update
+    update = graph.pack.core.method.update
     worst = 0.0
     with session(graph, policy, tree) as velocity:
         for layer, states in enumerate(tree.forest.states[:-1]):
@@ -45,7 +47,12 @@ def test_ratio_is_one_before_any_update(graph, kind):
     policy = graph.policy()
     positive, _ = graph.prompts()
     for first_step in (0, 2):
-        tree, _ = graph.sample(policy, positive, noise=graph.noise(kind=kind, level=0.5), shape=graph.shape(window="fixed", first_step=first_step))
+        tree, _ = graph.sample(
+            policy,
+            positive,
+            noise=graph.noise(kind=kind, level=0.5),
+            shape=graph.shape(window="fixed", first_step=first_step),
+        )
         assert log_ratios(graph, policy, tree) < 1e-6
     graph.iteration(policy)  # and again with adapters that have learned
     tree, _ = graph.sample(policy, positive, noise=graph.noise(kind=kind, level=0.5))
@@ -65,8 +72,15 @@ def gradient(graph, policy, tree, advantages, **options):
     for parameter in policy.policy.adapters.parameters():
         parameter.grad = None
     with session(graph, policy, tree) as velocity:
-        core.update.policy_gradient(velocity, tree.forest, advantages, core.objective.Objective(10.0, 10.0), **options)
-    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in policy.policy.adapters.parameters()])
+        core.method.update.policy_gradient(
+            velocity, tree.forest, advantages, core.method.objective.Objective(10.0, 10.0), **options
+        )
+    return torch.cat(
+        [
+            p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
+            for p in policy.policy.adapters.parameters()
+        ]
+    )
 
 
 def edge_loss(graph, policy, tree, advantages, per_edge=True):
@@ -77,15 +91,26 @@ def edge_loss(graph, policy, tree, advantages, per_edge=True):
             s, n = forest.sigma(layer)
             for edge in range(len(advantage)):
                 parent = edge // forest.branching
-                x = forest.states[layer][parent:parent + 1]
-                v = velocity(x, s, forest.rows(layer)[parent:parent + 1])
-                new = core.steps.step(forest.kind, x.double(), v.double(), s, n, forest.levels[layer], float(forest.sigmas[1]),
-                                      next_latent=forest.states[layer + 1][edge:edge + 1], rho_min=forest.rho_min).log_prob
-                losses.append(-torch.exp(new - forest.log_probs[layer][edge:edge + 1].double()) * advantage[edge])
+                x = forest.states[layer][parent : parent + 1]
+                v = velocity(x, s, forest.rows(layer)[parent : parent + 1])
+                new = core.method.steps.step(
+                    forest.kind,
+                    x.double(),
+                    v.double(),
+                    s,
+                    n,
+                    forest.levels[layer],
+                    float(forest.sigmas[1]),
+                    next_latent=forest.states[layer + 1][edge : edge + 1],
+                    rho_min=forest.rho_min,
+                ).log_prob
+                losses.append(-torch.exp(new - forest.log_probs[layer][edge : edge + 1].double()) * advantage[edge])
         loss = torch.cat(losses).mean()
         parameters = policy.policy.adapters.parameters()
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return loss.item(), torch.cat([g.flatten() if g is not None else torch.zeros(p.numel()) for g, p in zip(found, parameters)])
+        return loss.item(), torch.cat(
+            [g.flatten() if g is not None else torch.zeros(p.numel()) for g, p in zip(found, parameters)]
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -150,25 +175,35 @@ def test_resuming_is_the_same_as_never_having_stopped(graph):
     assert torch.equal(state_bits(through), state_bits(resumed)) and resumed.run.iteration == 4
     untimed = [[{k: v for k, v in row.items() if "seconds" not in k} for row in r] for r in (rows, resumed.run.metrics)]
     assert untimed[0] == untimed[1]
-    on_disk = [json.loads(line) for line in (graph.folder / "output/treerpo/resumed/metrics.jsonl").read_text().splitlines()]
+    on_disk = [
+        json.loads(line) for line in (graph.folder / "output/treerpo/resumed/metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["iteration"] for row in on_disk] == [0, 1, 2, 3] and on_disk == resumed.run.metrics
 
 
 def traces(graph):
     network = graph.model.model.diffusion_model
-    return [(name, "forward" in vars(m), len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in network.named_modules()], \
-        graph.model.injections, graph.model.is_injected
+    return (
+        [
+            (name, "forward" in vars(m), len(m._forward_pre_hooks), len(m._forward_hooks))
+            for name, m in network.named_modules()
+        ],
+        graph.model.injections,
+        graph.model.is_injected,
+    )
 
 
 @pytest.mark.parametrize("ending", ["return", "error", "interrupt while sampling", "interrupt while learning"])
 def test_the_users_model_is_untouched(graph, comfy, monkeypatch, ending):
     import comfy.model_management as management
+
     positive, _ = graph.prompts("a red circle on a white background")
     before, clean = graph.ksampler(graph.model, positive), traces(graph)
     policy = graph.policy(checkpointing=True)
     if ending == "return":
         graph.iteration(policy)
     elif ending == "error":
+
         def broken(*_):
             raise RuntimeError("reward machine broke")
 
@@ -195,16 +230,21 @@ def test_the_users_model_is_untouched(graph, comfy, monkeypatch, ending):
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("settings", [dict(branching=2, depth=2, trees=2), dict(branching=3, depth=1, trees=1), dict(branching=1, depth=2, trees=3)])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(branching=2, depth=2, trees=2), dict(branching=3, depth=1, trees=1), dict(branching=1, depth=2, trees=3)],
+)
 def test_counted_forwards_equal_the_closed_form(graph, settings, cfg):
     policy, shape = graph.policy(), graph.shape(window="fixed", first_step=1, **settings)
     positive, prompts = graph.prompts()
     negative, _ = graph.prompts("a white background")
-    expected = graph.pack.core.cost.forwards(6, 1, settings["depth"], settings["branching"], settings["trees"])
+    expected = graph.pack.core.method.cost.forwards(6, 1, settings["depth"], settings["branching"], settings["trees"])
     passes = 2 * (1 if cfg == 1 else 2)  # two prompts
     with network_forwards(graph.model) as counted:
         row = graph.iteration(policy, sampling=dict(shape=shape, cfg=cfg, negative=negative))
-    assert counted.total == row["forwards"] == passes * sum(expected) and row["rollout_forwards"] == passes * expected[0]
+    assert (
+        counted.total == row["forwards"] == passes * sum(expected) and row["rollout_forwards"] == passes * expected[0]
+    )
 
 
 def core_node(node, *inputs):
@@ -217,12 +257,16 @@ def core_node(node, *inputs):
 def test_saved_lora_gives_the_live_policys_images(graph):
     import comfy.sd
     import comfy.utils
+
     import nodes
+
     policy = graph.policy()
     for _ in range(3):
         graph.iteration(policy)
     positive, _ = graph.prompts("a red circle on a white background")
-    _, live = graph.sample(policy, positive, shape=graph.shape(branching=1), noise=graph.noise(level=0.0), seed=9, new_noise=False)
+    _, live = graph.sample(
+        policy, positive, shape=graph.shape(branching=1), noise=graph.noise(level=0.0), seed=9, new_noise=False
+    )
     path = graph.call("SaveLora", policy=policy, lora_name="tuned")[0]
     with torch.inference_mode():
         (tuned,) = nodes.LoraLoaderModelOnly().load_lora_model_only(graph.model, "tuned.safetensors", 1.0)
@@ -232,11 +276,17 @@ def test_saved_lora_gives_the_live_policys_images(graph):
     torch.testing.assert_close(graph.ksampler(tuned, positive, seed=9), live["samples"], atol=1e-4, rtol=1e-4)
     assert float((base - live["samples"]).abs().max()) > 1e-3
     from safetensors import safe_open
+
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["treerpo.iterations"] == "3" and json.loads(metadata["treerpo.config"])["rank"] == 4 and "treerpo.prompts_blake2b" in metadata
+    assert (
+        metadata["treerpo.iterations"] == "3"
+        and json.loads(metadata["treerpo.config"])["rank"] == 4
+        and "treerpo.prompts_blake2b" in metadata
+    )
     with torch.inference_mode():  # core's nodes take the LORA_MODEL as it is
         from comfy_extras import nodes_train
+
         lora = graph.call("ToLora", policy=policy)[0]
         (direct,) = core_node(nodes_train.LoraModelLoader, graph.model, lora, 1.0)
         core_node(nodes_train.SaveLoRA, lora, "loras/by_core", 3)
@@ -251,13 +301,16 @@ def test_every_prompt_gets_its_own_images(graph):
     both, _ = graph.prompts(TRAIN)
     shape, quiet = graph.shape(branching=1), graph.noise(level=0.0)
     _, leaves = graph.sample(policy, both, shape=shape, noise=quiet)
-    noise = graph.pack.core.noise.roots((16, 8, 8), 1, 0, [0, 1], 1)
+    noise = graph.pack.core.method.noise.roots((16, 8, 8), 1, 0, [0, 1], 1)
     for row, text in enumerate(TRAIN.splitlines()):
         alone, _ = graph.prompts(text)
         import comfy.sample
+
         with torch.inference_mode():
-            expected = comfy.sample.sample(graph.model, noise[row:row + 1], 6, 1.0, "euler", "simple", alone, alone, graph.latent()["samples"])
-        torch.testing.assert_close(leaves["samples"][row:row + 1], expected, atol=1e-4, rtol=1e-4)
+            expected = comfy.sample.sample(
+                graph.model, noise[row : row + 1], 6, 1.0, "euler", "simple", alone, alone, graph.latent()["samples"]
+            )
+        torch.testing.assert_close(leaves["samples"][row : row + 1], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_prompts_move_on_with_the_iterations(graph):
@@ -304,13 +357,24 @@ def test_layertuning_update(graph, target):
     graph.call("LayerTuning", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3, **settings)
     row = policy.run.metrics[-1]
     assert row["sft_loss"] > 0 and row["grad_norm"] > 0 and row["update_forwards"] == 2 * 3
-    policy.run.metrics[-1]["reward_best"] = 2.0  # better than any image can be: nothing is good enough to be imitated now
+    policy.run.metrics[-1]["reward_best"] = (
+        2.0  # better than any image can be: nothing is good enough to be imitated now
+    )
     graph.call("LayerTuning", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3, **settings)
     assert policy.run.metrics[-1]["sft_loss"] == 0
 
 
-@pytest.mark.parametrize("settings", [dict(sensitivity=2.0), dict(ratio="guard", step_weight="guard", clip_low=0.1, clip_high=0.1),
-                                      dict(step_weight="tau"), dict(kl=0.5), dict(inner_updates=2), dict(weight_decay=0.1)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(sensitivity=2.0),
+        dict(ratio="guard", step_weight="guard", clip_low=0.1, clip_high=0.1),
+        dict(step_weight="tau"),
+        dict(kl=0.5),
+        dict(inner_updates=2),
+        dict(weight_decay=0.1),
+    ],
+)
 def test_every_option_of_the_update_node(graph, settings):
     policy = graph.policy()
     graph.iteration(policy)
@@ -325,7 +389,9 @@ def test_combined_rewards_are_compared_each_on_its_own_scale(graph):
     positive, prompts = graph.prompts()
     tree, leaves = graph.sample(policy, positive)
     images = graph.decode(leaves)
-    size, light = (graph.call("Measure", measure=kind, direction="more")[0] for kind in ("foreground size", "brightness"))
+    size, light = (
+        graph.call("Measure", measure=kind, direction="more")[0] for kind in ("foreground size", "brightness")
+    )
     inner = graph.combine([size, light], "0.5, 0.25")
     nested = graph.combine([inner, size], "2 1")
     rewards = graph.call("Score", reward_model=nested, images=images, prompts=prompts)[0]
@@ -340,13 +406,16 @@ def test_combined_rewards_are_compared_each_on_its_own_scale(graph):
     torch.testing.assert_close(credit.layers[-1], expected, atol=1e-4, rtol=1e-4)
     graph.call("Update", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3)
     row = policy.run.metrics[-1]
-    assert row["reward"] == pytest.approx(2 * row["rewards/foreground size/mean"] + 0.5 * row["rewards/brightness/mean"], rel=1e-5)
+    assert row["reward"] == pytest.approx(
+        2 * row["rewards/foreground size/mean"] + 0.5 * row["rewards/brightness/mean"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("model", ["flux", "sd3"])
 @pytest.mark.parametrize("by", ["nodes", "Trainer"])
 def test_an_interrupt_between_two_inner_updates_leaves_the_lora_as_it_was(pack, tmp_path, monkeypatch, model, by):
     import comfy.model_management as management
+
     graph = Graph(pack, tmp_path, model)
     policy = graph.policy()
     graph.iteration(policy)
@@ -359,6 +428,7 @@ def test_an_interrupt_between_two_inner_updates_leaves_the_lora_as_it_was(pack, 
     def interrupted():
         if steps:
             raise management.InterruptProcessingException
+
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
     with pytest.raises(management.InterruptProcessingException):
         if by == "nodes":

@@ -1,13 +1,16 @@
 """The watch over a run: it must see what goes wrong, keep silent where nothing does, and survive a restart."""
+
 import json
 import math
 import random
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from core.health import Evaluation, Skips, Watch, compare, diversity, drift, limit
+from core.pictures.distance import diversity, drift
+from core.runs.health import Evaluation, Skips, Watch, compare, limit
 from embedded.shapes import draw
 
 
@@ -17,11 +20,20 @@ def shapes(indices, seed=0):
 
 
 def run(judge_at, reward_at, count=8, images=16, seed=0, noise=0.01, **settings_of_watch):
-    """A watch that has seen evaluations every 10 iterations; judge_at and reward_at: mean score by the evaluation's number."""
+    """A watch that has seen evaluations every 10 iterations;
+
+    judge_at and reward_at: mean score by the evaluation's number.
+    """
     rng = random.Random(seed)
     watch, level = Watch("HPSv2.1", **settings_of_watch), [rng.gauss(0, 0.1) for _ in range(images)]
     for n in range(count):
-        watch.evaluate(Evaluation(10 * n, [reward_at(n) + own + rng.gauss(0, noise) for own in level], [judge_at(n) + own + rng.gauss(0, noise) for own in level]))
+        watch.evaluate(
+            Evaluation(
+                10 * n,
+                [reward_at(n) + own + rng.gauss(0, noise) for own in level],
+                [judge_at(n) + own + rng.gauss(0, noise) for own in level],
+            )
+        )
     return watch
 
 
@@ -31,7 +43,9 @@ def test_diversity_of_alike_and_of_different_images():
     assert 0 < diversity(shapes([5] * 8), 1) < diversity(shapes(range(0, 96, 12)), 1)  # one caption against eight
     black_white = torch.stack([torch.zeros(40, 30, 3), torch.ones(40, 30, 3)])
     assert diversity(black_white, 1) == pytest.approx(1)
-    assert diversity(torch.cat([black_white, black_white[:1], black_white[:1]]), 2) == pytest.approx(0.5)  # the mean of two groups
+    assert diversity(torch.cat([black_white, black_white[:1], black_white[:1]]), 2) == pytest.approx(
+        0.5
+    )  # the mean of two groups
 
 
 def test_diversity_is_within_the_groups_only_and_in_any_order_of_a_group():
@@ -91,17 +105,23 @@ def test_comparing_known_values():
 
 
 def test_the_limit_is_students():
-    # t quantiles of the one-sided chance of 2 standard errors, by scipy.stats.t.isf(norm.sf(2) / candidates, images - 1)
+    # t quantiles of the one-sided chance of 2 standard errors, by scipy.stats.t.isf(norm.sf(2) / candidates, images -
+    # 1)
     for images, candidates, exact in [(8, 1, 2.4288), (16, 1, 2.1812), (16, 10, 3.3320), (64, 50, 3.4820)]:
         assert limit(2, images, candidates) == pytest.approx(exact, rel=0.01)
-    assert limit(2, 10 ** 9, 1) == pytest.approx(2)
+    assert limit(2, 10**9, 1) == pytest.approx(2)
 
 
 def test_a_reward_that_is_exploited_is_seen_and_the_way_back_named():
     watch = run(lambda n: 0.27 - 0.015 * max(n - 4, 0), lambda n: 0.4 + 0.03 * n)
     verdict = watch.verdict()
     assert watch.rollback in (30, 40) and verdict.endswith(f"Roll back to iteration {watch.rollback}?")
-    assert "exploiting the reward" in verdict and "judge HPSv2.1 fell from" in verdict and "over 16 images" in verdict and "\n" not in verdict
+    assert (
+        "exploiting the reward" in verdict
+        and "judge HPSv2.1 fell from" in verdict
+        and "over 16 images" in verdict
+        and "\n" not in verdict
+    )
 
 
 def test_the_fall_has_to_last():
@@ -120,7 +140,13 @@ def test_good_training_is_left_alone():
 
 
 def test_chance_alone_is_rarely_called_a_fall():
-    alarms = sum(any(run(lambda n: 0.27, lambda n: 0.1 * n, count=count, seed=seed, noise=0.05).verdict() for count in (6, 9, 12, 15)) for seed in range(60))
+    alarms = sum(
+        any(
+            run(lambda n: 0.27, lambda n: 0.1 * n, count=count, seed=seed, noise=0.05).verdict()
+            for count in (6, 9, 12, 15)
+        )
+        for seed in range(60)
+    )
     assert alarms <= 3  # with a limit of plainly two standard errors: 9
 
 
@@ -151,7 +177,13 @@ def test_too_few_images_are_no_evidence():
 def test_scores_that_are_not_numbers_are_left_out():
     watch = Watch("CLIP")
     for n in range(5):
-        watch.evaluate(Evaluation(n, [math.nan] * 8, [0.5 - 0.1 * n + 0.01 * (i * n % 3) for i in range(7)] + [math.inf if n % 2 else math.nan]))
+        watch.evaluate(
+            Evaluation(
+                n,
+                [math.nan] * 8,
+                [0.5 - 0.1 * n + 0.01 * (i * n % 3) for i in range(7)] + [math.inf if n % 2 else math.nan],
+            )
+        )
     assert "over 7 images" in watch.verdict()
     silent = Watch("CLIP")
     for n in range(5):
@@ -209,8 +241,14 @@ def test_other_prompts_begin_the_comparison_anew():
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(st.lists(st.floats(allow_nan=True), min_size=6, max_size=6), st.floats(0, 1) | st.just(math.nan)), max_size=6),
-       st.lists(st.floats(0, 1), max_size=8), st.integers(1, 7))
+@given(
+    st.lists(
+        st.tuples(st.lists(st.floats(allow_nan=True), min_size=6, max_size=6), st.floats(0, 1) | st.just(math.nan)),
+        max_size=6,
+    ),
+    st.lists(st.floats(0, 1), max_size=8),
+    st.integers(1, 7),
+)
 def test_a_restart_changes_nothing(scores, kl, cut):
     whole, first = Watch("j", kl_limit=0.1), Watch("j", kl_limit=0.1)
     for watch in (whole, first):

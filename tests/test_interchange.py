@@ -1,4 +1,5 @@
-"""core/interchange.py: LoRA files from ComfyUI's form to diffusers' and back, against the loaders of both."""
+"""core/lora/interchange.py: LoRA files from ComfyUI's form to diffusers' and back, against the loaders of both."""
+
 import json
 import logging
 from pathlib import Path
@@ -12,22 +13,58 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from core import interchange
-from core.interchange import convert, form_of, read, to_comfy, to_diffusers, write
-from core.layer_names import FLUX_DOUBLE, FLUX_SINGLE, MODULES, SD3_JOINT, comfy_name, networks_of, parts_of
-from core.lora import Adapters
+from core.lora import interchange
+from core.lora.adapters import Adapters
+from core.lora.interchange import comfy_form, comfy_pairs, convert, diffusers_form, form_of, read, write
+from core.lora.layer_names import FLUX_DOUBLE, FLUX_SINGLE, MODULES, SD3_JOINT, comfy_name, networks_of, parts_of
+
+
+def to_comfy(state, header=None, network=None):
+    return comfy_form(comfy_pairs(state, header, network))
+
+
+def to_diffusers(state, header=None, network=None):
+    return diffusers_form(comfy_pairs(state, header, network))
+
 
 WIDTH = 8
 # Rows of a layer in hidden sizes, where they are not one.
-ROWS = {"img_attn.qkv": 3, "linear1": 7, "modulation.lin": 3, "img_mod.lin": 6, "txt_mlp.0": 4, "x_block.attn.qkv": 3, "x_block.attn2.qkv": 3,
-        "context_block.attn.qkv": 3, "x_block.adaLN_modulation.1": 9, "context_block.adaLN_modulation.1": 2, "final_layer.adaLN_modulation.1": 2,
-        "x_block.mlp.fc1": 4, "final_layer.linear": 2}
+ROWS = {
+    "img_attn.qkv": 3,
+    "linear1": 7,
+    "modulation.lin": 3,
+    "img_mod.lin": 6,
+    "txt_mlp.0": 4,
+    "x_block.attn.qkv": 3,
+    "x_block.attn2.qkv": 3,
+    "context_block.attn.qkv": 3,
+    "x_block.adaLN_modulation.1": 9,
+    "context_block.adaLN_modulation.1": 2,
+    "final_layer.adaLN_modulation.1": 2,
+    "x_block.mlp.fc1": 4,
+    "final_layer.linear": 2,
+}
 LAYERS = {
-    "flux": ["double_blocks.0.img_attn.qkv", "double_blocks.1.img_mod.lin", "double_blocks.0.txt_mlp.0", "single_blocks.1.linear1",
-             "single_blocks.0.modulation.lin", "txt_in", "final_layer.adaLN_modulation.1", "final_layer.linear"],
-    "sd3": ["joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.attn2.qkv", "joint_blocks.3.context_block.attn.qkv",
-            "joint_blocks.0.x_block.adaLN_modulation.1", "joint_blocks.3.context_block.adaLN_modulation.1", "joint_blocks.1.x_block.mlp.fc1",
-            "context_embedder", "final_layer.adaLN_modulation.1"],
+    "flux": [
+        "double_blocks.0.img_attn.qkv",
+        "double_blocks.1.img_mod.lin",
+        "double_blocks.0.txt_mlp.0",
+        "single_blocks.1.linear1",
+        "single_blocks.0.modulation.lin",
+        "txt_in",
+        "final_layer.adaLN_modulation.1",
+        "final_layer.linear",
+    ],
+    "sd3": [
+        "joint_blocks.0.x_block.attn.qkv",
+        "joint_blocks.0.x_block.attn2.qkv",
+        "joint_blocks.3.context_block.attn.qkv",
+        "joint_blocks.0.x_block.adaLN_modulation.1",
+        "joint_blocks.3.context_block.adaLN_modulation.1",
+        "joint_blocks.1.x_block.mlp.fc1",
+        "context_embedder",
+        "final_layer.adaLN_modulation.1",
+    ],
 }
 
 
@@ -40,7 +77,9 @@ def comfy_state(ranks: dict[str, int], scale: float, seed: int = 0, dtype=torch.
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for module, rank in ranks.items():
-        state[f"diffusion_model.{module}.lora_up.weight"] = torch.randn(rows(module), rank, generator=generator).to(dtype)
+        state[f"diffusion_model.{module}.lora_up.weight"] = torch.randn(rows(module), rank, generator=generator).to(
+            dtype
+        )
         state[f"diffusion_model.{module}.lora_down.weight"] = torch.randn(rank, WIDTH, generator=generator).to(dtype)
         state[f"diffusion_model.{module}.alpha"] = torch.tensor(scale * rank)
     return state
@@ -79,9 +118,13 @@ def some_layers(draw):
 
 # round trips
 
+
 @given(some_layers(), st.sampled_from([1.0, 2.0, 0.25, 1.5, 0.3]), st.integers(0, 99))
 def test_comfyui_to_diffusers_and_back(layers, scale, seed):
-    """Downs and ranks come back bit for bit, ups too where alpha = rank; else alpha / rank is in the ups, exactly so for a power of two."""
+    """Downs and ranks come back bit for bit, ups too where alpha = rank;
+
+    else alpha / rank is in the ups, exactly so for a power of two.
+    """
     network, ranks = layers
     state = comfy_state(ranks, scale, seed)
     there = to_diffusers(state)
@@ -90,7 +133,10 @@ def test_comfyui_to_diffusers_and_back(layers, scale, seed):
     assert back.keys() == state.keys()
     for module, rank in ranks.items():
         stem = f"diffusion_model.{module}"
-        assert torch.equal(back[f"{stem}.lora_down.weight"], state[f"{stem}.lora_down.weight"]) and float(back[f"{stem}.alpha"]) == rank
+        assert (
+            torch.equal(back[f"{stem}.lora_down.weight"], state[f"{stem}.lora_down.weight"])
+            and float(back[f"{stem}.alpha"]) == rank
+        )
         assert torch.equal(back[f"{stem}.lora_up.weight"], state[f"{stem}.lora_up.weight"] * scale)
     if scale == 1:
         same(back, state)
@@ -101,7 +147,9 @@ def test_comfyui_to_diffusers_and_back(layers, scale, seed):
 
 @st.composite
 def peft_files(draw):
-    """A PEFT file whose fused layers are adapted in part, each part with a rank of its own or the down of its neighbour."""
+    """A PEFT file whose fused layers are adapted in part, each part with a rank of its own or the down of its
+    neighbour.
+    """
     network, ranks = draw(some_layers())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     state, shared = {}, draw(st.booleans())
@@ -111,7 +159,13 @@ def peft_files(draw):
         for i in sorted(draw(st.sets(st.integers(0, len(parts) - 1), min_size=1))):
             if not shared:
                 down = torch.randn(draw(st.integers(1, 4)), WIDTH, generator=generator)
-            height = rows(module) - 3 * WIDTH if i == 3 else rows(module) // (1 if len(parts) == 1 else 3) if len(parts) != 4 else WIDTH
+            height = (
+                rows(module) - 3 * WIDTH
+                if i == 3
+                else rows(module) // (1 if len(parts) == 1 else 3)
+                if len(parts) != 4
+                else WIDTH
+            )
             state[f"transformer.{parts[i]}.lora_A.weight"] = down.clone()
             state[f"transformer.{parts[i]}.lora_B.weight"] = torch.randn(height, len(down), generator=generator)
     return network, state
@@ -126,18 +180,29 @@ def test_diffusers_to_comfyui_and_back(file):
     close(deltas(back), deltas(state))
     for key, tensor in middle.items():
         if key.endswith(".lora_up.weight") and len(parts_of(module := key[16:-15])) > 1:
-            given_rows = sum(len(t) for k, t in state.items() if k.endswith("lora_B.weight") and comfy_name(k[12:-14], network)[0] == module)
-            assert len(tensor) == rows(module) >= given_rows and (tensor == 0).all(1).sum() == rows(module) - given_rows, "rows of absent parts are zero"
+            given_rows = sum(
+                len(t)
+                for k, t in state.items()
+                if k.endswith("lora_B.weight") and comfy_name(k[12:-14], network)[0] == module
+            )
+            assert (
+                len(tensor) == rows(module) >= given_rows and (tensor == 0).all(1).sum() == rows(module) - given_rows
+            ), "rows of absent parts are zero"
 
 
 def test_parts_with_the_same_down_become_one_pair_of_the_same_rank_and_others_blocks():
     state = to_diffusers(comfy_state({"double_blocks.0.img_attn.qkv": 2}, 1.0))
-    assert to_comfy(state, network="flux")["diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight"].shape == (2, WIDTH)
+    assert to_comfy(state, network="flux")["diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight"].shape == (
+        2,
+        WIDTH,
+    )
     state["transformer.transformer_blocks.0.attn.to_k.lora_A.weight"] += 1
     apart = to_comfy(state, network="flux")
     up = apart["diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight"]
     assert up.shape == (3 * WIDTH, 4) and float(apart["diffusion_model.double_blocks.0.img_attn.qkv.alpha"]) == 4
-    assert not up[:WIDTH, 2:].any() and not up[WIDTH:2 * WIDTH, :2].any() and not up[2 * WIDTH:, 2:].any(), "q and v share a block, k has its own"
+    assert not up[:WIDTH, 2:].any() and not up[WIDTH : 2 * WIDTH, :2].any() and not up[2 * WIDTH :, 2:].any(), (
+        "q and v share a block, k has its own"
+    )
 
 
 def test_an_untrained_lora_keeps_all_its_parts():
@@ -161,27 +226,51 @@ def test_half_precision_is_kept_where_it_is_exact_and_widened_where_it_is_not(dt
 
 # SD3's swapped modulations
 
+
 @pytest.mark.parametrize("blocks", [2, 24, 38])
 def test_only_modulations_of_two_parts_are_swapped(blocks):
     """SD3's last context block and the final layer: told by their rows, whatever the number of blocks."""
-    last, first = f"joint_blocks.{blocks - 1}.context_block.adaLN_modulation.1", "joint_blocks.0.x_block.adaLN_modulation.1"
+    last, first = (
+        f"joint_blocks.{blocks - 1}.context_block.adaLN_modulation.1",
+        "joint_blocks.0.x_block.adaLN_modulation.1",
+    )
     state = comfy_state({last: 2, first: 2, "final_layer.adaLN_modulation.1": 2}, 1.0)
     there = to_diffusers(state)
-    for module, name in ((last, f"transformer_blocks.{blocks - 1}.norm1_context.linear"), ("final_layer.adaLN_modulation.1", "norm_out.linear")):
+    for module, name in (
+        (last, f"transformer_blocks.{blocks - 1}.norm1_context.linear"),
+        ("final_layer.adaLN_modulation.1", "norm_out.linear"),
+    ):
         up = state[f"diffusion_model.{module}.lora_up.weight"]
         assert torch.equal(there[f"transformer.{name}.lora_B.weight"], torch.cat([up[WIDTH:], up[:WIDTH]]))
-    assert torch.equal(there["transformer.transformer_blocks.0.norm1.linear.lora_B.weight"], state[f"diffusion_model.{first}.lora_up.weight"])
+    assert torch.equal(
+        there["transformer.transformer_blocks.0.norm1.linear.lora_B.weight"],
+        state[f"diffusion_model.{first}.lora_up.weight"],
+    )
     same(to_comfy(there), state)  # norm1_context of two parts says that it is SD3
 
 
 # other writers' files
 
+
 @pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model.", "transformer.base_model.model."])
-@pytest.mark.parametrize("endings", [(".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight"),
-                                     (".lora_A.default.weight", ".lora_B.default.weight"), (".lora_down.weight", ".lora_up.weight")])
+@pytest.mark.parametrize(
+    "endings",
+    [
+        (".lora_A.weight", ".lora_B.weight"),
+        (".lora.down.weight", ".lora.up.weight"),
+        (".lora_A.default.weight", ".lora_B.default.weight"),
+        (".lora_down.weight", ".lora_up.weight"),
+    ],
+)
 def test_prefixes_and_endings_of_diffusers_files(prefix, endings):
     state = to_diffusers(comfy_state({"double_blocks.0.img_attn.qkv": 2, "single_blocks.0.linear1": 3}, 1.0))
-    other = {prefix + key.removeprefix("transformer.").replace(".lora_A.weight", endings[0]).replace(".lora_B.weight", endings[1]): t for key, t in state.items()}
+    other = {
+        prefix
+        + key.removeprefix("transformer.")
+        .replace(".lora_A.weight", endings[0])
+        .replace(".lora_B.weight", endings[1]): t
+        for key, t in state.items()
+    }
     assert form_of(other) == "diffusers"
     same(to_comfy(other), to_comfy(state))
     with_alpha = {**other, f"{prefix}single_transformer_blocks.0.attn.to_q.alpha": torch.tensor(1.5)}
@@ -194,25 +283,43 @@ def test_kohyas_names_and_peft_pairs_under_comfyuis_names():
     state = comfy_state({module: 2 for module in LAYERS["flux"]}, 2.0)
     kohya = {}
     for key, tensor in state.items():
-        module, _, ending = key.removeprefix("diffusion_model.").replace(".lora_", "|lora_").replace(".alpha", "|alpha").partition("|")
+        module, _, ending = (
+            key.removeprefix("diffusion_model.").replace(".lora_", "|lora_").replace(".alpha", "|alpha").partition("|")
+        )
         kohya[f"lora_unet_{module.replace('.', '_')}.{ending}"] = tensor
     assert form_of(kohya) == "kohya" and form_of(state) == "comfyui"
     same(to_comfy(kohya), state)
     same(to_diffusers(kohya), to_diffusers(state))
-    peft = {key.replace("lora_up", "lora_B").replace("lora_down", "lora_A"): tensor for key, tensor in state.items() if not key.endswith("alpha")}
+    peft = {
+        key.replace("lora_up", "lora_B").replace("lora_down", "lora_A"): tensor
+        for key, tensor in state.items()
+        if not key.endswith("alpha")
+    }
     close(deltas(to_comfy(peft)), {key: delta / 2 for key, delta in deltas(state).items()})  # no alpha: alpha = rank
 
 
 def test_alphas_and_ranks_of_the_adapter_metadata():
-    state = to_diffusers(comfy_state({"single_blocks.0.linear1": 4, "double_blocks.0.img_attn.qkv": 2, "final_layer.linear": 4}, 1.0))
-    config = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"attn.to_k": 1.0, "^proj_out": 3.0}, "rank_pattern": {"transformer_blocks.0": 2}, "use_rslora": False}
+    state = to_diffusers(
+        comfy_state({"single_blocks.0.linear1": 4, "double_blocks.0.img_attn.qkv": 2, "final_layer.linear": 4}, 1.0)
+    )
+    config = {
+        "r": 4,
+        "lora_alpha": 6,
+        "alpha_pattern": {"attn.to_k": 1.0, "^proj_out": 3.0},
+        "rank_pattern": {"transformer_blocks.0": 2},
+        "use_rslora": False,
+    }
     for rslora in (False, True):
-        header = {interchange.ADAPTER_METADATA: json.dumps({f"transformer.{key}": value for key, value in {**config, "use_rslora": rslora}.items()})}
+        header = {
+            interchange.ADAPTER_METADATA: json.dumps(
+                {f"transformer.{key}": value for key, value in {**config, "use_rslora": rslora}.items()}
+            )
+        }
         expected = deltas(state)
         for name, delta in expected.items():
             rank = len(state[f"{name}.lora_A.weight"])
             alpha = 1.0 if name.endswith("attn.to_k") else 3.0 if name == "transformer.proj_out" else 6.0
-            delta *= alpha / (rank ** 0.5 if rslora else rank)
+            delta *= alpha / (rank**0.5 if rslora else rank)
         close(deltas(to_diffusers(state, header)), expected)
     with pytest.raises(ValueError, match="cannot be read"):
         to_comfy(state, {interchange.ADAPTER_METADATA: "{"})
@@ -225,17 +332,22 @@ def test_text_encoders_are_left_out_aloud(caplog, tmp_path):
         same(to_comfy({**state, key: torch.ones(2, 4)}), to_comfy(state))
     assert key in caplog.text
     save_file({**state, key: torch.ones(2, 4)}, tmp_path / "both.safetensors")
-    assert "1 text encoder tensors left out" in convert(tmp_path / "both.safetensors", tmp_path / "out.safetensors", "comfyui")
+    assert "1 text encoder tensors left out" in convert(
+        tmp_path / "both.safetensors", tmp_path / "out.safetensors", "comfyui"
+    )
     with pytest.raises(ValueError, match="text encoders only"):
         to_comfy({key: torch.ones(2, 4)})
 
 
 # which network it is
 
+
 def test_names_and_sizes_tell_flux_from_sd3():
     def attention(width, block=0):
-        return {f"transformer.transformer_blocks.{block}.attn.to_q.lora_A.weight": torch.ones(1, width),
-                f"transformer.transformer_blocks.{block}.attn.to_q.lora_B.weight": torch.ones(width, 1)}
+        return {
+            f"transformer.transformer_blocks.{block}.attn.to_q.lora_A.weight": torch.ones(1, width),
+            f"transformer.transformer_blocks.{block}.attn.to_q.lora_B.weight": torch.ones(width, 1),
+        }
 
     assert "diffusion_model.double_blocks.18.img_attn.qkv.alpha" in to_comfy(attention(3072, 18))
     assert "diffusion_model.joint_blocks.23.x_block.attn.qkv.alpha" in to_comfy(attention(1536, 23))
@@ -245,41 +357,88 @@ def test_names_and_sizes_tell_flux_from_sd3():
             to_comfy(state)
     with pytest.raises(ValueError, match="say which it is"):
         to_comfy(attention(256))
-    with_output = {**attention(3072), "transformer.proj_out.lora_A.weight": torch.ones(1, 3072), "transformer.proj_out.lora_B.weight": torch.ones(64, 1)}
+    with_output = {
+        **attention(3072),
+        "transformer.proj_out.lora_A.weight": torch.ones(1, 3072),
+        "transformer.proj_out.lora_B.weight": torch.ones(64, 1),
+    }
     assert "diffusion_model.final_layer.linear.alpha" in to_comfy(with_output), "the size is that of the blocks"
     norm1 = "transformer.transformer_blocks.0.norm1.linear"
     nine = {f"{norm1}.lora_A.weight": torch.ones(1, 256), f"{norm1}.lora_B.weight": torch.ones(9 * 256, 1)}
     assert "diffusion_model.joint_blocks.0.x_block.attn.qkv.alpha" in to_comfy({**attention(256), **nine})
     assert "diffusion_model.joint_blocks.0.x_block.attn.qkv.alpha" in to_comfy(attention(256), network="sd3")
-    assert "diffusion_model.double_blocks.0.img_attn.qkv.alpha" in to_comfy(attention(256), {interchange.NETWORK: "flux"})
+    assert "diffusion_model.double_blocks.0.img_attn.qkv.alpha" in to_comfy(
+        attention(256), {interchange.NETWORK: "flux"}
+    )
 
 
 def comfy_hunyuan():
     """HunyuanVideo has FLUX's names in ComfyUI, and one block more."""
-    return {"diffusion_model.double_blocks.19.img_attn.proj.lora_up.weight": torch.ones(3072, 1),
-            "diffusion_model.double_blocks.19.img_attn.proj.lora_down.weight": torch.ones(1, 3072)}
+    return {
+        "diffusion_model.double_blocks.19.img_attn.proj.lora_up.weight": torch.ones(3072, 1),
+        "diffusion_model.double_blocks.19.img_attn.proj.lora_down.weight": torch.ones(1, 3072),
+    }
 
 
 def test_the_only_name_that_both_worlds_share_is_told_by_its_prefix():
     for prefix, form in (("diffusion_model.", "comfyui"), ("transformer.", "diffusers")):
-        state = {f"{prefix}context_embedder.lora_up.weight": torch.ones(4, 1), f"{prefix}context_embedder.lora_down.weight": torch.ones(1, 4)}
+        state = {
+            f"{prefix}context_embedder.lora_up.weight": torch.ones(4, 1),
+            f"{prefix}context_embedder.lora_down.weight": torch.ones(1, 4),
+        }
         assert form_of(state) == form
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s: {**s, "diffusion_model.double_blocks.0.img_attn.qvk.lora_up.weight": torch.ones(1, 1)}, "img_attn.qvk' is no layer of FLUX or SD3 as the rest"),
-    (lambda s: {"diffusion_model.blocks.0.self_attn.q.lora_up.weight": torch.ones(1, 1)}, "blocks.0.self_attn.q' is no layer of FLUX or SD3 as ComfyUI or diffusers"),
-    (lambda s: {"lora_unet_down_blocks_0.lora_up.weight": torch.ones(1, 1)}, "lora_unet_down_blocks_0' is no layer"),
-    (lambda s: {**s, "diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(1)}, "DoRA"),
-    (lambda s: {k: t for k, t in s.items() if "lora_up" not in k}, "no up weight for the layer 'double_blocks.0.img_attn.qkv'"),
-    (lambda s: {k: t[:-1] if "lora_up" in k else t for k, t in s.items()}, "img_attn.qkv' is for a layer of 8 to 23, which does not fit"),
-    (lambda s: {k: t[:, :-1] if "lora_up" in k else t for k, t in s.items()}, "do not fit together"),
-    (lambda s: {k: t[:, 0] if "lora_up" in k else t for k, t in s.items()}, "do not fit together"),
-    (lambda s: {**s, **{k: t[:-1] if "lora_up" in k else t for k, t in comfy_state({"double_blocks.0.txt_mlp.0": 1}, 1.0).items()}}, "8 to 31.*damaged"),
-    (lambda s: {**s, **{k: t[:24] if "lora_up" in k else t for k, t in comfy_state({"single_blocks.0.linear1": 1}, 1.0).items()}}, "8 to 24.*its 4 parts"),
-    (lambda s: {**s, **comfy_state({"joint_blocks.0.x_block.mlp.fc1": 1}, 1.0)}, "mixed"),
-    (lambda s: {}, "holds no LoRA"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda s: {**s, "diffusion_model.double_blocks.0.img_attn.qvk.lora_up.weight": torch.ones(1, 1)},
+            "img_attn.qvk' is no layer of FLUX or SD3 as the rest",
+        ),
+        (
+            lambda s: {"diffusion_model.blocks.0.self_attn.q.lora_up.weight": torch.ones(1, 1)},
+            "blocks.0.self_attn.q' is no layer of FLUX or SD3 as ComfyUI or diffusers",
+        ),
+        (
+            lambda s: {"lora_unet_down_blocks_0.lora_up.weight": torch.ones(1, 1)},
+            "lora_unet_down_blocks_0' is no layer",
+        ),
+        (lambda s: {**s, "diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(1)}, "DoRA"),
+        (
+            lambda s: {k: t for k, t in s.items() if "lora_up" not in k},
+            "no up weight for the layer 'double_blocks.0.img_attn.qkv'",
+        ),
+        (
+            lambda s: {k: t[:-1] if "lora_up" in k else t for k, t in s.items()},
+            "img_attn.qkv' is for a layer of 8 to 23, which does not fit",
+        ),
+        (lambda s: {k: t[:, :-1] if "lora_up" in k else t for k, t in s.items()}, "do not fit together"),
+        (lambda s: {k: t[:, 0] if "lora_up" in k else t for k, t in s.items()}, "do not fit together"),
+        (
+            lambda s: {
+                **s,
+                **{
+                    k: t[:-1] if "lora_up" in k else t
+                    for k, t in comfy_state({"double_blocks.0.txt_mlp.0": 1}, 1.0).items()
+                },
+            },
+            "8 to 31.*damaged",
+        ),
+        (
+            lambda s: {
+                **s,
+                **{
+                    k: t[:24] if "lora_up" in k else t
+                    for k, t in comfy_state({"single_blocks.0.linear1": 1}, 1.0).items()
+                },
+            },
+            "8 to 24.*its 4 parts",
+        ),
+        (lambda s: {**s, **comfy_state({"joint_blocks.0.x_block.mlp.fc1": 1}, 1.0)}, "mixed"),
+        (lambda s: {}, "holds no LoRA"),
+    ],
+)
 def test_what_cannot_be_converted_is_refused_in_one_sentence(change, words):
     state = change(comfy_state({"double_blocks.0.img_attn.qkv": 2}, 1.0))
     for translate in (to_comfy, to_diffusers):
@@ -296,6 +455,7 @@ def test_a_part_that_does_not_fit_its_neighbours_is_refused():
 
 # files
 
+
 def test_files_keep_their_metadata(tmp_path):
     state = comfy_state({"double_blocks.0.img_attn.qkv": 2, "single_blocks.0.linear1": 3}, 1.0)
     write(tmp_path / "a.safetensors", state, "diffusers", {"treerpo.run": "mine"})
@@ -303,7 +463,11 @@ def test_files_keep_their_metadata(tmp_path):
     assert header["treerpo.run"] == "mine" and header["treerpo.network"] == "flux" and header["format"] == "pt"
     config = json.loads(header[interchange.ADAPTER_METADATA])
     assert config["transformer.r"] == config["transformer.lora_alpha"] == 3
-    assert config["transformer.rank_pattern"] == config["transformer.alpha_pattern"] == {f"^transformer_blocks.0.attn.to_{x}": 2 for x in "qkv"}
+    assert (
+        config["transformer.rank_pattern"]
+        == config["transformer.alpha_pattern"]
+        == {f"^transformer_blocks.0.attn.to_{x}": 2 for x in "qkv"}
+    )
     write(tmp_path / "b.safetensors", there, "comfyui", header)
     back, header = read(tmp_path / "b.safetensors")
     same(back, state)
@@ -316,34 +480,49 @@ def test_convert_says_what_it_did_and_replaces_nothing(tmp_path):
     state = comfy_state({"joint_blocks.0.x_block.attn.qkv": 2, "context_embedder": 2}, 1.0)
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(state, source)
-    assert convert(source, target, "diffusers") == f"in.safetensors (comfyui, 2 layers) -> {target} (diffusers, 4 layers, rank 2)"
+    assert (
+        convert(source, target, "diffusers")
+        == f"in.safetensors (comfyui, 2 layers) -> {target} (diffusers, 4 layers, rank 2)"
+    )
     before = target.read_bytes()
     with pytest.raises(ValueError, match="exists: choose another name"):
         convert(source, target, "diffusers")
     assert target.read_bytes() == before
     convert(target, tmp_path / "back.safetensors", "comfyui")  # the header remembers which network it is
     same(load_file(tmp_path / "back.safetensors"), state)
-    (tmp_path / "half.safetensors").write_bytes(before[:len(before) // 2])
-    for path, words in ((tmp_path / "half.safetensors", "no whole safetensors file"), (tmp_path / "none.safetensors", "There is no file")):
+    (tmp_path / "half.safetensors").write_bytes(before[: len(before) // 2])
+    for path, words in (
+        (tmp_path / "half.safetensors", "no whole safetensors file"),
+        (tmp_path / "none.safetensors", "There is no file"),
+    ):
         with pytest.raises(ValueError, match=words):
             convert(path, tmp_path / "new.safetensors", "diffusers")
     with pytest.raises(ValueError, match="must end in"):
         convert(source, tmp_path / "new.pt", "diffusers")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "half.safetensors", "in.safetensors", "out.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "back.safetensors",
+        "half.safetensors",
+        "in.safetensors",
+        "out.safetensors",
+    ]
 
 
 # against ComfyUI's own tables
 
+
 @pytest.mark.parametrize("network", ["flux", "sd3"])
 def test_the_names_are_those_of_comfyuis_own_table(comfy, network):
     import comfy.utils
+
     if network == "flux":
         theirs = comfy.utils.flux_to_diffusers({"depth": 3, "depth_single_blocks": 3, "hidden_size": 64})
         stacks = {"double_blocks": FLUX_DOUBLE, "single_blocks": FLUX_SINGLE}
     else:
         theirs = comfy.utils.mmdit_to_diffusers({"depth": 3})
         stacks = {"joint_blocks": SD3_JOINT}
-    ours = [f"{stack}.{i}.{inner}" for stack, table in stacks.items() for i in range(3) for inner in table] + [m for m in MODULES if network in networks_of(m)]
+    ours = [f"{stack}.{i}.{inner}" for stack, table in stacks.items() for i in range(3) for inner in table] + [
+        m for m in MODULES if network in networks_of(m)
+    ]
     width = 64 * (1 if network == "flux" else 3)
     for module in ours:
         for place, name in enumerate(parts_of(module)):
@@ -351,7 +530,9 @@ def test_the_names_are_those_of_comfyuis_own_table(comfy, network):
             entry = theirs[f"{name}.weight"]
             target, rows_, *swap = (entry, None) if isinstance(entry, str) else entry
             assert target.rpartition(".")[0] == module  # norms end in scale or weight, by ComfyUI version
-            assert rows_ == (None if len(parts_of(module)) == 1 else (0, place * width, 4 * width if place == 3 else width))
+            assert rows_ == (
+                None if len(parts_of(module)) == 1 else (0, place * width, 4 * width if place == 3 else width)
+            )
             two = module.startswith("final_layer.adaLN") or module == "joint_blocks.2.context_block.adaLN_modulation.1"
             assert bool(swap) == two
             if two:
@@ -371,7 +552,7 @@ def medium() -> dict[str, torch.Tensor]:
     sd, generator, h = tiny.sd3(qk_norm=True), torch.Generator().manual_seed(4), 128
     block = "joint_blocks.0.x_block"
     for name, height, gain in (("attn2.qkv", 3 * h, 1.0), ("attn2.proj", h, 1.0), ("adaLN_modulation.1", 9 * h, 0.5)):
-        sd[f"{block}.{name}.weight"] = torch.randn(height, h, generator=generator) * gain / h ** 0.5
+        sd[f"{block}.{name}.weight"] = torch.randn(height, h, generator=generator) * gain / h**0.5
         sd[f"{block}.{name}.bias"] = torch.zeros(height)
     return {**sd, f"{block}.attn2.ln_q.weight": torch.ones(64), f"{block}.attn2.ln_k.weight": torch.ones(64)}
 
@@ -385,6 +566,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
 def skip_where_too_old(model: str) -> None:
     from comfyui_version import __version__
+
     if model == "flux" and tuple(int(part) for part in __version__.split(".")[:2]) < (0, 9):
         pytest.skip("this ComfyUI takes FLUX sizes as fixed: tiny FLUX files need 0.9 or newer")
 
@@ -395,9 +577,11 @@ class Both:
     def __init__(self, name: str):
         import comfy.sd
         import diffusers
+
         skip_where_too_old(name)
 
-        from core.backends.diffusers import load_transformer
+        from core.hosts.diffusers import load_transformer
+
         sd = weights(name)
         self.flux = name == "flux"
         self.width = sd["txt_in.weight" if self.flux else "context_embedder.weight"].shape[1]
@@ -405,29 +589,46 @@ class Both:
         with torch.inference_mode():
             self.model = comfy.sd.load_diffusion_model_state_dict({key: tensor.clone() for key, tensor in sd.items()})
         self.transformer = load_transformer(sd)
-        pipeline, encoders = (diffusers.FluxPipeline, ("", "_2")) if self.flux else (diffusers.StableDiffusion3Pipeline, ("", "_2", "_3"))
+        pipeline, encoders = (
+            (diffusers.FluxPipeline, ("", "_2"))
+            if self.flux
+            else (diffusers.StableDiffusion3Pipeline, ("", "_2", "_3"))
+        )
         absent = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in encoders}
-        self.pipeline = pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, transformer=self.transformer, **absent)
+        self.pipeline = pipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, transformer=self.transformer, **absent
+        )
 
     def question(self):
         generator = torch.Generator().manual_seed(3)
-        return (tiny.latents(2), torch.tensor([0.9, 0.4]), torch.randn(2, 7, self.width, generator=generator), torch.randn(2, self.pooled, generator=generator))
+        return (
+            tiny.latents(2),
+            torch.tensor([0.9, 0.4]),
+            torch.randn(2, 7, self.width, generator=generator),
+            torch.randn(2, self.pooled, generator=generator),
+        )
 
     def comfy(self, lora: dict[str, torch.Tensor] | None = None, loader: str = "load_lora_for_models") -> torch.Tensor:
         """The velocity with a LoRA through ComfyUI's own loader."""
         import comfy.model_management
         import comfy.sd
+
         x, sigma, embeds, pooled = self.question()
         with torch.inference_mode():
             model = self.model if lora is None else getattr(comfy.sd, loader)(self.model, None, lora, 1.0, 0.0)[0]
             comfy.model_management.load_models_gpu([model])
             network = model.model.diffusion_model
-            v = network(x, sigma, embeds, pooled, torch.tensor([3.5])) if self.flux else network(x, sigma * 1000, context=embeds, y=pooled)
+            v = (
+                network(x, sigma, embeds, pooled, torch.tensor([3.5]))
+                if self.flux
+                else network(x, sigma * 1000, context=embeds, y=pooled)
+            )
             model.detach()
         return v.float().clone()
 
     def diffusers(self) -> torch.Tensor:
-        from core.backends.diffusers import DiffusersVelocity
+        from core.hosts.diffusers import DiffusersVelocity
+
         x, sigma, embeds, pooled = self.question()
         with torch.no_grad():
             return DiffusersVelocity(self.transformer, None, embeds, pooled)(x, sigma, [0, 1])
@@ -447,7 +648,11 @@ def every_key_loads(caplog):
     with caplog.at_level(logging.WARNING):
         yield
     said = [record.getMessage() for record in caplog.records]
-    assert not [text for text in said if "not loaded" in text.lower() or "unexpected" in text or "missing" in text or "ERROR" in text], said
+    assert not [
+        text
+        for text in said
+        if "not loaded" in text.lower() or "unexpected" in text or "missing" in text or "ERROR" in text
+    ], said
 
 
 @pytest.fixture
@@ -459,7 +664,10 @@ def peft():
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_our_lora_is_the_same_in_diffusers(comfy, peft, tmp_path, every_key_loads, name, targets):
-    """Rank 4, alpha 8: through load_lora_weights the velocity is that of ComfyUI's loader, which reads the diffusers form as well."""
+    """Rank 4, alpha 8:
+
+    through load_lora_weights the velocity is that of ComfyUI's loader, which reads the diffusers form as well.
+    """
     both = Both(name)
     base = both.comfy()
     torch.testing.assert_close(both.diffusers(), base, rtol=1e-4, atol=1e-4)
@@ -472,7 +680,9 @@ def test_our_lora_is_the_same_in_diffusers(comfy, peft, tmp_path, every_key_load
     both.pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     torch.testing.assert_close(both.diffusers(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(both.comfy(load_file(tmp_path / "lora.safetensors")), expected, rtol=1e-4, atol=1e-4)
-    if hasattr(comfy.sd, "load_bypass_lora_for_models"):  # in ComfyUI's form only: 0.33 leaves most of the diffusers form out here
+    if hasattr(
+        comfy.sd, "load_bypass_lora_for_models"
+    ):  # in ComfyUI's form only: 0.33 leaves most of the diffusers form out here
         torch.testing.assert_close(both.comfy(state, "load_bypass_lora_for_models"), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(both.comfy(), base, rtol=0, atol=1e-6)
 
@@ -492,7 +702,9 @@ def test_several_ranks_load_right(comfy, peft, tmp_path, every_key_loads, name, 
     both.pipeline.load_lora_weights(tmp_path / "lora.safetensors" if header else written)
     expected = both.comfy(state)
     torch.testing.assert_close(both.diffusers(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(both.comfy(to_comfy(written, network="flux" if both.flux else "sd3")), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        both.comfy(to_comfy(written, network="flux" if both.flux else "sd3")), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -501,28 +713,45 @@ def test_a_peft_lora_is_the_same_in_comfyui(comfy, peft, tmp_path, every_key_loa
     """Made by PEFT with patterns of ranks and alphas, saved by the pipeline's own save_lora_weights."""
     both = Both(name)
     base = both.diffusers()
-    suffixes = ("to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out net.0.proj net.2 norm1.linear norm1_context.linear norm.linear proj_mlp "
-                "proj_out norm_out.linear context_embedder").split()
+    suffixes = (
+        "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out net.0.proj net.2 norm1.linear "
+        "norm1_context.linear norm.linear proj_mlp "
+        "proj_out norm_out.linear context_embedder"
+    ).split()
     torch.manual_seed(8)
-    both.transformer.add_adapter(peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=suffixes, rank_pattern={"to_k": 2, "norm_out.linear": 3}, alpha_pattern={"to_v": 1.5, "^proj_out": 2.5},
-        use_rslora=rslora, init_lora_weights=False))
+    both.transformer.add_adapter(
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=suffixes,
+            rank_pattern={"to_k": 2, "norm_out.linear": 3},
+            alpha_pattern={"to_v": 1.5, "^proj_out": 2.5},
+            use_rslora=rslora,
+            init_lora_weights=False,
+        )
+    )
     with torch.no_grad():
         for key, parameter in both.transformer.named_parameters():
             if "lora_" in key:
                 parameter.mul_(0.5)
     expected = both.diffusers()
     assert (expected - base).abs().max() > 1e-2
-    both.pipeline.save_lora_weights(tmp_path, transformer_lora_layers=peft.get_peft_model_state_dict(both.transformer),
-                                    transformer_lora_adapter_metadata=both.transformer.peft_config["default"].to_dict())
+    both.pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=peft.get_peft_model_state_dict(both.transformer),
+        transformer_lora_adapter_metadata=both.transformer.peft_config["default"].to_dict(),
+    )
     line = convert(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "comfy.safetensors", "comfyui")
     assert "(diffusers," in line
     torch.testing.assert_close(both.comfy(load_file(tmp_path / "comfy.safetensors")), expected, rtol=1e-4, atol=1e-4)
     as_it_is = both.comfy(load_file(tmp_path / "pytorch_lora_weights.safetensors"))
-    assert (as_it_is - expected).abs().max() > 1e-2, "ComfyUI reads no adapter metadata: the conversion is what makes the strength right"
+    assert (as_it_is - expected).abs().max() > 1e-2, (
+        "ComfyUI reads no adapter metadata: the conversion is what makes the strength right"
+    )
 
 
 # the node
+
 
 @pytest.mark.parametrize("model", ["flux", "sd3"])
 def test_save_tree_lora_writes_either_form(pack, tmp_path, model):
@@ -531,8 +760,10 @@ def test_save_tree_lora_writes_either_form(pack, tmp_path, model):
     graph.forget()
     policy = graph.policy(targets="all linear")
     randomised(policy.run.adapters)
-    plain, peft_form = (graph.call("SaveLora", policy=policy, lora_name=name, **more)[0]
-                        for name, more in (("plain", {}), ("peft", {"format": "diffusers (PEFT)"})))
+    plain, peft_form = (
+        graph.call("SaveLora", policy=policy, lora_name=name, **more)[0]
+        for name, more in (("plain", {}), ("peft", {"format": "diffusers (PEFT)"}))
+    )
     assert form_of(load_file(plain)) == "comfyui" and form_of(load_file(peft_form)) == "diffusers"
     same(load_file(plain), policy.run.adapters.state_dict())
     close(deltas(to_comfy(*read(peft_form))), deltas(load_file(plain)))

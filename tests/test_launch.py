@@ -1,4 +1,8 @@
-"""core/launch.py and core/config.py: run.yaml, its mistakes, and the Trainer node's runs trained without ComfyUI."""
+"""standalone/launch.py and core/runs/config.py:
+
+run.yaml, its mistakes, and the Trainer node's runs trained without ComfyUI.
+"""
+
 import os
 import signal
 import subprocess
@@ -14,18 +18,27 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 from graph import Graph, timeless
 
-from core import config as configs
-from core import launch, parallel
-from core.config import Config, RewardConfig, dump, load, parse
+from core.method import ranks as parallel
+from core.rewards.contract import Reward
+from core.runs import config as configs
+from core.runs.config import Config, RewardConfig, dump, load, parse
+from standalone import launch
 
 ROOT = Path(__file__).resolve().parent.parent
-GOOD = {"model": {"source": "embedded/flux"}, "prompts": {"train": ["a circle"]}, "rewards": [{"kind": "measure", "path": "brightness"}]}
+GOOD = {
+    "model": {"source": "embedded/flux"},
+    "prompts": {"train": ["a circle"]},
+    "rewards": [{"kind": "measure", "path": "brightness"}],
+}
 
 
 def train(path: Path, folder: Path | None = None, iterations: int | None = None):
     """The run of a run.yaml, in this process."""
     config = load(path)
-    config.run.folder, config.run.iterations = str(folder or config.path(config.run.folder)), iterations or config.run.iterations
+    config.run.folder, config.run.iterations = (
+        str(folder or config.path(config.run.folder)),
+        iterations or config.run.iterations,
+    )
     trainer = launch.prepare(config, parallel.ALONE, torch.device("cpu"))
     trainer.train(config.run.iterations)
     return trainer.run
@@ -39,10 +52,18 @@ def close(found, expected, atol=1e-4):
 
 @pytest.mark.parametrize("model", ["flux", "sd3"])
 def test_a_run_of_the_trainer_node_goes_on_without_comfyui_and_back(model, pack, tmp_path):
-    """The exported run.yaml gives the same first metrics and LoRA as the node; a run that changes hands twice is the run that never did."""
+    """The exported run.yaml gives the same first metrics and LoRA as the node;
+
+    a run that changes hands twice is the run that never did.
+    """
     graph = Graph(pack, tmp_path, model)
-    settings = dict(text="a red circle on a white background\na blue square on a black background\na green star", held_out=1, evaluate_every=1, ema=0.5,
-                    shape=graph.shape(trees=2))
+    settings = dict(
+        text="a red circle on a white background\na blue square on a black background\na green star",
+        held_out=1,
+        evaluate_every=1,
+        ema=0.5,
+        shape=graph.shape(trees=2),
+    )
     graph.train(through := graph.policy("through"), 3, **settings)
     graph.train(graph.policy("shared"), 1, **settings)
     folder = tmp_path / "output" / "treerpo" / "shared"
@@ -55,15 +76,19 @@ def test_a_run_of_the_trainer_node_goes_on_without_comfyui_and_back(model, pack,
     assert [row["iteration"] for row in train(folder / "run.yaml", iterations=2).metrics] == [0, 1]
     graph.forget()
     graph.train(back := graph.policy("shared"), 3, **settings)
-    found, expected = (torch.cat([tensor.flatten() for tensor in run.adapters.parameters()]) for run in (back.run, through.run))
+    found, expected = (
+        torch.cat([tensor.flatten() for tensor in run.adapters.parameters()]) for run in (back.run, through.run)
+    )
     moved = expected - torch.cat([tensor.flatten() for tensor in graph.policy("untrained").run.adapters.parameters()])
-    assert (found - expected).norm() < 0.01 * moved.norm()  # not elementwise: where a gradient is nothing but rounding, Adam makes a whole step of it
+    assert (
+        (found - expected).norm() < 0.01 * moved.norm()
+    )  # not elementwise: where a gradient is nothing but rounding, Adam makes a whole step of it
     for row, expected in zip(back.run.metrics, through.run.metrics, strict=True):
         assert row["reward"] == pytest.approx(expected["reward"], abs=1e-4) and row["forwards"] == expected["forwards"]
 
 
 def test_what_the_node_cannot_name_is_left_to_fill_in(pack, tmp_path):
-    class Own:
+    class Own(Reward):
         name = "my own"
 
         def score(self, images, prompts):
@@ -76,7 +101,9 @@ def test_what_the_node_cannot_name_is_left_to_fill_in(pack, tmp_path):
     assert "'my own' has no file that could be named here" in path.read_text()
     with pytest.raises(ValueError, match="rewards, entry 2: kind still has to be filled in"):
         load(path)
-    path.write_text(path.read_text().replace("kind: fill in", "kind: measure").replace("path: fill in", "path: brightness"))
+    path.write_text(
+        path.read_text().replace("kind: fill in", "kind: measure").replace("path: fill in", "path: brightness")
+    )
     config = load(path)
     reward = launch.load_rewards(config, config.rewards, torch.device("cpu"))
     assert [(model.name, weight) for model, weight in reward.parts] == [("less colour", 0.5), ("brightness", -2.0)]
@@ -92,8 +119,11 @@ def test_a_run_is_not_touched_by_an_export_that_fails(pack, tmp_path, monkeypatc
 
 def test_a_file_that_is_written_reads_back_the_same(tmp_path):
     config = parse(GOOD)
-    config.settings.learning_rate, config.prompts.train = 1e-5, ["off", "a: b # c", "it's \"é\"", "1e-5", "- x", "null"]
-    config.judge, config.sampling.sigmas = [RewardConfig("server", "http://127.0.0.1:1/score", -0.5, options={"retries": 3, "group": True})], [1.0, 0.3, 0.0]
+    config.settings.learning_rate, config.prompts.train = 1e-5, ["off", "a: b # c", 'it\'s "é"', "1e-5", "- x", "null"]
+    config.judge, config.sampling.sigmas = (
+        [RewardConfig("server", "http://127.0.0.1:1/score", -0.5, options={"retries": 3, "group": True})],
+        [1.0, 0.3, 0.0],
+    )
     config.settings.on_alarm, config.noise.values = "off", [1e-7, 0.5]
     (tmp_path / "run.yaml").write_text(dump(config), "utf-8")
     again = load(tmp_path / "run.yaml")
@@ -108,33 +138,43 @@ def test_every_field_has_its_comment():
         assert not bare, kind
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"modell": {}}, "run.yaml has no 'modell': did you mean 'model'"),
-    ({"settings": {"lerning_rate": 1}}, "settings has no 'lerning_rate': did you mean 'learning_rate'"),
-    ({"settings": {"learning_rate": "fast"}}, "settings: learning_rate must be a number, not 'fast'"),
-    ({"settings": {"seed": True}}, "settings: seed must be a whole number"),
-    ({"settings": {"on_alarm": "stop"}}, "on_alarm is 'stop': choose one of pause, warn, off"),
-    ({"settings": 3}, "settings must be lines such as"),
-    ({"shape": {"branching": 0}}, "shape: Branching, depth and trees must each be at least 1"),
-    ({"objective": {"ratio": "no"}}, "objective: Unknown ratio 'no'"),
-    ({"objective": {"sft": 0.1, "target": "images"}}, "needs the images of the Trainer node"),
-    ({"model": {"source": ""}}, "model: source is missing"),
-    ({"model": {"source": "fill in"}}, "model: source still has to be filled in"),
-    ({"model": {"source": "embedded/flux", "dtype": "int8"}}, "model: dtype is 'int8'"),
-    ({"rewards": []}, "rewards: there is none"),
-    ({"rewards": [{"kind": "measure", "pth": "x"}]}, "rewards, entry 1 has no 'pth': did you mean 'path'"),
-    ({"prompts": {}}, "give either train, a list, or file"),
-    ({"prompts": {"train": ["a", ""]}}, "train must be a list of texts"),
-    ({"prompts": {"train": "a circle"}}, "prompts: train must be a list"),
-    ({"sampling": {"width": 100}}, "must be multiples of 16"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"modell": {}}, "run.yaml has no 'modell': did you mean 'model'"),
+        ({"settings": {"lerning_rate": 1}}, "settings has no 'lerning_rate': did you mean 'learning_rate'"),
+        ({"settings": {"learning_rate": "fast"}}, "settings: learning_rate must be a number, not 'fast'"),
+        ({"settings": {"seed": True}}, "settings: seed must be a whole number"),
+        ({"settings": {"on_alarm": "stop"}}, "on_alarm is 'stop': choose one of pause, warn, off"),
+        ({"settings": 3}, "settings must be lines such as"),
+        ({"shape": {"branching": 0}}, "shape: Branching, depth and trees must each be at least 1"),
+        ({"objective": {"ratio": "no"}}, "objective: Unknown ratio 'no'"),
+        ({"objective": {"sft": 0.1, "target": "images"}}, "needs the images of the Trainer node"),
+        ({"model": {"source": ""}}, "model: source is missing"),
+        ({"model": {"source": "fill in"}}, "model: source still has to be filled in"),
+        ({"model": {"source": "embedded/flux", "dtype": "int8"}}, "model: dtype is 'int8'"),
+        ({"rewards": []}, "rewards: there is none"),
+        ({"rewards": [{"kind": "measure", "pth": "x"}]}, "rewards, entry 1 has no 'pth': did you mean 'path'"),
+        ({"prompts": {}}, "give either train, a list, or file"),
+        ({"prompts": {"train": ["a", ""]}}, "train must be a list of texts"),
+        ({"prompts": {"train": "a circle"}}, "prompts: train must be a list"),
+        ({"sampling": {"width": 100}}, "must be multiples of 16"),
+    ],
+)
 def test_mistakes_are_told_in_one_sentence(changes, words):
     with pytest.raises(ValueError, match=words) as told:
         parse({**GOOD, **changes})
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("text, words", [("model: [", "run.yaml is not YAML, line"), ("- a", "run.yaml must be lines such as"), ("", "model: source is missing")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("model: [", "run.yaml is not YAML, line"),
+        ("- a", "run.yaml must be lines such as"),
+        ("", "model: source is missing"),
+    ],
+)
 def test_a_file_that_is_no_run_is_refused(text, words, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -143,12 +183,18 @@ def test_a_file_that_is_no_run_is_refused(text, words, tmp_path):
         load(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model": {"source": "nowhere.safetensors"}}, "There is no file or folder .*nowhere.safetensors"),
-    ({"model": {"source": "."}}, "has no model_index.json"),
-    ({"rewards": [{"kind": "best"}]}, "Unknown kind of reward 'best'"),
-    ({"rewards": [{"kind": "measure", "path": "brightness", "options": {"colour": 1}}]}, "Reward 1 .measure. cannot be loaded with these options"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model": {"source": "nowhere.safetensors"}}, "There is no file or folder .*nowhere.safetensors"),
+        ({"model": {"source": "."}}, "has no model_index.json"),
+        ({"rewards": [{"kind": "best"}]}, "Unknown kind of reward 'best'"),
+        (
+            {"rewards": [{"kind": "measure", "path": "brightness", "options": {"colour": 1}}]},
+            "Reward 1 .measure. cannot be loaded with these options",
+        ),
+    ],
+)
 def test_what_is_not_there_is_named(changes, words, tmp_path):
     config = parse({**GOOD, **changes})
     config.home = tmp_path
@@ -159,8 +205,9 @@ def test_what_is_not_there_is_named(changes, words, tmp_path):
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     from test_parallel import same, write
+
     path = write(tmp_path, "stopped", iterations=4, settings=dict(save_every=100, evaluate_every=0))
-    command = [sys.executable, "-m", "core.launch", "train", "--config", str(path)]
+    command = [sys.executable, "-m", "standalone.launch", "train", "--config", str(path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     try:
@@ -186,8 +233,9 @@ def test_a_mistake_ends_the_command_with_its_sentence(tmp_path, caplog):
 
 
 def test_convert_and_back(tmp_path):
-    from core.backends.host import open_model
-    from core.backends.peft import new_adapters
+    from core.hosts.diffusers_models import open_model
+    from core.hosts.peft import new_adapters
+
     adapters = new_adapters(open_model("embedded/sd3").transformer, 4, 8.0, "attention")
     for parameter in adapters.parameters():
         parameter.data.normal_()
@@ -206,8 +254,11 @@ def test_convert_and_back(tmp_path):
 
 def test_convert_asks_for_the_network_where_a_file_does_not_tell(tmp_path, caplog):
     """q, k and v of a small transformer: FLUX and SD3 both have them."""
-    both = {f"transformer.transformer_blocks.0.attn.to_{part}.lora_{side}.weight": torch.randn(*shape)
-            for part in "qkv" for side, shape in (("A", (4, 64)), ("B", (64, 4)))}
+    both = {
+        f"transformer.transformer_blocks.0.attn.to_{part}.lora_{side}.weight": torch.randn(*shape)
+        for part in "qkv"
+        for side, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }
     source, target = tmp_path / "small.safetensors", tmp_path / "comfyui.safetensors"
     save_file(both, source)
     command = ["convert", str(source), str(target), "--to", "comfyui"]

@@ -1,24 +1,67 @@
-"""core/lora.py on plain torch networks."""
+"""core/lora/adapters.py on plain torch networks."""
+
 import pytest
 import torch
 from torch import nn
 
-from core.lora import TARGETS, Adapters, LoRA
+from core.lora.adapters import TARGETS, Adapters, LoRA
 
-FLUX_NAMES = ["img_in", "double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.proj", "double_blocks.0.img_mlp.0", "double_blocks.0.img_mod.lin",
-              "single_blocks.3.linear1", "single_blocks.3.linear2", "single_blocks.3.modulation.lin", "final_layer.linear"]
-SD3_NAMES = ["context_embedder", "joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.context_block.attn.proj", "joint_blocks.0.x_block.attn2.qkv",
-             "joint_blocks.0.x_block.mlp.fc1", "joint_blocks.0.x_block.adaLN_modulation.1", "final_layer.linear"]
-DIFFUSERS_NAMES = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.to_out.0",
-                   "transformer_blocks.0.attn2.to_v", "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff_context.net.2",
-                   "transformer_blocks.0.norm1.linear", "single_transformer_blocks.1.attn.to_k", "single_transformer_blocks.1.proj_mlp",
-                   "single_transformer_blocks.1.proj_out", "single_transformer_blocks.1.norm.linear", "proj_out"]
-ATTENTION = {"double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.proj", "single_blocks.3.linear1", "single_blocks.3.linear2",
-             "joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.context_block.attn.proj", "joint_blocks.0.x_block.attn2.qkv",
-             "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.0.attn.to_out.0",
-             "transformer_blocks.0.attn2.to_v", "single_transformer_blocks.1.attn.to_k", "single_transformer_blocks.1.proj_mlp",
-             "single_transformer_blocks.1.proj_out"}
-MLP = {"double_blocks.0.img_mlp.0", "joint_blocks.0.x_block.mlp.fc1", "transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff_context.net.2"}
+FLUX_NAMES = [
+    "img_in",
+    "double_blocks.0.img_attn.qkv",
+    "double_blocks.0.txt_attn.proj",
+    "double_blocks.0.img_mlp.0",
+    "double_blocks.0.img_mod.lin",
+    "single_blocks.3.linear1",
+    "single_blocks.3.linear2",
+    "single_blocks.3.modulation.lin",
+    "final_layer.linear",
+]
+SD3_NAMES = [
+    "context_embedder",
+    "joint_blocks.0.x_block.attn.qkv",
+    "joint_blocks.0.context_block.attn.proj",
+    "joint_blocks.0.x_block.attn2.qkv",
+    "joint_blocks.0.x_block.mlp.fc1",
+    "joint_blocks.0.x_block.adaLN_modulation.1",
+    "final_layer.linear",
+]
+DIFFUSERS_NAMES = [
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.add_k_proj",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.0.attn2.to_v",
+    "transformer_blocks.0.ff.net.0.proj",
+    "transformer_blocks.0.ff_context.net.2",
+    "transformer_blocks.0.norm1.linear",
+    "single_transformer_blocks.1.attn.to_k",
+    "single_transformer_blocks.1.proj_mlp",
+    "single_transformer_blocks.1.proj_out",
+    "single_transformer_blocks.1.norm.linear",
+    "proj_out",
+]
+ATTENTION = {
+    "double_blocks.0.img_attn.qkv",
+    "double_blocks.0.txt_attn.proj",
+    "single_blocks.3.linear1",
+    "single_blocks.3.linear2",
+    "joint_blocks.0.x_block.attn.qkv",
+    "joint_blocks.0.context_block.attn.proj",
+    "joint_blocks.0.x_block.attn2.qkv",
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.add_k_proj",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.0.attn2.to_v",
+    "single_transformer_blocks.1.attn.to_k",
+    "single_transformer_blocks.1.proj_mlp",
+    "single_transformer_blocks.1.proj_out",
+}
+MLP = {
+    "double_blocks.0.img_mlp.0",
+    "joint_blocks.0.x_block.mlp.fc1",
+    "transformer_blocks.0.ff.net.0.proj",
+    "transformer_blocks.0.ff_context.net.2",
+}
 
 
 def named(names: list[str]) -> nn.Module:
@@ -77,7 +120,9 @@ def test_a_pattern_of_ones_own():
     for pattern, words in ((r"img_attn\.qvk$", "matches no Linear layer"), ("(", "not a regular expression")):
         with pytest.raises(ValueError, match=words) as caught:
             Adapters.create(root, 1, 1.0, pattern)
-        assert "double_blocks.0.img_attn.qkv" in str(caught.value) or "img_in" in str(caught.value), "it lists names that exist"
+        assert "double_blocks.0.img_attn.qkv" in str(caught.value) or "img_in" in str(caught.value), (
+            "it lists names that exist"
+        )
 
 
 def test_sizes_come_from_features_not_from_the_packed_weight():
@@ -152,7 +197,9 @@ def test_adapters_of_another_model_are_refused():
 
 
 def test_the_seed_decides_the_start():
-    first, same, other = (Adapters.create(network(), 2, 2.0, "all linear", seed=seed).state_dict() for seed in (1, 1, 2))
+    first, same, other = (
+        Adapters.create(network(), 2, 2.0, "all linear", seed=seed).state_dict() for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert not torch.equal(first["diffusion_model.0.lora_down.weight"], other["diffusion_model.0.lora_down.weight"])
 
@@ -180,10 +227,16 @@ def test_state_dict_round_trip():
     root = network()
     adapters = trained(root, dtype=torch.bfloat16)
     sd = adapters.state_dict()
-    assert set(sd) == {f"diffusion_model.{name}.{part}" for name in ("0", "2") for part in ("lora_up.weight", "lora_down.weight", "alpha")}
+    assert set(sd) == {
+        f"diffusion_model.{name}.{part}"
+        for name in ("0", "2")
+        for part in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
     assert sd["diffusion_model.0.lora_up.weight"].shape == (5, 2) and float(sd["diffusion_model.2.alpha"]) == 3.0
     assert len({t.untyped_storage().data_ptr() for t in sd.values()}) == len(sd), "safetensors refuses shared memory"
-    assert adapters.count() == 2 * (4 + 5) + 2 * (5 + 3) == sum(t.numel() for key, t in sd.items() if "alpha" not in key)
+    assert (
+        adapters.count() == 2 * (4 + 5) + 2 * (5 + 3) == sum(t.numel() for key, t in sd.items() if "alpha" not in key)
+    )
     fresh = Adapters.create(root, 2, 7.0, "all linear", torch.bfloat16, seed=9)
     with torch.inference_mode():
         fresh.load_state_dict(sd)
@@ -193,11 +246,21 @@ def test_state_dict_round_trip():
     assert bool(fresh.loras["0"].up.any()) and bool(adapters.loras["0"].up.any()), "copies, not views"
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda sd: sd.pop("diffusion_model.2.lora_up.weight"), r"1 missing \(diffusion_model.2.lora_up.weight\)"),
-    (lambda sd: sd.update({"diffusion_model.9.alpha": torch.tensor(1.0)}), r"1 unknown \(diffusion_model.9.alpha\)"),
-    (lambda sd: sd.update({"diffusion_model.2.lora_up.weight": torch.zeros(3, 4)}), r"1 of another size \(diffusion_model.2.lora_up.weight \[3, 4\] instead of \[3, 2\]\)"),
-], ids=["missing", "unknown", "shape"])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda sd: sd.pop("diffusion_model.2.lora_up.weight"), r"1 missing \(diffusion_model.2.lora_up.weight\)"),
+        (
+            lambda sd: sd.update({"diffusion_model.9.alpha": torch.tensor(1.0)}),
+            r"1 unknown \(diffusion_model.9.alpha\)",
+        ),
+        (
+            lambda sd: sd.update({"diffusion_model.2.lora_up.weight": torch.zeros(3, 4)}),
+            r"1 of another size \(diffusion_model.2.lora_up.weight \[3, 4\] instead of \[3, 2\]\)",
+        ),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
 def test_a_state_dict_that_does_not_fit_changes_nothing(spoil, words):
     adapters = trained(network())
     before = adapters.state_dict()

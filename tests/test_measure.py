@@ -1,4 +1,5 @@
 """Rewards without weights: each measure against a hand-computed picture, and similarity against its definition."""
+
 import io
 
 import pytest
@@ -22,7 +23,7 @@ def noise(count=1, height=24, width=20, seed=0):
 
 
 def blurred(images, size):
-    kernel = torch.ones(3, 1, size, size) / size ** 2
+    kernel = torch.ones(3, 1, size, size) / size**2
     channels = torch.nn.functional.pad(images.movedim(-1, 1), [size // 2] * 4, mode="reflect")
     return torch.nn.functional.conv2d(channels, kernel, groups=3).movedim(1, -1)
 
@@ -83,13 +84,15 @@ def test_sharpness_falls_under_blur_and_under_enlarging():
 def test_scales(scale):
     image = noise()
     for kind, power in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("sharpness", 2)):
-        assert measure(kind, scale * image) == pytest.approx(scale ** power * measure(kind, image), rel=1e-4)
+        assert measure(kind, scale * image) == pytest.approx(scale**power * measure(kind, image), rel=1e-4)
 
 
 @pytest.mark.parametrize("quality", [95, 30])
 def test_jpeg_size_is_that_of_pillows_file(quality):
     image = noise()
-    assert measure("jpeg size", image, quality=quality) == pytest.approx(len(pillow_bytes(image[0], format="JPEG", quality=quality)) / 1000)
+    assert measure("jpeg size", image, quality=quality) == pytest.approx(
+        len(pillow_bytes(image[0], format="JPEG", quality=quality)) / 1000
+    )
 
 
 def test_jpeg_size_knows_flat_from_busy_pictures():
@@ -126,15 +129,21 @@ def test_a_broken_picture_has_no_score_and_spoils_no_other(kind):
     torch.testing.assert_close(scores[[0, 2]], Measure(kind).score(images[[0, 2]], [""] * 2), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("make, sentence", [
-    (lambda: Measure("beauty"), "Unknown measure 'beauty'"),
-    (lambda: Measure("jpeg size", quality=0), "quality 0 does not exist"),
-    (lambda: Measure("sharpness").score(torch.rand(1, 2, 9, 3), [""]), "these have 9 x 2"),
-    (lambda: Similarity(torch.rand(1, 4, 4, 3), flat, of="worst"), "Unknown 'worst'"),
-    (lambda: Similarity(torch.rand(4, 4, 3), flat), r"shape \[4, 4, 3\]"),
-    (lambda: Similarity(torch.rand(0, 4, 4, 3), flat), "one or more images"),
-    (lambda: Similarity(torch.rand(1, 4, 4, 3), lambda x: x.flatten(2)).score(torch.rand(1, 4, 4, 3), [""]), "it must give"),
-])
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: Measure("beauty"), "Unknown measure 'beauty'"),
+        (lambda: Measure("jpeg size", quality=0), "quality 0 does not exist"),
+        (lambda: Measure("sharpness").score(torch.rand(1, 2, 9, 3), [""]), "these have 9 x 2"),
+        (lambda: Similarity(torch.rand(1, 4, 4, 3), flat, of="worst"), "Unknown 'worst'"),
+        (lambda: Similarity(torch.rand(4, 4, 3), flat), r"shape \[4, 4, 3\]"),
+        (lambda: Similarity(torch.rand(0, 4, 4, 3), flat), "one or more images"),
+        (
+            lambda: Similarity(torch.rand(1, 4, 4, 3), lambda x: x.flatten(2)).score(torch.rand(1, 4, 4, 3), [""]),
+            "it must give",
+        ),
+    ],
+)
 def test_bad_input_is_one_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
@@ -157,7 +166,7 @@ def test_similarity_is_one_with_itself_and_the_cosine_else():
     images = noise(4)
     assert float(Similarity(images[:1], flat).score(images[:1], [""])) == pytest.approx(1)
     two = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0]]).view(2, 1, 1, 3)
-    assert Similarity(two[:1], flat).score(two, [""] * 2).tolist() == pytest.approx([1, 0.5 ** 0.5])
+    assert Similarity(two[:1], flat).score(two, [""] * 2).tolist() == pytest.approx([1, 0.5**0.5])
     dimmer = Similarity(images, flat).score(0.3 * images, [""] * 4)
     torch.testing.assert_close(dimmer, Similarity(images, flat).score(images, [""] * 4))
 

@@ -1,15 +1,27 @@
 """Every term of the loss: gradients against finite differences, and what each setting must do."""
+
 import pytest
 import torch
 from test_tree import grown
 from test_update import RANDOM_KINDS, case
 
-from core.memory import MicroBatch, saved_bytes
-from core.noise import NoiseSchedule
-from core.objective import Objective, best_leaves, clip_ranges, gaussian_kl, log_ratio, node_values, relative, sft_targets, sft_weights, step_weights
-from core.steps import step
-from core.tree import TreeShape
-from core.update import _Loss, policy_gradient, score_edges
+from core.method.memory import MicroBatch, saved_bytes
+from core.method.noise import NoiseSchedule
+from core.method.objective import (
+    Objective,
+    best_leaves,
+    clip_ranges,
+    gaussian_kl,
+    log_ratio,
+    node_values,
+    relative,
+    sft_targets,
+    sft_weights,
+    step_weights,
+)
+from core.method.steps import step
+from core.method.tree import TreeShape
+from core.method.update import _Loss, policy_gradient, score_edges
 
 WIDE = dict(clip_low=10.0, clip_high=10.0)
 TERMS = {
@@ -29,17 +41,28 @@ TERMS = {
 def off_policy(kind="cps", shape=TreeShape(3, 2)):
     forest, velocity, advantages = case(kind, shape)
     with torch.no_grad():
-        velocity.delta += 0.02 * torch.randn(velocity.delta.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        velocity.delta += 0.02 * torch.randn(
+            velocity.delta.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+        )
     return forest, velocity, advantages
 
 
 def images(forest):
-    return torch.randn(len(forest.prompts), *forest.leaves.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return torch.randn(
+        len(forest.prompts), *forest.leaves.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
 
 
 def total(objective, forest, velocity, advantages):
-    loss_of = _Loss(velocity, forest, advantages, objective, torch.ones(len(forest.prompts), dtype=torch.bool), images(forest),
-                    sum(layer.numel() for layer in advantages))
+    loss_of = _Loss(
+        velocity,
+        forest,
+        advantages,
+        objective,
+        torch.ones(len(forest.prompts), dtype=torch.bool),
+        images(forest),
+        sum(layer.numel() for layer in advantages),
+    )
     value = 0.0
     for layer in range(forest.depth):
         v = velocity(forest.states[layer], forest.sigma(layer)[0], forest.rows(layer))
@@ -73,7 +96,12 @@ def test_every_term_is_the_same_on_any_split_and_with_retained_graphs(name):
     policy_gradient(velocity, forest, advantages, objective, images=images(forest), micro_batch=MicroBatch(3))
     torch.testing.assert_close(velocity.delta.grad, whole, atol=1e-13, rtol=1e-9)
 
-    kept, fresh = grown(TreeShape(3, 2, trees=2), start=1, schedule=NoiseSchedule("cps", level=0.5, shape="linear", beta=0.3, rho_min=0.5), retain=1e9)
+    kept, fresh = grown(
+        TreeShape(3, 2, trees=2),
+        start=1,
+        schedule=NoiseSchedule("cps", level=0.5, shape="linear", beta=0.3, rho_min=0.5),
+        retain=1e9,
+    )
     before = fresh.forwards
     policy_gradient(fresh, kept, advantages, objective, images=images(forest))
     torch.testing.assert_close(fresh.delta.grad, whole, atol=1e-13, rtol=1e-9)
@@ -90,14 +118,18 @@ def test_normalised_ratio_has_no_bias_and_no_scale(kind):
     new = step(*args, (v + 0.1).expand(20000, 6), 0.8, 0.6, 0.5, 0.96, next_latent=old.latent)
     guard = log_ratio("guard", new, old.log_prob, old.mean)
     torch.testing.assert_close(guard, (z * (new.mean - old.mean)).mean(1), atol=1e-12, rtol=1e-9)
-    assert abs(float(guard.mean())) < 4 * float(guard.std()) / 20000 ** 0.5
+    assert abs(float(guard.mean())) < 4 * float(guard.std()) / 20000**0.5
     plain = log_ratio("plain", new, old.log_prob, old.mean)
-    assert float(plain.mean()) == pytest.approx(-float(gaussian_kl(new.mean, old.mean, old.std)[0]), abs=4 * float(plain.std()) / 20000 ** 0.5)
+    assert float(plain.mean()) == pytest.approx(
+        -float(gaussian_kl(new.mean, old.mean, old.std)[0]), abs=4 * float(plain.std()) / 20000**0.5
+    )
 
 
 def test_kl_is_the_gaussian_one_and_zero_at_the_reference():
     mean, other, std = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 2.5]]), torch.tensor([[0.3]])
-    torch_kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)).mean(1)
+    torch_kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)
+    ).mean(1)
     torch.testing.assert_close(gaussian_kl(mean, other, std), torch_kl)
     assert gaussian_kl(mean, other, torch.zeros(1, 1)).tolist() == [0.0]
     forest, velocity, advantages = case()
@@ -126,16 +158,21 @@ def test_imitation_targets():
     best = best_leaves(leaf, forest)
     per_prompt = forest.leaves_per_prompt
     for prompt in range(2):
-        group = leaf[prompt * per_prompt:(prompt + 1) * per_prompt]
+        group = leaf[prompt * per_prompt : (prompt + 1) * per_prompt]
         assert leaf[best[prompt]] == group.max()
     for layer in range(2):
         nodes = len(forest.states[layer]) // 2
         path = sft_targets(Objective(target="best-path"), forest, leaf, layer)
         own = best // forest.branching ** (2 - layer)
         for prompt in range(2):
-            assert torch.equal(path[prompt * nodes:(prompt + 1) * nodes], forest.velocities[layer][own[prompt]].expand(nodes, -1, -1, -1))
+            assert torch.equal(
+                path[prompt * nodes : (prompt + 1) * nodes],
+                forest.velocities[layer][own[prompt]].expand(nodes, -1, -1, -1),
+            )
         flow = sft_targets(Objective(target="best-leaf"), forest, leaf, layer)
-        reached = forest.states[layer] - forest.sigma(layer)[0] * flow  # following the target velocity to sigma 0 gives the best leaf
+        reached = (
+            forest.states[layer] - forest.sigma(layer)[0] * flow
+        )  # following the target velocity to sigma 0 gives the best leaf
         torch.testing.assert_close(reached, forest.leaves[best].repeat_interleave(nodes, 0))
     with pytest.raises(ValueError, match="no images are connected"):
         sft_targets(Objective(target="images"), forest, leaf, 0)

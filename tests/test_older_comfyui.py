@@ -1,15 +1,25 @@
-"""Backend, graph, refusals, start-up and shipped graphs on older ComfyUI releases, each in a process of its own: SD3 only, since tiny FLUX loads from 0.9 on."""
+"""Backend, graph, refusals, start-up and shipped graphs on older ComfyUI releases, each in a process of its own:
+
+SD3 only, since tiny FLUX loads from 0.9 on.
+"""
+
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import COMFYUI
 
-FILES = ("test_backend_comfy.py", "test_graph.py", "test_bad_input.py", "test_reward_nodes.py", "test_trainer.py", "test_start_up.py",
-         "test_workflows.py")
+FILES = (
+    "test_backend_comfy.py",
+    "test_graph.py",
+    "test_bad_input.py",
+    "test_reward_nodes.py",
+    "test_trainer.py",
+    "test_start_up.py",
+    "test_workflows.py",
+)
 
 
 def others() -> list[Path]:
@@ -26,8 +36,26 @@ def test_sd3_on(comfyui):
     if comfyui is None:
         pytest.skip("no older ComfyUI (set TREERPO_COMFYUI_OLDER, or put a ComfyUI-* folder beside ComfyUI)")
     tests = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", *(str(tests / name) for name in FILES), "-q", "-k", "sd3 or bad_input or reward_nodes or start_up or workflows", "-p", "no:cacheprovider", "--tb=short"]
-    result = subprocess.run(command, cwd=tests, env={**os.environ, "COMFYUI_PATH": str(comfyui)}, capture_output=True, text=True, timeout=900)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *(str(tests / name) for name in FILES),
+        "-q",
+        "-k",
+        "sd3 or bad_input or reward_nodes or start_up or workflows",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
+    result = subprocess.run(
+        command,
+        cwd=tests,
+        env={**os.environ, "COMFYUI_PATH": str(comfyui)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     last = result.stdout.strip().splitlines()[-1]
     assert "passed" in last and "skipped" not in last, last

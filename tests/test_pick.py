@@ -1,4 +1,5 @@
 """A person's choice as the reward: what an answer means, the book of picks, both nodes, and the way over HTTP."""
+
 import json
 import shutil
 import sys
@@ -32,14 +33,17 @@ def images(count=4, seed=0):
 # ---------------------------------------------------------------- what an answer means
 
 
-@pytest.mark.parametrize("text, levels", [
-    ("3", ((2,), (0, 1, 3, 4, 5, 6, 7, 8))),
-    (" 3, 5 / 7", ((2, 4), (0, 1, 3, 5, 7, 8), (6,))),
-    ("/7", ((0, 1, 2, 3, 4, 5, 7, 8), (6,))),
-    ("3 > 1 = 2 > 7", ((2,), (0, 1), (6,), (3, 4, 5, 7, 8))),
-    ("1>2>3>4>5>6>7>8>9", tuple((i,) for i in range(9))),
-    ("1=2=3=4=5=6=7=8=9", (tuple(range(9)),)),
-])
+@pytest.mark.parametrize(
+    "text, levels",
+    [
+        ("3", ((2,), (0, 1, 3, 4, 5, 6, 7, 8))),
+        (" 3, 5 / 7", ((2, 4), (0, 1, 3, 5, 7, 8), (6,))),
+        ("/7", ((0, 1, 2, 3, 4, 5, 7, 8), (6,))),
+        ("3 > 1 = 2 > 7", ((2,), (0, 1), (6,), (3, 4, 5, 7, 8))),
+        ("1>2>3>4>5>6>7>8>9", tuple((i,) for i in range(9))),
+        ("1=2=3=4=5=6=7=8=9", (tuple(range(9)),)),
+    ],
+)
 def test_an_answer_puts_every_image_on_a_level(text, levels):
     assert parse(text, 9).levels == levels
 
@@ -49,10 +53,23 @@ def test_no_opinion(text):
     assert parse(text, 9) is None
 
 
-@pytest.mark.parametrize("text, sentence", [
-    ("", "The answer is empty"), ("0", "no image 0 in this group of 9: its images are 1 to 9"), ("3 / 10", "no image 10"), ("3 = 3", "Image 3 is named twice"),
-    ("3 / 3", "Image 3 is named twice"), ("best", "'best' where an image number belongs"), ("3 > > 1", "nothing where an image number belongs"),
-    ("1 2", "'1 2' where an image number"), ("1 / 2 / 3", "more than one /"), ("/", "no image number"), ("-1", "'-1' where"), ("9" * 9999, "99...")])
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("", "The answer is empty"),
+        ("0", "no image 0 in this group of 9: its images are 1 to 9"),
+        ("3 / 10", "no image 10"),
+        ("3 = 3", "Image 3 is named twice"),
+        ("3 / 3", "Image 3 is named twice"),
+        ("best", "'best' where an image number belongs"),
+        ("3 > > 1", "nothing where an image number belongs"),
+        ("1 2", "'1 2' where an image number"),
+        ("1 / 2 / 3", "more than one /"),
+        ("/", "no image number"),
+        ("-1", "'-1' where"),
+        ("9" * 9999, "99..."),
+    ],
+)
 def test_a_bad_answer_is_one_sentence(text, sentence):
     with pytest.raises(ValueError) as caught:
         parse(text, 9)
@@ -62,7 +79,8 @@ def test_a_bad_answer_is_one_sentence(text, sentence):
 
 def all_wins(count):
     return st.lists(st.lists(st.integers(0, 3), min_size=count, max_size=count), min_size=count, max_size=count).map(
-        lambda rows: torch.tensor(rows, dtype=torch.float64).fill_diagonal_(0))
+        lambda rows: torch.tensor(rows, dtype=torch.float64).fill_diagonal_(0)
+    )
 
 
 @settings(max_examples=30)
@@ -86,7 +104,9 @@ def test_bradley_terry_is_the_maximum_of_the_posterior(wins, prior):
 @given(st.integers(2, 6).flatmap(lambda n: st.tuples(all_wins(n), st.permutations(range(n)))))
 def test_bradley_terry_does_not_care_about_the_order_of_the_images(drawn):
     wins, order = drawn
-    torch.testing.assert_close(bradley_terry(wins[order][:, order]), bradley_terry(wins)[list(order)], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        bradley_terry(wins[order][:, order]), bradley_terry(wins)[list(order)], atol=1e-6, rtol=0
+    )
 
 
 @settings(max_examples=30)
@@ -111,11 +131,17 @@ def test_a_ranking_is_kept(order):
 
 def test_images_of_one_level_are_equal_and_answers_add_up():
     found = choice_scores([parse("3 / 7", 9)])
-    assert float(found[2]) == float(found.amax()) and float(found[6]) == float(found.amin()) and len(set(found[[0, 1, 3, 4, 5, 7, 8]].round(decimals=5).tolist())) == 1
+    assert (
+        float(found[2]) == float(found.amax())
+        and float(found[6]) == float(found.amin())
+        and len(set(found[[0, 1, 3, 4, 5, 7, 8]].round(decimals=5).tolist())) == 1
+    )
     assert choice_scores([parse("1 = 2 = 3", 3)]).tolist() == [0, 0, 0]
     both = choice_scores([parse("1", 3), parse("1", 3), parse("2", 3)])
     assert both[0] > both[1] > both[2]
-    torch.testing.assert_close(bradley_terry([(0, 1), (0, 1), (2, 1)], 3), bradley_terry(torch.tensor([[0., 2, 0], [0, 0, 0], [0, 1, 0]])))
+    torch.testing.assert_close(
+        bradley_terry([(0, 1), (0, 1), (2, 1)], 3), bradley_terry(torch.tensor([[0.0, 2, 0], [0, 0, 0], [0, 1, 0]]))
+    )
 
 
 def test_lines_go_to_their_groups():
@@ -153,14 +179,23 @@ def test_nobody_or_no_opinion_is_the_fallback_on_the_scale_of_a_pick_else_no_sco
     for text in (None, "-", "nonsense", "77"):
         assert HumanReward(Person(text)).score(images(), ["a"] * 4).isnan().all()
         found = HumanReward(Person(text), fallback=BRIGHT).score(images(), ["a"] * 4)
-        torch.testing.assert_close(found, torch.nn.functional.normalize((raw := BRIGHT.score(images(), [])) - raw.mean(), dim=0) * 2, atol=1e-4, rtol=0)
-    two = HumanReward(Person(None), fallback=combine([BRIGHT, Measure("contrast")], [1.0, -3.0])).score(images(), ["a"] * 4)
+        torch.testing.assert_close(
+            found,
+            torch.nn.functional.normalize((raw := BRIGHT.score(images(), [])) - raw.mean(), dim=0) * 2,
+            atol=1e-4,
+            rtol=0,
+        )
+    two = HumanReward(Person(None), fallback=combine([BRIGHT, Measure("contrast")], [1.0, -3.0])).score(
+        images(), ["a"] * 4
+    )
     assert float(two.std(correction=0)) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_person_is_never_asked_about_one_image():
     assert HumanReward(Person()).score(images(2), ["a", "b"]).isnan().all()
-    torch.testing.assert_close(HumanReward(Person(), fallback=BRIGHT).score(images(2), ["a", "b"]), BRIGHT.score(images(2), []))
+    torch.testing.assert_close(
+        HumanReward(Person(), fallback=BRIGHT).score(images(2), ["a", "b"]), BRIGHT.score(images(2), [])
+    )
 
 
 def test_without_a_way_to_ask_the_fallback_decides_or_one_sentence_says_so(tmp_path):
@@ -206,15 +241,36 @@ def test_the_same_group_is_asked_about_once_also_by_a_new_object(tmp_path):
 
 def test_a_line_of_the_book_says_everything(tmp_path):
     from PIL import Image
-    HumanReward(Person("2 / 3"), "best and worst", picks=Picks(tmp_path), iteration=lambda: 7).score(images(5), ["a"] * 5)
+
+    HumanReward(Person("2 / 3"), "best and worst", picks=Picks(tmp_path), iteration=lambda: 7).score(
+        images(5), ["a"] * 5
+    )
     row = json.loads((tmp_path / "picks.jsonl").read_text())
-    assert {key: row[key] for key in ("format", "id", "prompt", "iteration", "count", "how", "answer", "levels", "by")} == {
-        "format": 1, "id": group_id("a", images(5)), "prompt": "a", "iteration": 7, "count": 5, "how": "best and worst", "answer": "2 / 3",
-        "levels": [[2], [1, 4, 5], [3]], "by": "person"}
+    assert {
+        key: row[key] for key in ("format", "id", "prompt", "iteration", "count", "how", "answer", "levels", "by")
+    } == {
+        "format": 1,
+        "id": group_id("a", images(5)),
+        "prompt": "a",
+        "iteration": 7,
+        "count": 5,
+        "how": "best and worst",
+        "answer": "2 / 3",
+        "levels": [[2], [1, 4, 5], [3]],
+        "by": "person",
+    }
     sheet, layout = Image.open(tmp_path / row["sheet"]["file"]).convert("RGB"), row["sheet"]
     for i, image in enumerate(images(5)):
-        x, y = (layout["margin"] + place * step for place, step in zip((i % layout["columns"], i // layout["columns"]), layout["step"]))
-        cut = torch.tensor(list(sheet.crop((x, y, x + layout["image"][0], y + layout["image"][1])).tobytes())).view(16, 16, 3) / 255
+        x, y = (
+            layout["margin"] + place * step
+            for place, step in zip((i % layout["columns"], i // layout["columns"]), layout["step"])
+        )
+        cut = (
+            torch.tensor(list(sheet.crop((x, y, x + layout["image"][0], y + layout["image"][1])).tobytes())).view(
+                16, 16, 3
+            )
+            / 255
+        )
         assert (cut.mean((0, 1)) - image.mean((0, 1))).abs().max() < 0.03
 
 
@@ -244,19 +300,29 @@ def test_a_full_disk_loses_no_answer(tmp_path):
 
 
 def test_the_same_images_of_another_device_are_known_and_others_are_not(graph):
-    """Measured on both tiny models' trees: what a slightly different computation changes is far below ALIKE, another noise far above."""
+    """Measured on both tiny models' trees:
+
+    what a slightly different computation changes is far below ALIKE, another noise far above.
+    """
     policy = graph.policy()
 
     def leaves(seed, error=0.0):
         positive, _ = graph.prompts("a red circle on a white background", policy=policy)
         latent = graph.sample(policy, positive, seed=seed)[1]["samples"]
-        return graph.decode({"samples": latent + error * torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))})
+        return graph.decode(
+            {"samples": latent + error * torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))}
+        )
 
     one, near, other = leaves(1), leaves(1, 0.02), leaves(2)
     assert difference(thumbnails(one), thumbnails(near)) < ALIKE < difference(thumbnails(one), thumbnails(other)) / 8
     known = described("a", one, 3)
     assert same_group(known, described("a", near, 3)) and known["id"] != group_id("a", near)
-    for what in (described("a", other, 3), described("b", near, 3), described("a", near, 4), described("a", near[:3], 3)):
+    for what in (
+        described("a", other, 3),
+        described("b", near, 3),
+        described("a", near, 4),
+        described("a", near[:3], 3),
+    ):
         assert not same_group(known, what)
     assert not same_group(known, described("a", near, 3), near=False)
     assert same_group(known, described("a", one, 4)), "the very same images are the same group in any iteration"
@@ -321,13 +387,17 @@ def by_hand(graph, policy, picks, mode="two runs", text=TRAIN, train=True, sampl
     """One queue run of the by-hand graph with Pick the Winner: (its table, whether it went on)."""
     positive, prompts = graph.prompts(text, policy=policy)
     tree, leaves = graph.sample(policy, positive, **(sampling or {}))
-    rewards, best, sheet, table = graph.call("Pick", images=graph.decode(leaves), prompts=prompts, mode=mode, how="best", picks=picks, policy=policy, **more)
+    rewards, best, sheet, table = graph.call(
+        "Pick", images=graph.decode(leaves), prompts=prompts, mode=mode, how="best", picks=picks, policy=policy, **more
+    )
     if not hasattr(rewards, "values"):
         assert type(rewards).__name__ == type(best).__name__ == "ExecutionBlocker" and rewards.message is None
         return table, None
     if train:
         credit = graph.call("Advantages", tree=tree, rewards=rewards)[0]
-        graph.call("Update", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3, clip_low=1e-2, clip_high=1e-2)
+        graph.call(
+            "Update", policy=policy, tree=tree, advantages=credit, learning_rate=1e-3, clip_low=1e-2, clip_high=1e-2
+        )
     return table, rewards
 
 
@@ -336,11 +406,16 @@ def test_two_runs_train_once_with_the_persons_order(graph, messages):
     table, rewards = by_hand(graph, policy, "")
     assert rewards is None and table.startswith("Waiting for your pick.") and policy.run.iteration == 0
     shown = messages.of("treerpo.pick")
-    assert [(q["group"], q["groups"], q["count"], q["live"], q["iteration"]) for q in shown] == [(1, 2, 4, False, 0), (2, 2, 4, False, 0)]
+    assert [(q["group"], q["groups"], q["count"], q["live"], q["iteration"]) for q in shown] == [
+        (1, 2, 4, False, 0),
+        (2, 2, 4, False, 0),
+    ]
     assert all(question["id"] in table for question in shown)
     picks = "2\n4 / 1"
     table, rewards = by_hand(graph, policy, picks)
-    torch.testing.assert_close(rewards.values["person"], torch.cat([choice_scores([parse(line, 4)]) for line in picks.splitlines()]))
+    torch.testing.assert_close(
+        rewards.values["person"], torch.cat([choice_scores([parse(line, 4)]) for line in picks.splitlines()])
+    )
     assert policy.run.iteration == 1 and "group 1, image 2" in table
     table, rewards = by_hand(graph, policy, picks)
     assert rewards is None and policy.run.iteration == 1 and "was there before these images" in table
@@ -349,7 +424,10 @@ def test_two_runs_train_once_with_the_persons_order(graph, messages):
     table, rewards = by_hand(graph, policy, f"{picks}\n{new[1]}: 3")
     assert rewards is None and "1 of 2 prompts" in table, "the old lines were not meant for these images"
     table, rewards = by_hand(graph, policy, f"{new[0]}: 2\n{new[1]}: 4 / 1")
-    assert policy.run.iteration == 2 and [row["answer"] for row in Picks(policy.run.folder).rows()][-2:] == ["2", "4 / 1"]
+    assert policy.run.iteration == 2 and [row["answer"] for row in Picks(policy.run.folder).rows()][-2:] == [
+        "2",
+        "4 / 1",
+    ]
 
 
 def test_missing_picks_are_named_and_no_opinion_trains_nothing_of_that_prompt(graph, messages):
@@ -357,7 +435,12 @@ def test_missing_picks_are_named_and_no_opinion_trains_nothing_of_that_prompt(gr
     by_hand(graph, policy, "")
     first, second = (question["id"] for question in messages.of("treerpo.pick"))
     table, rewards = by_hand(graph, policy, "1")
-    assert rewards is None and "1 of 2 prompts still have no pick" in table and second in table and f"id {first}" not in table
+    assert (
+        rewards is None
+        and "1 of 2 prompts still have no pick" in table
+        and second in table
+        and f"id {first}" not in table
+    )
     table, rewards = by_hand(graph, policy, "-\n-")
     assert rewards is None and "Nothing was picked and there is no fallback" in table
     with pytest.raises(ValueError, match="The pick for group 2 .*There is no image 9"):
@@ -412,7 +495,9 @@ def test_live_waits_and_goes_on(graph, messages, pack):
     with Answering(broker.questions, broker.answer, lambda question: str(question["group"] + 1)) as person:
         table, rewards = by_hand(graph, policy, "", mode="live")
     assert [question["group"] for question in person.asked] == [1, 2] and broker.questions() == []
-    torch.testing.assert_close(rewards.values["person"], torch.cat([choice_scores([parse(text, 4)]) for text in ("2", "3")]))
+    torch.testing.assert_close(
+        rewards.values["person"], torch.cat([choice_scores([parse(text, 4)]) for text in ("2", "3")])
+    )
     assert [done["by"] for done in messages.of("treerpo.pick_done")] == ["person", "person"]
 
 
@@ -420,7 +505,9 @@ def test_nobody_answers_in_time(graph, messages):
     policy = graph.policy()
     assert by_hand(graph, policy, "", mode="live", seconds=1, text="a red circle on a white background")[1] is None
     fallback = graph.call("Measure", measure="brightness", direction="more")[0]
-    table, rewards = by_hand(graph, policy, "", mode="live", seconds=1, fallback=fallback, text="a red circle on a white background")
+    table, rewards = by_hand(
+        graph, policy, "", mode="live", seconds=1, fallback=fallback, text="a red circle on a white background"
+    )
     assert rewards.values["person"].isfinite().all() and policy.run.iteration == 1
     assert [done["by"] for done in messages.of("treerpo.pick_done")] == ["time-out", "time-out"]
 
@@ -435,10 +522,13 @@ def test_without_a_server_live_says_so_or_takes_the_fallback(graph):
 
 def test_an_interrupt_ends_the_waiting_and_leaves_the_model_as_it_was(graph, messages, pack):
     import comfy.model_management as management
+
     policy = graph.policy()
     before = graph.ksampler(graph.model, graph.prompts()[0][:1])
     reward = graph.call("Human", how="best", seconds=0, policy=policy)[0]
-    timer = threading.Thread(target=lambda: (wait_for(pack.nodes.pick.BROKER.questions), management.interrupt_current_processing(True)))
+    timer = threading.Thread(
+        target=lambda: (wait_for(pack.nodes.pick.BROKER.questions), management.interrupt_current_processing(True))
+    )
     timer.start()
     with pytest.raises(management.InterruptProcessingException):
         graph.train(policy, 1, reward=reward)
@@ -451,6 +541,7 @@ def test_an_interrupt_ends_the_waiting_and_leaves_the_model_as_it_was(graph, mes
 def test_a_trainer_that_was_stopped_asks_only_what_is_new_and_ends_the_same(graph, messages, pack):
     """Killed after the person has answered and before the update counted: the answers are in the book."""
     import comfy.model_management as management
+
     broker = pack.nodes.pick.BROKER
 
     def train(name, iterations, choose):
@@ -486,9 +577,14 @@ def test_a_trainer_that_was_stopped_asks_only_what_is_new_and_ends_the_same(grap
     again = train("stopped", 3, choice)
     assert len(asked) == len(set(asked)) == 6, "the third answer was not asked for again"
     assert timeless(again.run.metrics) == timeless(through.run.metrics)
-    assert all(torch.equal(a, b) for a, b in zip(again.run.adapters.state_dict().values(), through.run.adapters.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.run.adapters.state_dict().values(), through.run.adapters.state_dict().values())
+    )
     kept = Picks(again.run.folder).rows()
-    assert {row["iteration"] for row in kept} == {0, 1, 2} and all((again.run.folder / row["sheet"]["file"]).is_file() for row in kept)
+    assert {row["iteration"] for row in kept} == {0, 1, 2} and all(
+        (again.run.folder / row["sheet"]["file"]).is_file() for row in kept
+    )
     replayed = graph.folder / "output/treerpo/replayed"
     replayed.mkdir()
     shutil.copy(again.run.folder / "picks.jsonl", replayed)
@@ -534,12 +630,30 @@ def pick_graph(name, picks="", mode="two runs", seconds=0):
     graph = run.load_graph(ROOT / "workflows/api/first_steps.json")
     score = run.find_node(graph, "Score")
     old = graph[score]["inputs"]
-    graph[score] = {"class_type": "TreeRPOPick", "_meta": {"title": "Pick"},
-                    "inputs": {"images": old["images"], "prompts": old["prompts"], "mode": mode, "how": "best", "picks": picks, "seconds": seconds,
-                               "policy": [run.find_node(graph, "Policy"), 0]}}
+    graph[score] = {
+        "class_type": "TreeRPOPick",
+        "_meta": {"title": "Pick"},
+        "inputs": {
+            "images": old["images"],
+            "prompts": old["prompts"],
+            "mode": mode,
+            "how": "best",
+            "picks": picks,
+            "seconds": seconds,
+            "policy": [run.find_node(graph, "Policy"), 0],
+        },
+    }
     del graph[run.find_node(graph, "Reward")]
-    for (node, field), value in {("Policy", "run_name"): name, ("Save", "lora_name"): name, ("Prompts", "text"): TRAIN, ("Shape", "branching"): 2,
-                                 ("Shape", "depth"): 2, ("Shape", "tail"): 1.0, ("Sigmas", "steps"): 6, ("Update", "learning_rate"): 1e-3}.items():
+    for (node, field), value in {
+        ("Policy", "run_name"): name,
+        ("Save", "lora_name"): name,
+        ("Prompts", "text"): TRAIN,
+        ("Shape", "branching"): 2,
+        ("Shape", "depth"): 2,
+        ("Shape", "tail"): 1.0,
+        ("Sigmas", "steps"): 6,
+        ("Update", "learning_rate"): 1e-3,
+    }.items():
         run.set_input(graph, node, field, value)
     return graph
 
@@ -566,12 +680,18 @@ def rows(server, name):
 def test_http_two_runs_train_as_the_same_scores_given_by_hand(comfyui_server, client, pack, tmp_path):
     first = client.run(graph := pick_graph("two"))
     status = first[run.find_node(graph, "Pick")]
-    assert status["text"][0].startswith("Waiting for your pick.") and len(status["images"]) == 1 and rows(comfyui_server, "two") == []
+    assert (
+        status["text"][0].startswith("Waiting for your pick.")
+        and len(status["images"]) == 1
+        and rows(comfyui_server, "two") == []
+    )
     assert run.find_node(graph, "Update") not in first
     client.run(pick_graph("two", "2\n4 / 1"))
     assert len(rows(comfyui_server, "two")) == 1
     outputs = client.run(pick_graph("two", "2\n4 / 1"))
-    assert len(rows(comfyui_server, "two")) == 1 and "was there before" in outputs[run.find_node(graph, "Pick")]["text"][0]
+    assert (
+        len(rows(comfyui_server, "two")) == 1 and "was there before" in outputs[run.find_node(graph, "Pick")]["text"][0]
+    )
     here = Graph(pack, tmp_path)
     here.forget()
     policy = here.policy(rank=8, alpha=16.0)
@@ -580,7 +700,15 @@ def test_http_two_runs_train_as_the_same_scores_given_by_hand(comfyui_server, cl
     by_measure = here.score(here.decode(leaves), prompts)
     values = torch.cat([choice_scores([parse(text, 4)]) for text in ("2", "4 / 1")])
     given = type(by_measure)({"person": values}, {"person": 1.0}, None, by_measure.prompts, by_measure.images)
-    here.call("Update", policy=policy, tree=tree, advantages=here.call("Advantages", tree=tree, rewards=given)[0], learning_rate=1e-3, clip_low=1e-3, clip_high=1e-3)
+    here.call(
+        "Update",
+        policy=policy,
+        tree=tree,
+        advantages=here.call("Advantages", tree=tree, rewards=given)[0],
+        learning_rate=1e-3,
+        clip_low=1e-3,
+        clip_high=1e-3,
+    )
     mine = policy.run.lora()
     theirs = load_file(comfyui_server.base / "output/treerpo/two/adapter.safetensors")
     moved = [key for key in theirs if key.endswith("lora_up.weight") and theirs[key].abs().sum() > 0]
@@ -591,19 +719,58 @@ def test_http_live_is_answered_by_a_post_and_a_reloaded_page_sees_the_question(c
     elsewhere = run.Client(comfyui_server.url)
     prompt = client.queue(pick_graph("live", mode="live"))
     question = wait_for(lambda: questions(elsewhere))[0]
-    assert {"id", "node_id", "prompt", "how", "group", "groups", "count", "images", "seconds_left", "live", "iteration"} == question.keys()
-    assert (question["group"], question["groups"], question["count"], question["seconds_left"], question["live"], question["iteration"]) == (1, 2, 4, None, True, 0)
+    assert {
+        "id",
+        "node_id",
+        "prompt",
+        "how",
+        "group",
+        "groups",
+        "count",
+        "images",
+        "seconds_left",
+        "live",
+        "iteration",
+    } == question.keys()
+    assert (
+        question["group"],
+        question["groups"],
+        question["count"],
+        question["seconds_left"],
+        question["live"],
+        question["iteration"],
+    ) == (1, 2, 4, None, True, 0)
     assert question["prompt"] == TRAIN.splitlines()[0] and questions(elsewhere)[0] == question
     for image in question["images"]:
-        assert elsewhere.request(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")[:2] == b"\xff\xd8"
-    assert refused(lambda: post(elsewhere, question["id"], "7")) == (400, "There is no image 7 in this group of 4: its images are 1 to 4.")
+        assert (
+            elsewhere.request(
+                f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
+            )[:2]
+            == b"\xff\xd8"
+        )
+    assert refused(lambda: post(elsewhere, question["id"], "7")) == (
+        400,
+        "There is no image 7 in this group of 4: its images are 1 to 4.",
+    )
     assert refused(lambda: post(elsewhere, "0000000000", "1"))[0] == 404
-    for body in ([], "3", {"id": question["id"]}, {"id": question["id"], "answer": 3}, {"id": None, "answer": "3"}, {"id": question["id"], "answer": "1" * 20000}):
+    for body in (
+        [],
+        "3",
+        {"id": question["id"]},
+        {"id": question["id"], "answer": 3},
+        {"id": None, "answer": "3"},
+        {"id": question["id"], "answer": "1" * 20000},
+    ):
         assert refused(lambda: elsewhere.request("/treerpo/pick", body))[0] == 400
     right = json.dumps({"id": question["id"], "answer": "3"}).encode()
-    for headers, status in (({"Content-Type": "text/plain"}, 400), ({"Content-Type": "application/json", "Origin": "http://elsewhere.example"}, 403)):
+    for headers, status in (
+        ({"Content-Type": "text/plain"}, 400),
+        ({"Content-Type": "application/json", "Origin": "http://elsewhere.example"}, 403),
+    ):
         with pytest.raises(urllib.error.HTTPError) as caught:
-            elsewhere.opener.open(urllib.request.Request(f"{elsewhere.url}/treerpo/pick", right, headers), timeout=PATIENCE)
+            elsewhere.opener.open(
+                urllib.request.Request(f"{elsewhere.url}/treerpo/pick", right, headers), timeout=PATIENCE
+            )
         assert caught.value.code == status
     assert questions(elsewhere)[0]["id"] == question["id"], "wrong answers change nothing"
     assert post(elsewhere, question["id"], "3") == {"ok": True}
@@ -612,7 +779,9 @@ def test_http_live_is_answered_by_a_post_and_a_reloaded_page_sees_the_question(c
     post(elsewhere, second["id"], "1")
     client.wait(prompt)
     assert len(rows(comfyui_server, "live")) == 1
-    kept = [json.loads(line) for line in (comfyui_server.base / "output/treerpo/live/picks.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line) for line in (comfyui_server.base / "output/treerpo/live/picks.jsonl").read_text().splitlines()
+    ]
     assert [(row["answer"], row["by"]) for row in kept] == [("3", "person"), ("1", "person")]
 
 
@@ -622,7 +791,11 @@ def test_http_interrupt_while_waiting(comfyui_server, client):
     client.interrupt(prompt)
     with pytest.raises(run.Problem, match="interrupted at node 'Pick'"):
         client.wait(prompt)
-    assert questions(client) == [] and rows(comfyui_server, "interrupted") == [] and refused(lambda: post(client, name, "1"))[0] == 404
+    assert (
+        questions(client) == []
+        and rows(comfyui_server, "interrupted") == []
+        and refused(lambda: post(client, name, "1"))[0] == 404
+    )
     with Answering(lambda: questions(client), lambda *answer: post(client, *answer)):
         run.Client(comfyui_server.url).run(pick_graph("interrupted", mode="live"))
     assert len(rows(comfyui_server, "interrupted")) == 1
@@ -631,13 +804,27 @@ def test_http_interrupt_while_waiting(comfyui_server, client):
 def test_http_trainer_with_a_person(comfyui_server, client):
     graph = run.load_graph(ROOT / "workflows/api/trainer.json")
     reward = run.find_node(graph, "Reward")
-    graph[reward] = {"class_type": "TreeRPOHuman", "_meta": {"title": "Reward"}, "inputs": {"how": "best", "seconds": 0, "policy": [run.find_node(graph, "Policy"), 0]}}
+    graph[reward] = {
+        "class_type": "TreeRPOHuman",
+        "_meta": {"title": "Reward"},
+        "inputs": {"how": "best", "seconds": 0, "policy": [run.find_node(graph, "Policy"), 0]},
+    }
     trainer = graph[run.find_node(graph, "Trainer")]["inputs"]
     trainer |= {"iterations": 3, "per_iteration": 1, "evaluate_every": 0, "reward_model": [reward, 0]}
     trainer.pop("judge", None)
-    for (node, field), value in {("Policy", "run_name"): "person", ("Shape", "branching"): 2, ("Shape", "depth"): 2, ("Sigmas", "steps"): 6}.items():
+    for (node, field), value in {
+        ("Policy", "run_name"): "person",
+        ("Shape", "branching"): 2,
+        ("Shape", "depth"): 2,
+        ("Sigmas", "steps"): 6,
+    }.items():
         run.set_input(graph, node, field, value)
     with Answering(lambda: questions(client), lambda *answer: post(client, *answer)) as person:
         run.Client(comfyui_server.url).run(graph)
-    assert [question["iteration"] for question in person.asked] == [0, 1, 2] and len(rows(comfyui_server, "person")) == 3
-    assert all(row["rewards/person/mean"] == pytest.approx(0, abs=1e-5) and row["grad_norm"] > 0 for row in rows(comfyui_server, "person"))
+    assert [question["iteration"] for question in person.asked] == [0, 1, 2] and len(
+        rows(comfyui_server, "person")
+    ) == 3
+    assert all(
+        row["rewards/person/mean"] == pytest.approx(0, abs=1e-5) and row["grad_norm"] > 0
+        for row in rows(comfyui_server, "person")
+    )

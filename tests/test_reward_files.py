@@ -1,12 +1,13 @@
 """Files that are not the weights they claim to be: one sentence each, and nothing in them is run."""
+
 import pickle
 
 import pytest
 import torch
+from golden import models
 
 from core.rewards import load
 from core.rewards.files import find, open_weights
-from golden import models
 
 
 class Evil:
@@ -40,19 +41,26 @@ def legacy(evil, path):
 @pytest.mark.parametrize("make", [pickled, zipped, legacy])
 def test_code_is_refused_and_never_run(evil, tmp_path, kind, make):
     make(evil, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="weights.pt holds something else than weights, possibly code, and was not opened") as caught:
+    with pytest.raises(
+        ValueError, match="weights.pt holds something else than weights, possibly code, and was not opened"
+    ) as caught:
         load(kind, tmp_path / "weights.pt")
     assert "\n" not in str(caught.value) and not evil.path.exists()
     pickle.loads(pickle.dumps(evil)).close()
     assert evil.path.exists(), "the pickle would have done it"
 
 
-@pytest.mark.parametrize("content, sentence", [
-    (b"<!DOCTYPE html><html>sign in</html>", "is a web page, not weights"),
-    (b"\n  <html>", "is a web page, not weights"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "only a pointer to the weights"),
-    (b"", "damaged or cut short"), (b"hello", "damaged or cut short"), (b"\0" * 600, "damaged or cut short"),
-])
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"<!DOCTYPE html><html>sign in</html>", "is a web page, not weights"),
+        (b"\n  <html>", "is a web page, not weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "only a pointer to the weights"),
+        (b"", "damaged or cut short"),
+        (b"hello", "damaged or cut short"),
+        (b"\0" * 600, "damaged or cut short"),
+    ],
+)
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
 def test_what_is_no_weights_file(tmp_path, content, sentence, ending):
     path = tmp_path / f"file{ending}"
@@ -67,18 +75,21 @@ def test_what_is_no_weights_file(tmp_path, content, sentence, ending):
 def test_a_truncated_file(tmp_path, kind, share):
     path = models.write(kind, tmp_path)
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(share * len(whole))])
+    path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match="damaged or cut short .* download it again"):
         load(kind, path)
 
 
-@pytest.mark.parametrize("kind, other, sentence", [
-    ("hps_v2", "image_reward", "is not a CLIP for HPSv2: it holds no CLIP"),
-    ("image_reward", "hps_v2", "is not ImageReward"),
-    ("aesthetic", "pickscore", "is not LAION's aesthetic head"),
-    ("pickscore", "aesthetic", "is not a CLIP for PickScore"),
-    ("image_reward", "aesthetic", "is not ImageReward"),
-])
+@pytest.mark.parametrize(
+    "kind, other, sentence",
+    [
+        ("hps_v2", "image_reward", "is not a CLIP for HPSv2: it holds no CLIP"),
+        ("image_reward", "hps_v2", "is not ImageReward"),
+        ("aesthetic", "pickscore", "is not LAION's aesthetic head"),
+        ("pickscore", "aesthetic", "is not a CLIP for PickScore"),
+        ("image_reward", "aesthetic", "is not ImageReward"),
+    ],
+)
 def test_another_models_weights(tmp_path, kind, other, sentence):
     with pytest.raises(ValueError, match=sentence):
         load(kind, models.write(other, tmp_path))
@@ -86,8 +97,11 @@ def test_another_models_weights(tmp_path, kind, other, sentence):
 
 def test_an_embedding_of_another_width_is_refused(tmp_path):
     pytest.importorskip("transformers")
-    head = {f"layers.{i}.{part}": torch.zeros(*((out, fan) if part == "weight" else (out,)))
-            for i, fan, out in ((0, 7, 4), (2, 4, 4), (4, 4, 4), (6, 4, 4), (7, 4, 1)) for part in ("weight", "bias")}
+    head = {
+        f"layers.{i}.{part}": torch.zeros(*((out, fan) if part == "weight" else (out,)))
+        for i, fan, out in ((0, 7, 4), (2, 4, 4), (4, 4, 4), (6, 4, 4), (7, 4, 1))
+        for part in ("weight", "bias")
+    }
     torch.save(head, tmp_path / "head.pth")
     with pytest.raises(ValueError, match="takes embeddings of 7 numbers, but this CLIP makes"):
         load("aesthetic", tmp_path / "head.pth", clip=models.write("clipscore_hf", tmp_path / "clip"))
@@ -96,8 +110,11 @@ def test_an_embedding_of_another_width_is_refused(tmp_path):
 def test_half_a_clip_is_refused_where_prompts_matter(tmp_path):
     pytest.importorskip("transformers")
     from safetensors.torch import load_file, save_file
+
     path = models.write("clipscore_hf", tmp_path)
-    vision = {key: value for key, value in load_file(path).items() if key.startswith(("vision_model", "visual_projection"))}
+    vision = {
+        key: value for key, value in load_file(path).items() if key.startswith(("vision_model", "visual_projection"))
+    }
     save_file(vision, path)
     with pytest.raises(ValueError, match="holds only CLIP's image half"):
         load("clipscore", path)

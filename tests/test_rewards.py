@@ -1,10 +1,15 @@
-"""Reward models without any host: pixels, batches, prompts, combinations. The official scores are in test_rewards_golden.py."""
+"""Reward models without any host:
+
+pixels, batches, prompts, combinations. The official scores are in test_rewards_golden.py.
+"""
+
 import pytest
 import torch
 from PIL import Image
 
 from core.rewards import KINDS, load, pixels
 from core.rewards.combine import Combined, combine, scores
+from core.rewards.contract import Reward
 from core.rewards.measure import Measure
 from core.rewards.scorer import Scorer
 
@@ -29,12 +34,25 @@ def test_the_crop_is_torchvisions_or_transformers_own(height, width, rounded):
     if rounded:
         transforms = pytest.importorskip("torchvision.transforms")
         bicubic = transforms.InterpolationMode.BICUBIC
-        official = transforms.Compose([transforms.Resize(32, bicubic), transforms.CenterCrop(32), transforms.ToTensor(),
-                                       transforms.Normalize(pixels.MEAN, pixels.STD)])(pil)[None]
+        official = transforms.Compose(
+            [
+                transforms.Resize(32, bicubic),
+                transforms.CenterCrop(32),
+                transforms.ToTensor(),
+                transforms.Normalize(pixels.MEAN, pixels.STD),
+            ]
+        )(pil)[None]
     else:
         transformers = pytest.importorskip("transformers")
-        kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)  # in version 5 the other one resizes with torch
-        processor = kind(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=pixels.MEAN, image_std=pixels.STD)
+        kind = getattr(
+            transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor
+        )  # in version 5 the other one resizes with torch
+        processor = kind(
+            size={"shortest_edge": 32},
+            crop_size={"height": 32, "width": 32},
+            image_mean=pixels.MEAN,
+            image_std=pixels.STD,
+        )
         official = processor(pil, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ours, official, atol=2e-6, rtol=0)
 
@@ -103,11 +121,14 @@ def test_the_memory_of_prompts_is_bounded(monkeypatch):
     assert toy.score(torch.zeros(5, 2, 2, 3), five).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("call, sentence", [
-    (lambda toy: toy.score(torch.rand(2, 4, 4, 3), ["a"]), "1 prompts for 2 images"),
-    (lambda toy: toy.score(torch.rand(4, 4, 3), ["a"]), r"must be \[batch, height, width, 3\]"),
-    (lambda toy: load("nonsense", ""), "Unknown kind of reward 'nonsense'"),
-])
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda toy: toy.score(torch.rand(2, 4, 4, 3), ["a"]), "1 prompts for 2 images"),
+        (lambda toy: toy.score(torch.rand(4, 4, 3), ["a"]), r"must be \[batch, height, width, 3\]"),
+        (lambda toy: load("nonsense", ""), "Unknown kind of reward 'nonsense'"),
+    ],
+)
 def test_bad_input_is_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(Toy())
@@ -138,8 +159,9 @@ def test_images_of_several_sizes_score_like_each_alone():
     assert together.tolist() == pytest.approx([float(reward.score(image[None], [""])) for image in images])
 
 
-class GroupWise:
+class GroupWise(Reward):
     """A judge that compares: the brightest of its group gets 1, the others 0."""
+
     name, group_wise = "judge", True
 
     def score(self, images, prompts):
@@ -155,7 +177,7 @@ def test_a_group_wise_reward_sees_whole_groups():
 
 
 def test_a_reward_that_gives_too_few_scores_is_refused():
-    class Wrong:
+    class Wrong(Reward):
         name = "wrong"
 
         def score(self, images, prompts):

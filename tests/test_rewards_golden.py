@@ -1,18 +1,25 @@
 """Our scores against those of the official packages, run once in isolated environments (tests/golden/make.py)."""
+
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden import inputs, models
 
 from core.rewards import load
-from golden import inputs, models
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text("utf-8"))
-LOADED = {"image_reward": "image_reward", "hps_v2": "hps_v2", "clipscore_open_clip": "clipscore", "clipscore_hf": "clipscore", "pickscore": "pickscore",
-          "aesthetic": "aesthetic"}
+LOADED = {
+    "image_reward": "image_reward",
+    "hps_v2": "hps_v2",
+    "clipscore_open_clip": "clipscore",
+    "clipscore_hf": "clipscore",
+    "pickscore": "pickscore",
+    "aesthetic": "aesthetic",
+}
 IMAGES = [torch.from_numpy(np.array(inputs.rgb(image))).float() / 255 for image in inputs.images().values()]
 
 
@@ -43,12 +50,16 @@ def golden(kind):
 
 
 def ours(reward, kind, **options):
-    prompts = inputs.PROMPTS[:golden(kind).shape[1]]
-    return torch.stack([reward.score(image[None].expand(len(prompts), -1, -1, -1), prompts, **options).detach() for image in IMAGES]).double()
+    prompts = inputs.PROMPTS[: golden(kind).shape[1]]
+    return torch.stack(
+        [reward.score(image[None].expand(len(prompts), -1, -1, -1), prompts, **options).detach() for image in IMAGES]
+    ).double()
 
 
 def tolerance(kind, expected):
-    return {"image_reward": 2e-5 * float(expected.std()), "pickscore": 1e-6 * float(expected.abs().max())}.get(kind, 1e-6)
+    return {"image_reward": 2e-5 * float(expected.std()), "pickscore": 1e-6 * float(expected.abs().max())}.get(
+        kind, 1e-6
+    )
 
 
 def test_scores_are_the_official_ones(reward, kind):
@@ -63,11 +74,17 @@ def test_the_differentiable_path_gives_the_same_scores(reward, kind):
 
 
 def test_gradients_are_those_of_finite_differences(reward, kind, monkeypatch):
-    """Without rounding to whole colours, whose gradient passes straight through, the score is smooth: in float64 the two agree closely."""
+    """Without rounding to whole colours, whose gradient passes straight through, the score is smooth:
+
+    in float64 the two agree closely.
+    """
     from core.rewards import pixels
+
     resize = pixels.resize_with_gradient
     monkeypatch.setattr(pixels, "quantise", lambda images: images * 255)
-    monkeypatch.setattr(pixels, "resize_with_pillow", lambda images, height, width: resize(images, height, width).detach())
+    monkeypatch.setattr(
+        pixels, "resize_with_pillow", lambda images, height, width: resize(images, height, width).detach()
+    )
     monkeypatch.setattr("core.rewards.scorer.Tensor.float", torch.Tensor.double)
     image = IMAGES[0][None].double() * 0.8 + 0.1
     reward.module.double()
@@ -81,7 +98,10 @@ def test_gradients_are_those_of_finite_differences(reward, kind, monkeypatch):
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
             direction = torch.randn(image.shape, generator=generator, dtype=torch.float64)
-            up, down = (float(reward.score(image + step * direction, [inputs.PROMPTS[0]], differentiable=True)) for step in (1e-4, -1e-4))
+            up, down = (
+                float(reward.score(image + step * direction, [inputs.PROMPTS[0]], differentiable=True))
+                for step in (1e-4, -1e-4)
+            )
             assert (up - down) / 2e-4 == pytest.approx(float((gradient * direction).sum()), rel=1e-4, abs=1e-9)
     finally:
         reward.module.to(torch.float32)

@@ -1,4 +1,7 @@
-"""run.py, environments.py and headless.py: finding ComfyUI, environments, the HTTP and websocket client, messages; no network needed."""
+"""run.py, environments.py and headless.py:
+
+finding ComfyUI, environments, the HTTP and websocket client, messages; no network needed.
+"""
 
 import base64
 import hashlib
@@ -11,9 +14,10 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 import environments
 import headless
-import pytest
 import run
 
 
@@ -142,7 +146,9 @@ def test_a_half_made_environment_is_made_anew(builds, tmp_path, monkeypatch):
 
 
 def test_two_runs_do_not_make_the_same_environment_at_once(builds, tmp_path):
-    threads = [threading.Thread(target=environments.build_env, args=(tmp_path / "env-1", ["a"], "things")) for _ in range(3)]
+    threads = [
+        threading.Thread(target=environments.build_env, args=(tmp_path / "env-1", ["a"], "things")) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -179,7 +185,10 @@ def test_foreign_packages_do_not_leak_in(monkeypatch):
 
 def test_a_process_is_ended_with_its_children(tmp_path):
     child = "import time; time.sleep(60)"
-    parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
+    parent = (
+        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, "
+        "flush=True); p.wait()"
+    )
     with environments.spawned([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
     assert process.returncode is not None
@@ -235,7 +244,12 @@ def speak(frames, heard, accept=True):
             request += visitor.recv(4096)
         key = request.split(b"Sec-WebSocket-Key: ")[1].split(b"\r\n")[0]
         answer = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
-        visitor.sendall(b"HTTP/1.1 101 Switching\r\nSec-WebSocket-Accept: " + (answer if accept else b"wrong") + b"\r\n\r\n" + frames[:1])
+        visitor.sendall(
+            b"HTTP/1.1 101 Switching\r\nSec-WebSocket-Accept: "
+            + (answer if accept else b"wrong")
+            + b"\r\n\r\n"
+            + frames[:1]
+        )
         for part in (frames[1:4], frames[4:]):
             time.sleep(0.05)
             visitor.sendall(part)
@@ -253,7 +267,13 @@ def speak(frames, heard, accept=True):
 
 def test_websocket_messages():
     heard = []
-    frames = frame(1, b'{"a": ', final=False) + frame(9, b"hi") + frame(0, b"1}") + frame(2, b"preview" * 100) + frame(1, b'{"b": 2}')
+    frames = (
+        frame(1, b'{"a": ', final=False)
+        + frame(9, b"hi")
+        + frame(0, b"1}")
+        + frame(2, b"preview" * 100)
+        + frame(1, b'{"b": 2}')
+    )
     visitor = headless.WebSocket(speak(frames + frame(8, b""), heard))
     assert visitor.receive(5) == {"a": 1}
     assert visitor.receive(5) == {"b": 2}
@@ -262,7 +282,9 @@ def test_websocket_messages():
     deadline = time.monotonic() + 5
     while not heard and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert headless.parse_frame(heard[0])[:3] == (True, 10, b"hi") and heard[0][1] & 0x80, "the pong repeats the ping, masked"
+    assert headless.parse_frame(heard[0])[:3] == (True, 10, b"hi") and heard[0][1] & 0x80, (
+        "the pong repeats the ping, masked"
+    )
     visitor.close()
 
 
@@ -287,7 +309,11 @@ def test_nobody_answers():
 
 def graph():
     return {
-        "1": {"class_type": "KSampler", "inputs": {"seed": 1, "cfg": 3.5, "model": ["2", 0]}, "_meta": {"title": "Draw v1.5"}},
+        "1": {
+            "class_type": "KSampler",
+            "inputs": {"seed": 1, "cfg": 3.5, "model": ["2", 0]},
+            "_meta": {"title": "Draw v1.5"},
+        },
         "2": {"class_type": "Load", "inputs": {"name": "a", "mode": "x", "mode.width": 4}},
         "3": {"class_type": "Save", "inputs": {"prefix": "p"}},
         "4": {"class_type": "Save", "inputs": {"prefix": "q"}},
@@ -350,9 +376,14 @@ def test_bad_workflow_files(tmp_path, capsys, text, sentence):
 
 
 def test_refusals_name_the_node():
-    answer = {"error": {"message": "failed"}, "node_errors": {"1": {"class_type": "KSampler", "errors": [{"message": "Too small", "details": "seed"}]}}}
+    answer = {
+        "error": {"message": "failed"},
+        "node_errors": {"1": {"class_type": "KSampler", "errors": [{"message": "Too small", "details": "seed"}]}},
+    }
     assert headless.explain(answer, graph()) == "ComfyUI refused the graph: node 'Draw v1.5' (1): Too small: seed"
-    assert "Node 'X' not found" in headless.explain({"error": {"message": "Node 'X' not found", "details": ""}, "node_errors": {}}, graph())
+    assert "Node 'X' not found" in headless.explain(
+        {"error": {"message": "Node 'X' not found", "details": ""}, "node_errors": {}}, graph()
+    )
 
 
 def test_unknown_benchmark(capsys):
@@ -360,7 +391,9 @@ def test_unknown_benchmark(capsys):
     assert "no benchmark 'nonsense'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, mean", [("size: mean 0.2500, std 0.1", 0.25), (["a", "Mean score = -1.5e-3"], -0.0015), ("nothing", None)])
+@pytest.mark.parametrize(
+    "text, mean", [("size: mean 0.2500, std 0.1", 0.25), (["a", "Mean score = -1.5e-3"], -0.0015), ("nothing", None)]
+)
 def test_mean_score(text, mean):
     assert run.mean_score(text) == mean
 
@@ -379,7 +412,17 @@ def test_the_skipped_line(tmp_path):
     report = tmp_path / "report.xml"
 
     def line(*arguments):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments, str(tmp_path)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *arguments,
+            str(tmp_path),
+        ]
         subprocess.run(command, cwd=tmp_path, capture_output=True)
         return run.skipped_line(report)
 
@@ -458,7 +501,11 @@ def server(comfyui, pack):
 def picture_graph(steps=4, fail=False):
     return {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 2, "color": 255}},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "sub/x"}, "_meta": {"title": "Before"}},
+        "2": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["1", 0], "filename_prefix": "sub/x"},
+            "_meta": {"title": "Before"},
+        },
         "3": {"class_type": "Slow", "inputs": {"steps": steps, "fail": fail}, "_meta": {"title": "Count"}},
     }
 
@@ -529,7 +576,11 @@ def test_the_demo_command(comfyui, pack, tmp_path, capsys, monkeypatch):
     update = {"class_type": "Update", "inputs": inputs, "_meta": {"title": "Update"}}
     (flows / "first_steps.json").write_text(json.dumps({"1": update}))
     compare = picture_graph(steps=1)
-    compare["4"] = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "y"}, "_meta": {"title": "After"}}
+    compare["4"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": ["1", 0], "filename_prefix": "y"},
+        "_meta": {"title": "After"},
+    }
     compare["3"]["_meta"]["title"] = "Score before"
     compare["5"] = {"class_type": "Slow", "inputs": {"steps": 1, "fail": False}, "_meta": {"title": "Score after"}}
     (flows / "compare.json").write_text(json.dumps(compare))
@@ -543,14 +594,37 @@ def test_the_demo_command(comfyui, pack, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "ensure_env", lambda comfyui: sys.executable)
     monkeypatch.setattr(run, "set_input", set_input)
     out = tmp_path / "out"
-    assert run.main(["demo", "--comfyui", str(comfyui), "--model", "sd3", "--iterations", "4", "--out", str(out), "--seed", "9"]) == 0
+    assert (
+        run.main(
+            ["demo", "--comfyui", str(comfyui), "--model", "sd3", "--iterations", "4", "--out", str(out), "--seed", "9"]
+        )
+        == 0
+    )
     name = "treerpo_demo_sd3"
-    assert done[:4] == [("Model", "model", "sd3"), ("Policy", "run_name", name), ("Sampler", "seed", 9), ("Save", "lora_name", name)]
+    assert done[:4] == [
+        ("Model", "model", "sd3"),
+        ("Policy", "run_name", name),
+        ("Sampler", "seed", 9),
+        ("Save", "lora_name", name),
+    ]
     assert done[4:] == [("Model", "model", "sd3"), ("LoRA", "lora_name", f"{name}.safetensors")]
-    left = {"metrics.jsonl", "tree.png", "before_1.png", "before_2.png", "after_1.png", "after_2.png", f"{name}.safetensors", "summary.json"}
+    left = {
+        "metrics.jsonl",
+        "tree.png",
+        "before_1.png",
+        "before_2.png",
+        "after_1.png",
+        "after_2.png",
+        f"{name}.safetensors",
+        "summary.json",
+    }
     assert {path.name for path in out.iterdir()} == left
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["iterations"] == 4 and summary["reward_first"] == pytest.approx(0.25) and summary["held_out"] == {"before": 0.25, "after": 0.25}
+    assert (
+        summary["iterations"] == 4
+        and summary["reward_first"] == pytest.approx(0.25)
+        and summary["held_out"] == {"before": 0.25, "after": 0.25}
+    )
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("iteration") for line in lines) == 4 and "24 forwards" in "".join(lines)
 

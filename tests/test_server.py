@@ -1,4 +1,5 @@
 """A real ComfyUI server, driven over HTTP as `run.py demo` and any headless user drives it."""
+
 import json
 import os
 import signal
@@ -32,20 +33,32 @@ def server(comfyui, tmp_path_factory):
 
 def first_steps(name, change={}, model="flux"):
     graph = run.load_graph(GRAPHS / "first_steps.json")
-    wanted = {("Model", "model"): model, ("Policy", "run_name"): name, ("Save", "lora_name"): name, ("Prompts", "text"): TRAIN,
-              ("Shape", "branching"): 2, ("Shape", "depth"): 2, ("Shape", "tail"): 1.0, ("Sigmas", "steps"): 6, ("Update", "learning_rate"): 1e-3}
+    wanted = {
+        ("Model", "model"): model,
+        ("Policy", "run_name"): name,
+        ("Save", "lora_name"): name,
+        ("Prompts", "text"): TRAIN,
+        ("Shape", "branching"): 2,
+        ("Shape", "depth"): 2,
+        ("Shape", "tail"): 1.0,
+        ("Sigmas", "steps"): 6,
+        ("Update", "learning_rate"): 1e-3,
+    }
     for (node, field), value in {**wanted, **change}.items():
         run.set_input(graph, node, field, value)
     return graph
 
 
 def metrics(server, name):
-    return [json.loads(line) for line in (server.base / "output/treerpo" / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (server.base / "output/treerpo" / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("model", ["flux", "sd3"])
 def test_three_queue_runs_are_a_run_of_three_iterations(server, model, pack, tmp_path):
     from graph import Graph
+
     client, name = run.Client(server.url), f"three {model}"
     for count in (1, 2, 3):
         client.run(first_steps(name, model=model))
@@ -55,11 +68,19 @@ def test_three_queue_runs_are_a_run_of_three_iterations(server, model, pack, tmp
     policy = here.policy(rank=8, alpha=16.0)
     for _ in range(3):
         here.iteration(policy, update=dict(learning_rate=1e-3, clip_low=1e-3, clip_high=1e-3))
-    assert [row["reward"] for row in metrics(server, name)] == pytest.approx([row["reward"] for row in policy.run.metrics], abs=2e-3)
+    assert [row["reward"] for row in metrics(server, name)] == pytest.approx(
+        [row["reward"] for row in policy.run.metrics], abs=2e-3
+    )
     assert [row["window_start"] for row in metrics(server, name)] == [row["window_start"] for row in policy.run.metrics]
     assert (server.base / f"models/loras/{name}.safetensors").is_file()
-    assert {p.name for p in (server.base / "output/treerpo" / name).iterdir()} >= {"state.pt", "adapter.safetensors", "config.json", "metrics.jsonl",
-                                                                                    "reward_curve.png", "tree.png"}
+    assert {p.name for p in (server.base / "output/treerpo" / name).iterdir()} >= {
+        "state.pt",
+        "adapter.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "reward_curve.png",
+        "tree.png",
+    }
 
 
 def test_a_killed_server_loses_nothing(comfyui, tmp_path):
@@ -77,13 +98,16 @@ def test_a_killed_server_loses_nothing(comfyui, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({("Prompts", "text"): "  "}, "The prompt list is empty"),
-    ({("Save", "lora_name"): "../evil"}, "cannot be a LoRA name"),
-    ({("Policy", "run_name"): "a/b"}, "cannot be a run name"),
-    ({("Shape", "branching"): 1, ("Shape", "depth"): 1}, "A group of one leaf has no advantage"),
-    ({("Sigmas", "steps"): 3}, "does not fit into 3 sampling steps"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({("Prompts", "text"): "  "}, "The prompt list is empty"),
+        ({("Save", "lora_name"): "../evil"}, "cannot be a LoRA name"),
+        ({("Policy", "run_name"): "a/b"}, "cannot be a run name"),
+        ({("Shape", "branching"): 1, ("Shape", "depth"): 1}, "A group of one leaf has no advantage"),
+        ({("Sigmas", "steps"): 3}, "does not fit into 3 sampling steps"),
+    ],
+)
 def test_errors_reach_the_user_in_one_sentence(server, change, sentence):
     with pytest.raises(run.ExecutionError) as caught:
         run.Client(server.url).run(first_steps("errors", change))
@@ -116,9 +140,14 @@ def test_a_folder_is_ranked_headless_by_real_reward_models(server, tmp_path):
     client = run.Client(server.url)
     outputs = client.run(graph)
     text = "".join(outputs[run.find_node(graph, "Score")]["text"])
-    assert all(f"{reward}: mean" in text for reward in ("HPSv2.1", "ImageReward", "sharpness")) and f"{name}.png" in text
+    assert (
+        all(f"{reward}: mean" in text for reward in ("HPSv2.1", "ImageReward", "sharpness")) and f"{name}.png" in text
+    )
     golden = json.loads((ROOT / "tests/golden/golden.json").read_text())
-    rows = {line.split()[1]: float(line.split()[0]) for line in text.split("ImageReward: ")[1].splitlines()[1:1 + len(names)]}
+    rows = {
+        line.split()[1]: float(line.split()[0])
+        for line in text.split("ImageReward: ")[1].splitlines()[1 : 1 + len(names)]
+    }
     for number, other in enumerate(names):
         if other != name:
             assert rows[f"{other}.png"] == pytest.approx(golden["image_reward"]["scores"][number][0], abs=1e-4)
@@ -134,14 +163,18 @@ def test_best_of_n_graph_runs(server):
 
 
 def test_every_api_graph_fits_the_nodes(server):
-    """Each shipped API graph names existing nodes, gives every required input, and links outputs to inputs of their type."""
+    """Each shipped API graph names existing nodes, gives every required input, and links outputs to inputs of their
+    type.
+    """
     info = run.Client(server.url).object_info()
     for path in GRAPHS.glob("*.json"):
         graph = json.loads(path.read_text())
         for node in graph.values():
             known = info[node["class_type"]]["input"]
             fields = {**known.get("required", {}), **known.get("optional", {})}
-            named = {field.split(".")[0] for field in node["inputs"]}  # "rewards.reward0" is one of the growing inputs "rewards"
+            named = {
+                field.split(".")[0] for field in node["inputs"]
+            }  # "rewards.reward0" is one of the growing inputs "rewards"
             assert named <= set(fields), (path.name, node["_meta"]["title"])
             assert set(known.get("required", {})) <= named, (path.name, node["_meta"]["title"])
             for field, value in node["inputs"].items():
@@ -155,15 +188,24 @@ def test_every_api_graph_fits_the_nodes(server):
 
 def trainer(name, change={}):
     graph = run.load_graph(GRAPHS / "trainer.json")
-    wanted = {("Policy", "run_name"): name, ("Save", "lora_name"): name, ("Shape", "branching"): 2, ("Shape", "tail"): 1.0, ("Sigmas", "steps"): 6,
-              ("Trainer", "learning_rate"): 1e-3}
+    wanted = {
+        ("Policy", "run_name"): name,
+        ("Save", "lora_name"): name,
+        ("Shape", "branching"): 2,
+        ("Shape", "tail"): 1.0,
+        ("Sigmas", "steps"): 6,
+        ("Trainer", "learning_rate"): 1e-3,
+    }
     for (node, field), value in {**wanted, **change}.items():
         run.set_input(graph, node, field, value)
     return graph
 
 
 def test_the_stop_button_keeps_the_run_and_the_next_queue_run_goes_on(server):
-    """Stopped over HTTP while the Trainer works; the model is clean, the state is there, and the end is that of an undisturbed run."""
+    """Stopped over HTTP while the Trainer works;
+
+    the model is clean, the state is there, and the end is that of an undisturbed run.
+    """
     client = run.Client(server.url)
     client.run(trainer("undisturbed", {("Trainer", "iterations"): 6}))
     for moment in (0.8, 1.6):
@@ -181,19 +223,32 @@ def test_the_stop_button_keeps_the_run_and_the_next_queue_run_goes_on(server):
             break
     client.run(trainer("stopped", {("Trainer", "iterations"): 6}))
     assert timeless(metrics(server, "stopped")) == timeless(metrics(server, "undisturbed"))
-    first, second = (load_file(server.base / f"output/treerpo/{name}/adapter.safetensors") for name in ("stopped", "undisturbed"))
+    first, second = (
+        load_file(server.base / f"output/treerpo/{name}/adapter.safetensors") for name in ("stopped", "undisturbed")
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_the_trainer_graph_shows_and_leaves_what_it_promises(server):
     client, seen = run.Client(server.url), []
-    outputs = client.run(trainer("shown", {("Trainer", "iterations"): 5}), lambda title, value, maximum: seen.append((title, value, maximum)))
+    outputs = client.run(
+        trainer("shown", {("Trainer", "iterations"): 5}),
+        lambda title, value, maximum: seen.append((title, value, maximum)),
+    )
     graph = trainer("shown")
     assert "5 iterations done." in "".join(outputs[run.find_node(graph, "Trainer")]["text"])
     assert len(outputs[run.find_node(graph, "Dashboard")]["images"]) == 1
     assert [value for title, value, maximum in seen if title == "Trainer" and maximum == 500][-1] == 500
     folder = server.base / "output/treerpo/shown"
-    assert {path.name for path in folder.iterdir()} >= {"state.pt", "adapter.safetensors", "config.json", "metrics.jsonl", "dashboard.png", "samples", "best"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "state.pt",
+        "adapter.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "dashboard.png",
+        "samples",
+        "best",
+    }
     assert (server.base / "models/loras/shown.safetensors").is_file()
     rows = metrics(server, "shown")
     assert "eval/reward" in rows[4] and "eval/judge" in rows[4] and "eval/reward" not in rows[3]

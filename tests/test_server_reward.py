@@ -1,4 +1,8 @@
-"""Server Reward against real HTTP servers on this machine, which answer as scripted; and the programs in its documentation."""
+"""Server Reward against real HTTP servers on this machine, which answer as scripted;
+
+and the programs in its documentation.
+"""
+
 import base64
 import io
 import json
@@ -25,7 +29,11 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "server_reward.md"
 
 
 class Scripted(ThreadingHTTPServer):
-    """Answers the n-th request with the n-th of `script`, and from then on with the last one; keeps what it was asked."""
+    """Answers the n-th request with the n-th of `script`, and from then on with the last one;
+
+    keeps what it was asked.
+    """
+
     daemon_threads = True
 
     def __init__(self):
@@ -88,6 +96,7 @@ def sleeps(seconds):
     def act(handler, question):
         time.sleep(seconds)
         scores_by_light(handler, question)
+
     return act
 
 
@@ -100,7 +109,7 @@ def breaks_a_chunk(handler, question):
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
-    handler.wfile.write(b"ff\r\n{\"scores\": [1")
+    handler.wfile.write(b'ff\r\n{"scores": [1')
 
 
 def drips(handler, question):
@@ -145,7 +154,16 @@ def arrived(scripted, count):
 def quick(monkeypatch):
     monkeypatch.setattr(server, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(server, "POLL", 0.02)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+        "no_proxy",
+        "NO_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -161,10 +179,15 @@ def ask(scripted, *script, images=1, prompts=None, **settings):
     if script:
         scripted.script = list(script)
     settings = {"workers": 1, "timeout": 30.0, **settings}
-    return ServerReward(scripted.address, **settings).score(pictures(LIGHTS[:images]), prompts or ["a fox"] * images).tolist()
+    return (
+        ServerReward(scripted.address, **settings)
+        .score(pictures(LIGHTS[:images]), prompts or ["a fox"] * images)
+        .tolist()
+    )
 
 
 # ---------------------------------------------------------------- scores
+
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg"])
 def test_the_question_holds_images_and_prompts_and_the_answers_keep_their_order(scripted, image_format):
@@ -173,7 +196,11 @@ def test_the_question_holds_images_and_prompts_and_the_answers_keep_their_order(
     assert found == pytest.approx(LIGHTS, abs=1e-6)
     (path, headers, first), (_, _, second) = scripted.seen
     assert path == "/score" and headers["Content-Type"] == "application/json" and "Authorization" not in headers
-    assert first.keys() == {"images", "prompts", "metadata"} and first["prompts"] + second["prompts"] == prompts and first["metadata"] == {}
+    assert (
+        first.keys() == {"images", "prompts", "metadata"}
+        and first["prompts"] + second["prompts"] == prompts
+        and first["metadata"] == {}
+    )
     assert Image.open(io.BytesIO(base64.b64decode(first["images"][0]))).format == image_format.upper()
 
 
@@ -207,17 +234,23 @@ def test_scores_by_name(scripted):
     both = gives({"scores": {"beauty": [1, 2], "text": [3, 4]}})
     assert ask(scripted, both, images=2, field="text") == [3, 4]
     assert ask(scripted, gives({"scores": {"only": [5]}})) == [5]
-    for script, field, sentence in ((both, "", r"several scores \(beauty, text\)"), (both, "size", "no score 'size', only beauty, text"),
-                                    (gives({"scores": [1, 2]}), "text", "leave 'field' empty")):
+    for script, field, sentence in (
+        (both, "", r"several scores \(beauty, text\)"),
+        (both, "size", "no score 'size', only beauty, text"),
+        (gives({"scores": [1, 2]}), "text", "leave 'field' empty"),
+    ):
         with pytest.raises(RuntimeError, match=sentence):
             ask(scripted, script, images=2, field=field)
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", '"NaN"', '"inf"', '"0.5"', "true", "[1]", "1e400", "1e300", "1" + "0" * 400])
+@pytest.mark.parametrize(
+    "value",
+    ["NaN", "Infinity", "-Infinity", '"NaN"', '"inf"', '"0.5"', "true", "[1]", "1e400", "1e300", "1" + "0" * 400],
+)
 def test_only_finite_numbers_are_scores(scripted, value, caplog):
     found = ask(scripted, gives(f'{{"scores": [0.25, {value}, -3]}}'), images=3)
     assert found[0] == 0.25 and found[1] != found[1] and found[2] == -3 and len(scripted.seen) == 1
-    line, = caplog.messages
+    (line,) = caplog.messages
     assert "no score for 1 of 3 images" in line and ("not finite" in line or "is not a number" in line)
 
 
@@ -229,6 +262,7 @@ def test_null_is_no_score_and_no_fault(scripted, caplog):
 
 
 # ---------------------------------------------------------------- faults
+
 
 def test_500_twice_then_well(scripted):
     assert ask(scripted, gives("busy", 500), gives("busy", 503), scores_by_light, images=2) == pytest.approx(LIGHTS[:2])
@@ -246,45 +280,53 @@ def test_the_waits_between_repetitions_double_up_to_the_cap(scripted, pauses, mo
 def test_retry_after_is_honoured(scripted, pauses, status, value):
     if value == "date":
         value = formatdate(time.time() + 600, usegmt=True)
-    assert ask(scripted, gives("wait", status, [("Retry-After", value)]), scores_by_light, images=2) == pytest.approx(LIGHTS[:2])
+    assert ask(scripted, gives("wait", status, [("Retry-After", value)]), scores_by_light, images=2) == pytest.approx(
+        LIGHTS[:2]
+    )
     assert pauses == [0.4 if value == "0.4" else server.LONGEST_WAIT] and len(scripted.seen) == 2
 
 
 @pytest.mark.parametrize("value", ["1000000", "inf", "nan", "-5", "soon", "Tue, 99 Foo", formatdate(4e9)])
 def test_no_server_makes_us_wait_longer_than_the_cap(scripted, pauses, value):
-    assert ask(scripted, gives("wait", 429, [("Retry-After", value)]), scores_by_light, images=2) == pytest.approx(LIGHTS[:2])
+    assert ask(scripted, gives("wait", 429, [("Retry-After", value)]), scores_by_light, images=2) == pytest.approx(
+        LIGHTS[:2]
+    )
     assert len(scripted.seen) == 2 and 0 < pauses[0] <= server.LONGEST_WAIT
 
 
 PAGE = "<!DOCTYPE html><html><head><title>Welcome\nto nginx</title></head>" + "x" * 1000
 
 
-@pytest.mark.parametrize("act, requests, sentence", [
-    (gives({"detail": "no such route"}, 404), 1, r"/score answered 404 \(Not Found\): no such route$"),
-    (gives({"error": {"message": "too  many\nimages"}}, 400), 1, r"answered 400 \(Bad Request\): too many images$"),
-    (gives("m" * 1000, 422), 1, r"answered 422 \(Unprocessable.*\): m{199}…$"),
-    (gives(PAGE, 403), 1, r"answered 403 \(Forbidden\): a web page \(Welcome to nginx\)$"),
-    (gives("", 500), 3, r"answered 500 \(Internal Server Error\): nothing \(tried 3 times\)$"),
-    (gives({"error": "the judge is asleep"}), 1, "reports an error: the judge is asleep$"),
-    (gives(PAGE), 1, r"answered with a web page \(Welcome to nginx\), which is not JSON: check the address"),
-    (gives(""), 1, "answered with nothing, which is not JSON"),
-    (gives("[" * 100000), 1, "which is not JSON"),
-    (gives(b"\x80\x04\x95pickled"), 1, "which is not JSON"),
-    (gives("[1, 2]"), 1, r"answered with \[1, 2\], which is not a JSON object"),
-    (gives({"outputs": [1]}), 1, 'no list "scores"'),
-    (gives({"scores": 3}), 1, 'no list "scores"'),
-    (gives({"scores": [1, 2]}), 1, "gave 2 scores for 1 images"),
-    (gives({"scores": []}), 1, "gave 0 scores for 1 images"),
-    (gives({"scores": ["good"]}), 1, 'score "good" is not a number'),
-    (gives({"scores": [float("nan")]}), 1, "score nan is not finite"),
-    (sleeps(3.0), 3, r"did not answer within 0.3 s: raise the timeout, or check the server. \(tried 3 times\)"),
-    (drips, 3, "did not answer within 0.3 s"),
-    (gives({"scores": [1]}, length=500), 3, r"broke in the middle of the answer. \(tried 3 times\)"),
-    (breaks_a_chunk, 3, r"broke in the middle of the answer. \(tried 3 times\)"),
-    (hangs_up, 3, r"cannot be reached \(.*\): check that the server runs. \(tried 3 times\)"),
-    (gives(" " * 3000 + '{"scores": [1]}'), 1, "sends more than 0.002 MB"),
-    (gives(" " * 3000, 500), 1, "sends more than 0.002 MB"),
-], ids=lambda value: value[:30] if isinstance(value, str) else None)
+@pytest.mark.parametrize(
+    "act, requests, sentence",
+    [
+        (gives({"detail": "no such route"}, 404), 1, r"/score answered 404 \(Not Found\): no such route$"),
+        (gives({"error": {"message": "too  many\nimages"}}, 400), 1, r"answered 400 \(Bad Request\): too many images$"),
+        (gives("m" * 1000, 422), 1, r"answered 422 \(Unprocessable.*\): m{199}…$"),
+        (gives(PAGE, 403), 1, r"answered 403 \(Forbidden\): a web page \(Welcome to nginx\)$"),
+        (gives("", 500), 3, r"answered 500 \(Internal Server Error\): nothing \(tried 3 times\)$"),
+        (gives({"error": "the judge is asleep"}), 1, "reports an error: the judge is asleep$"),
+        (gives(PAGE), 1, r"answered with a web page \(Welcome to nginx\), which is not JSON: check the address"),
+        (gives(""), 1, "answered with nothing, which is not JSON"),
+        (gives("[" * 100000), 1, "which is not JSON"),
+        (gives(b"\x80\x04\x95pickled"), 1, "which is not JSON"),
+        (gives("[1, 2]"), 1, r"answered with \[1, 2\], which is not a JSON object"),
+        (gives({"outputs": [1]}), 1, 'no list "scores"'),
+        (gives({"scores": 3}), 1, 'no list "scores"'),
+        (gives({"scores": [1, 2]}), 1, "gave 2 scores for 1 images"),
+        (gives({"scores": []}), 1, "gave 0 scores for 1 images"),
+        (gives({"scores": ["good"]}), 1, 'score "good" is not a number'),
+        (gives({"scores": [float("nan")]}), 1, "score nan is not finite"),
+        (sleeps(3.0), 3, r"did not answer within 0.3 s: raise the timeout, or check the server. \(tried 3 times\)"),
+        (drips, 3, "did not answer within 0.3 s"),
+        (gives({"scores": [1]}, length=500), 3, r"broke in the middle of the answer. \(tried 3 times\)"),
+        (breaks_a_chunk, 3, r"broke in the middle of the answer. \(tried 3 times\)"),
+        (hangs_up, 3, r"cannot be reached \(.*\): check that the server runs. \(tried 3 times\)"),
+        (gives(" " * 3000 + '{"scores": [1]}'), 1, "sends more than 0.002 MB"),
+        (gives(" " * 3000, 500), 1, "sends more than 0.002 MB"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else None,
+)
 def test_when_all_fails_the_reason_is_said(scripted, monkeypatch, act, requests, sentence):
     monkeypatch.setattr(server, "LARGEST_ANSWER", 2000 if sentence.startswith("sends") else 4_000_000)
     with pytest.raises(RuntimeError, match=sentence) as error:
@@ -299,7 +341,9 @@ def test_redirects_are_not_followed(scripted, status):
     thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     target = f"http://localhost:{other.server_address[1]}/steal"
-    with pytest.raises(RuntimeError, match=f"answered {status}.*redirects are not followed; if you trust {target}, make it the address"):
+    with pytest.raises(
+        RuntimeError, match=f"answered {status}.*redirects are not followed; if you trust {target}, make it the address"
+    ):
         ask(scripted, gives("", status, [("Location", f"{target}?token=1")]))
     other.shutdown()
     other.server_close()
@@ -311,7 +355,9 @@ def test_connection_refused(scripted):
     with socket.socket() as taken:  # bound but not listening: whoever connects is refused
         taken.bind(("127.0.0.1", 0))
         reward = ServerReward(f"http://127.0.0.1:{taken.getsockname()[1]}/", retries=2, workers=1)
-        with pytest.raises(RuntimeError, match=r"cannot be reached \(.*refused.*\): check that the server runs. \(tried 3 times\)"):
+        with pytest.raises(
+            RuntimeError, match=r"cannot be reached \(.*refused.*\): check that the server runs. \(tried 3 times\)"
+        ):
             reward.score(pictures(), [""] * 6)
 
 
@@ -321,11 +367,25 @@ def test_a_name_that_no_host_can_have():
 
 
 def test_images_whose_request_fails_are_masked_and_counted_in_one_line(scripted, caplog):
-    found = ask(scripted, scores_by_light, gives("too large", 413), scores_by_light, gives({"scores": [1, 2, 3]}), images=6, batch=1)
+    found = ask(
+        scripted,
+        scores_by_light,
+        gives("too large", 413),
+        scores_by_light,
+        gives({"scores": [1, 2, 3]}),
+        images=6,
+        batch=1,
+    )
     assert [value != value for value in found] == [False, True, False, True, True, True]
-    line, = caplog.records
-    assert line.levelno == logging.WARNING and "gave no score for 4 of 6 images" in line.message and "413 (" in line.message
-    assert [value for value in found if value == value] == pytest.approx([LIGHTS[0], LIGHTS[2]]) and len(scripted.seen) == 6
+    (line,) = caplog.records
+    assert (
+        line.levelno == logging.WARNING
+        and "gave no score for 4 of 6 images" in line.message
+        and "413 (" in line.message
+    )
+    assert [value for value in found if value == value] == pytest.approx([LIGHTS[0], LIGHTS[2]]) and len(
+        scripted.seen
+    ) == 6
 
 
 def test_a_wrong_address_is_not_tried_with_every_image(scripted):
@@ -342,6 +402,7 @@ def test_what_may_be_the_images_own_fault_is_tried_with_each(scripted):
 
 
 # ---------------------------------------------------------------- interrupts
+
 
 class Interrupted(BaseException):
     pass
@@ -395,6 +456,7 @@ def test_the_check_runs_in_the_callers_thread(scripted):
 
 # ---------------------------------------------------------------- chat
 
+
 def chat(scripted, *script, **settings):
     return ask(scripted, *script, **{"protocol": "chat", "model": "judges/judge-7b", **settings})
 
@@ -413,35 +475,59 @@ def test_the_judge_sees_the_image_and_the_instruction(scripted):
     assert kind == "data:image/png;base64" and light(file) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("path, expected", [("", "/v1/chat/completions"), ("/", "/v1/chat/completions"), ("/v1/", "/v1/chat/completions"),
-                                            ("/v1/chat/completions", "/v1/chat/completions"), ("/mine?x=1", "/mine?x=1")])
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("", "/v1/chat/completions"),
+        ("/", "/v1/chat/completions"),
+        ("/v1/", "/v1/chat/completions"),
+        ("/v1/chat/completions", "/v1/chat/completions"),
+        ("/mine?x=1", "/mine?x=1"),
+    ],
+)
 def test_a_chat_address_is_completed(path, expected):
     assert ServerReward(f"http://h:1{path}", "chat").address == f"http://h:1{expected}"
     assert ServerReward(f"http://h:1{path}").address == f"http://h:1{path}"
 
 
-@pytest.mark.parametrize("text, score", [
-    ("Final Score: 4", 4), ("fox (object): 1\n**Final Score:** 3.5\n", 3.5), ("**Final Score: 2**", 2), ("final score: [5]", 5), ("Final Score: -1", -1),
-    ("<think>Maybe Final Score: 2?</think>Final Score: 4/5.", 4)])
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("Final Score: 4", 4),
+        ("fox (object): 1\n**Final Score:** 3.5\n", 3.5),
+        ("**Final Score: 2**", 2),
+        ("final score: [5]", 5),
+        ("Final Score: -1", -1),
+        ("<think>Maybe Final Score: 2?</think>Final Score: 4/5.", 4),
+    ],
+)
 def test_the_last_match_counts(scripted, text, score):
     assert chat(scripted, says(text)) == [score]
     assert chat(scripted, says([{"type": "text", "text": text}])) == [score]
 
 
-@pytest.mark.parametrize("act, sentence", [
-    (says("A fine fox. 4 out of 5"), "does not occur in the judge's answer: …A fine fox. 4 out of 5$"),
-    (says(None), "does not occur in the judge's answer: …nothing"),
-    (says("Final Score: " + "9" * 400), "is not finite"),
-    (gives({"choices": []}), "not a chat completion"),
-    (gives({"scores": [1]}), "not a chat completion"),
-    (gives({"error": {"message": "model not found"}}, 404), "404 .*: model not found"),
-])
+@pytest.mark.parametrize(
+    "act, sentence",
+    [
+        (says("A fine fox. 4 out of 5"), "does not occur in the judge's answer: …A fine fox. 4 out of 5$"),
+        (says(None), "does not occur in the judge's answer: …nothing"),
+        (says("Final Score: " + "9" * 400), "is not finite"),
+        (gives({"choices": []}), "not a chat completion"),
+        (gives({"scores": [1]}), "not a chat completion"),
+        (gives({"error": {"message": "model not found"}}, 404), "404 .*: model not found"),
+    ],
+)
 def test_an_answer_without_a_score(scripted, act, sentence, caplog):
     with pytest.raises(RuntimeError, match=sentence):
         chat(scripted, act)
     scripted.seen.clear()
     found = chat(scripted, act, says("Final Score: 1"), images=2)
-    assert found[0] != found[0] and found[1] == 1 and re.search(sentence, caplog.messages[0]) and "1 of 2" in caplog.messages[0]
+    assert (
+        found[0] != found[0]
+        and found[1] == 1
+        and re.search(sentence, caplog.messages[0])
+        and "1 of 2" in caplog.messages[0]
+    )
     assert len(scripted.seen) == 2
 
 
@@ -455,7 +541,9 @@ def test_a_judge_of_whole_groups(scripted):
     answer = says("The first wins.\nFinal Score: 5\nFinal Score: 2\nFinal Score: 3")
     assert chat(scripted, answer, images=3, group=True) == [5, 2, 3]
     content = scripted.seen[0][2]["messages"][0]["content"]
-    assert len(scripted.seen) == 1 and [light(part["image_url"]["url"].split(",")[1]) for part in content[:3]] == pytest.approx(LIGHTS[:3])
+    assert len(scripted.seen) == 1 and [
+        light(part["image_url"]["url"].split(",")[1]) for part in content[:3]
+    ] == pytest.approx(LIGHTS[:3])
     assert content[3]["text"] == GROUP_INSTRUCTION.replace("{count}", "3").replace("{prompt}", "a fox")
     with pytest.raises(RuntimeError, match="gave 3 scores for 2 images"):
         chat(scripted, answer, images=2, group=True)
@@ -472,10 +560,18 @@ def test_the_key_is_sent_and_never_told(scripted, monkeypatch, caplog):
     settings = dict(key_variable="MY_API_KEY", images=2, batch=1)
     assert ask(scripted, **settings) == pytest.approx(LIGHTS[:2])
     assert scripted.seen[0][1]["Authorization"] == f"Bearer {KEY}"
-    said = [repr(ServerReward(f"{scripted.address}?key={KEY}", key_variable="MY_API_KEY")),
-            str(vars(ServerReward(scripted.address, key_variable="MY_API_KEY")))]
-    echoes = [gives({"error": f"wrong key {KEY}"}, 401), gives({"error": "x" * 185 + KEY}), gives({"scores": [KEY]}), gives(PAGE[:40] + KEY),
-              gives("", 307, [("Location", f"http://x/{KEY}")]), says(f"your key {KEY}")]
+    said = [
+        repr(ServerReward(f"{scripted.address}?key={KEY}", key_variable="MY_API_KEY")),
+        str(vars(ServerReward(scripted.address, key_variable="MY_API_KEY"))),
+    ]
+    echoes = [
+        gives({"error": f"wrong key {KEY}"}, 401),
+        gives({"error": "x" * 185 + KEY}),
+        gives({"scores": [KEY]}),
+        gives(PAGE[:40] + KEY),
+        gives("", 307, [("Location", f"http://x/{KEY}")]),
+        says(f"your key {KEY}"),
+    ]
     for echo in echoes:
         for protocol in ("scores", "chat"):
             with pytest.raises(RuntimeError) as error:
@@ -487,11 +583,17 @@ def test_the_key_is_sent_and_never_told(scripted, monkeypatch, caplog):
     assert not [text for text in said + caplog.messages if "secret" in text or "sk-v" in text]
 
 
-@pytest.mark.parametrize("variable, value, sentence", [
-    (KEY, "", "never the key itself"), ("AWS_SECRET", "x", "never the key itself"),
-    ("HF_TOKEN", "x", "ends in API_KEY or begins with TREERPO_"), ("SECRET_API_KEY", "", "is not set"),
-    ("SECRET_API_KEY", "a secret\nb", "characters that no key has"), ("SECRET_API_KEY", "sécret", "characters"),
-])
+@pytest.mark.parametrize(
+    "variable, value, sentence",
+    [
+        (KEY, "", "never the key itself"),
+        ("AWS_SECRET", "x", "never the key itself"),
+        ("HF_TOKEN", "x", "ends in API_KEY or begins with TREERPO_"),
+        ("SECRET_API_KEY", "", "is not set"),
+        ("SECRET_API_KEY", "a secret\nb", "characters that no key has"),
+        ("SECRET_API_KEY", "sécret", "characters"),
+    ],
+)
 def test_what_is_wrong_with_a_key_is_said_without_it(monkeypatch, variable, value, sentence):
     if value:
         monkeypatch.setenv(variable, value)
@@ -500,24 +602,44 @@ def test_what_is_wrong_with_a_key_is_said_without_it(monkeypatch, variable, valu
     assert "secret" not in str(error.value).lower() and error.value.__cause__ is None
 
 
-@pytest.mark.parametrize("address, sentence", [
-    ("file:///etc/passwd", "must begin with http:// or https://"), ("ftp://h/x", "must begin"), ("data:,{}", "must begin"), ("/score", "must begin"),
-    ("", "must begin"), ("http://", "must begin"), ("localhost:8000", "must begin"), ("http://h:99999/", "cannot be read"),
-    ("http://[::1/", "cannot be read"), ("http://me:pass@h/", "must not hold a user name"), ("http://h/a b", "neither spaces"),
-    ("http://hä/", "neither spaces"), ("http://h/\x01x", "neither spaces"),
-])
+@pytest.mark.parametrize(
+    "address, sentence",
+    [
+        ("file:///etc/passwd", "must begin with http:// or https://"),
+        ("ftp://h/x", "must begin"),
+        ("data:,{}", "must begin"),
+        ("/score", "must begin"),
+        ("", "must begin"),
+        ("http://", "must begin"),
+        ("localhost:8000", "must begin"),
+        ("http://h:99999/", "cannot be read"),
+        ("http://[::1/", "cannot be read"),
+        ("http://me:pass@h/", "must not hold a user name"),
+        ("http://h/a b", "neither spaces"),
+        ("http://hä/", "neither spaces"),
+        ("http://h/\x01x", "neither spaces"),
+    ],
+)
 def test_addresses_that_are_refused(address, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         ServerReward(address)
     assert "pass" not in str(error.value).replace("password", "")
 
 
-@pytest.mark.parametrize("settings, sentence", [
-    (dict(protocol="pickle"), "Unknown protocol 'pickle': choose one of scores, chat"), (dict(image_format="gif"), "Unknown image format 'gif'"),
-    (dict(timeout=0.0), "timeout above 0"), (dict(timeout=float("nan")), "timeout above 0"), (dict(retries=-1), "retries of 0 or more"),
-    (dict(batch=0), "batch and workers"), (dict(workers=0), "batch and workers"),
-    (dict(protocol="chat", pattern="(x"), "not a regular expression"), (dict(protocol="chat", pattern="x"), "has no group"),
-])
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (dict(protocol="pickle"), "Unknown protocol 'pickle': choose one of scores, chat"),
+        (dict(image_format="gif"), "Unknown image format 'gif'"),
+        (dict(timeout=0.0), "timeout above 0"),
+        (dict(timeout=float("nan")), "timeout above 0"),
+        (dict(retries=-1), "retries of 0 or more"),
+        (dict(batch=0), "batch and workers"),
+        (dict(workers=0), "batch and workers"),
+        (dict(protocol="chat", pattern="(x"), "not a regular expression"),
+        (dict(protocol="chat", pattern="x"), "has no group"),
+    ],
+)
 def test_settings_that_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         ServerReward("http://127.0.0.1:1/", **settings)
@@ -545,10 +667,16 @@ def test_a_proxy_is_used_but_never_for_this_machine(scripted, monkeypatch):
     assert [path for path, *_ in scripted.seen] == ["http://judge.example/x"]
 
 
-@pytest.mark.parametrize("image", [torch.zeros(1, 4, 4, 3, requires_grad=True), torch.rand(1, 4, 4, 4).half()], ids=["with gradient", "half with alpha"])
+@pytest.mark.parametrize(
+    "image",
+    [torch.zeros(1, 4, 4, 3, requires_grad=True), torch.rand(1, 4, 4, 4).half()],
+    ids=["with gradient", "half with alpha"],
+)
 def test_any_float_image_can_be_sent(scripted, image):
     found = ServerReward(scripted.address).score(image, [""])
-    assert not found.requires_grad and float(found) == pytest.approx(float(image[..., :3].detach().float().mean()), abs=3e-3)
+    assert not found.requires_grad and float(found) == pytest.approx(
+        float(image[..., :3].detach().float().mean()), abs=3e-3
+    )
 
 
 def test_inside_inference_mode(scripted):
@@ -557,6 +685,7 @@ def test_inside_inference_mode(scripted):
 
 
 # ---------------------------------------------------------------- the documentation
+
 
 def programs():
     return re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
@@ -597,7 +726,9 @@ def test_the_example_server_runs_as_it_is_printed(started):
     code = programs()[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 25
     port = started(code)
-    assert ServerReward(f"http://127.0.0.1:{port}/score", batch=4).score(pictures(), ["x"] * 6).tolist() == pytest.approx(LIGHTS, abs=1e-6)
+    assert ServerReward(f"http://127.0.0.1:{port}/score", batch=4).score(
+        pictures(), ["x"] * 6
+    ).tolist() == pytest.approx(LIGHTS, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["scores", "outputs"])

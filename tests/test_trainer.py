@@ -1,10 +1,13 @@
 """The Trainer node in real ComfyUI, in this process: it is the by-hand graph in a loop, and its runs survive."""
+
 import json
 import math
 
 import pytest
 import torch
 from graph import Graph, timeless
+
+from core.rewards.contract import Reward
 
 
 @pytest.fixture(params=["flux", "sd3"])
@@ -28,7 +31,17 @@ def test_the_trainer_is_the_by_hand_graph_in_a_loop(graph):
         graph.iteration(policy)
     trained = graph.policy("trainer")
     graph.train(trained, 3)
-    keys = ("reward", "reward_std", "rewards/foreground size/mean", "window_start", "forwards", "update_forwards", "loss", "grad_norm", "ratio_first")
+    keys = (
+        "reward",
+        "reward_std",
+        "rewards/foreground size/mean",
+        "window_start",
+        "forwards",
+        "update_forwards",
+        "loss",
+        "grad_norm",
+        "ratio_first",
+    )
     for by_hand, row in zip(policy.run.metrics, trained.run.metrics, strict=True):
         assert [row[key] for key in keys] == pytest.approx([by_hand[key] for key in keys], rel=1e-5, abs=1e-7)
     for key, value in policy.run.adapters.state_dict().items():
@@ -41,7 +54,9 @@ def test_outputs(flux):
     assert len(loss["loss"]) == 2 and picture.shape[-1] == 3 and picture.std() > 0 and status == "2 iterations done."
     same(lora, policy.run.adapters.state_dict())
     again = flux.train(policy, 2)
-    assert again[-1] == "2 iterations done." and len(again[3].splitlines()) == 2, "a run that is done is not trained further"
+    assert again[-1] == "2 iterations done." and len(again[3].splitlines()) == 2, (
+        "a run that is done is not trained further"
+    )
     assert len(flux.train(policy, 3)[3].splitlines()) == 3
 
 
@@ -56,7 +71,9 @@ def test_two_runs_with_one_seed_are_identical_apart_from_times(flux):
     assert timeless(third.run.metrics) != rows[0]
 
 
-@pytest.mark.parametrize("settings", [{}, dict(save_every=2, ema=0.5), dict(inner_updates=2, evaluate_every=2, keep_every=2)])
+@pytest.mark.parametrize(
+    "settings", [{}, dict(save_every=2, ema=0.5), dict(inner_updates=2, evaluate_every=2, keep_every=2)]
+)
 def test_stopped_and_resumed_equals_never_stopped(flux, settings):
     through = flux.policy("through")
     flux.train(through, 5, held_out=1 if "evaluate_every" in settings else 0, **settings)
@@ -76,10 +93,18 @@ class StopHere(BaseException):
     pass
 
 
-@pytest.mark.parametrize("settings", [{}, dict(inner_updates=3), dict(evaluate_every=1, held_out=1)], ids=["plain", "inner updates", "evaluation"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(inner_updates=3), dict(evaluate_every=1, held_out=1)],
+    ids=["plain", "inner updates", "evaluation"],
+)
 def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, monkeypatch, settings):
-    """ComfyUI's stop button is asked between all pieces of work: stop at each of them once, go on, and end where an undisturbed run ends."""
+    """ComfyUI's stop button is asked between all pieces of work:
+
+    stop at each of them once, go on, and end where an undisturbed run ends.
+    """
     import comfy.model_management
+
     flux.train(through := flux.policy("through"), 2, **settings)
     asked = count = 0
 
@@ -111,8 +136,9 @@ def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, mon
     assert stopped > 2
 
 
-class Broken:
+class Broken(Reward):
     """Foreground size, but not a number for some calls or images."""
+
     name = "broken"
 
     def __init__(self, bad):
@@ -133,7 +159,12 @@ def test_a_group_without_numbers_is_skipped_and_counted(flux):
     policy = flux.policy()
     flux.train(policy, 2, reward=Broken(nan_first_group))
     row = policy.run.metrics[-1]
-    assert row["skipped_groups"] == 1 and row["grad_norm"] > 0 and math.isfinite(row["reward"]) and row["update_forwards"] == 3
+    assert (
+        row["skipped_groups"] == 1
+        and row["grad_norm"] > 0
+        and math.isfinite(row["reward"])
+        and row["update_forwards"] == 3
+    )
 
 
 def test_a_run_that_learns_nothing_stops_with_the_reason_and_is_saved(flux):
@@ -172,8 +203,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(flux, monk
     same(policy.run.adapters.state_dict(), before)
 
 
-class Judge:
+class Judge(Reward):
     """Likes an image the less, the larger its foreground: it must fall when size is trained."""
+
     name = "judge"
 
     def __init__(self, reward):
@@ -185,8 +217,21 @@ class Judge:
 
 def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux):
     size = flux.call("Measure", measure="foreground size", direction="more")[0]
-    text = "\n".join(f"a {colour} {shape} on a white background" for colour in ("red", "blue", "green") for shape in ("circle", "square", "cross"))
-    settings = dict(text=text, held_out=6, judge=Judge(size), evaluate_every=2, per_iteration=2, learning_rate=3e-3, keep_every=2, keep_last=9)
+    text = "\n".join(
+        f"a {colour} {shape} on a white background"
+        for colour in ("red", "blue", "green")
+        for shape in ("circle", "square", "cross")
+    )
+    settings = dict(
+        text=text,
+        held_out=6,
+        judge=Judge(size),
+        evaluate_every=2,
+        per_iteration=2,
+        learning_rate=3e-3,
+        keep_every=2,
+        keep_last=9,
+    )
     policy = flux.policy()
     status = flux.train(policy, 40, **settings)[-1]
     assert status.startswith("Paused after iteration") and "judge" in status and "Roll back to iteration" in status
@@ -195,7 +240,9 @@ def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux):
     assert [row["iteration"] + 1 for row in policy.run.metrics if "eval/judge" in row] == list(range(2, paused + 1, 2))
     flux.forget()
     again = flux.policy()
-    assert flux.train(again, paused + 2, **settings)[-1] == f"{paused + 2} iterations done.", "going on after a pause is the user's decision"
+    assert flux.train(again, paused + 2, **settings)[-1] == f"{paused + 2} iterations done.", (
+        "going on after a pause is the user's decision"
+    )
     warned = flux.policy("warned")
     assert flux.train(warned, paused + 1, on_alarm="off", **settings)[-1] == f"{paused + 1} iterations done."
 
@@ -206,6 +253,7 @@ def test_the_average_is_what_is_evaluated_and_saved(flux):
     own = policy.run.adapters.state_dict()
     assert any(not torch.equal(own[key], lora[key]) for key in own)
     from safetensors.torch import load_file
+
     same(load_file(policy.run.folder / "adapter.safetensors"), lora)
     flux.forget()
     same(flux.call("ToLora", policy=flux.policy())[0], lora)  # also after a restart, before any training
@@ -215,7 +263,7 @@ def test_a_new_run_begins_from_a_checkpoint_and_the_old_one_stays(flux):
     old = flux.policy("old")
     flux.train(old, 4, keep_every=2, keep_last=5)
     before = (old.run.folder / "state.pt").read_bytes()
-    assert flux.pack.nodes.policy.known_checkpoints() == ["old @ newest", "old @ 4", "old @ 2"]
+    assert flux.pack.nodes.runs.known_checkpoints() == ["old @ newest", "old @ 4", "old @ 2"]
     new = flux.policy("new", begin_from="old @ 2")
     assert new.run.iteration == 2 and len(new.run.metrics) == 2
     flux.train(new, 4, keep_every=2, keep_last=5)
@@ -233,13 +281,16 @@ def test_changed_settings_are_told(flux):
     assert "learning_rate 0.001 -> 0.0005" in status
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (dict(evaluate_every=2), "Evaluation needs held-out prompts"),
-    (dict(optimizer="adamw8bit"), "needs the package bitsandbytes"),
-    (dict(text="  \n"), "no prompt in it"),
-    (dict(file="../secret.txt"), "not inside ComfyUI's input folder"),
-    (dict(file="absent.txt"), "There is no prompt file"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(evaluate_every=2), "Evaluation needs held-out prompts"),
+        (dict(optimizer="adamw8bit"), "needs the package bitsandbytes"),
+        (dict(text="  \n"), "no prompt in it"),
+        (dict(file="../secret.txt"), "not inside ComfyUI's input folder"),
+        (dict(file="absent.txt"), "There is no prompt file"),
+    ],
+)
 def test_wrong_settings_are_one_sentence_and_lose_nothing(flux, change, sentence):
     policy = flux.policy()
     flux.train(policy, 1)
@@ -251,27 +302,40 @@ def test_wrong_settings_are_one_sentence_and_lose_nothing(flux, change, sentence
 
 def test_prompts_from_a_file(flux, tmp_path):
     import folder_paths
+
     folder_paths.set_input_directory(str(tmp_path))
     (tmp_path / "list.jsonl").write_text('{"prompt": "a red circle"}\n{"text": "a blue square"}\n')
     prompts, summary, texts = flux.call("PromptList", text="", file="list.jsonl")
-    assert prompts.train == ["a red circle", "a blue square"] and summary.startswith("2 prompts") and texts == "a red circle\na blue square"
+    assert (
+        prompts.train == ["a red circle", "a blue square"]
+        and summary.startswith("2 prompts")
+        and texts == "a red circle\na blue square"
+    )
 
 
 def test_preflight_counts_what_the_model_needs(flux):
     policy = flux.policy(rank=4)
     latent = {"samples": torch.zeros(1, 16, 8, 8)}
     text = flux.call("Preflight", policy=policy, latent_image=latent, vae=flux.vae)[0]
-    assert "It should fit" in text and all(name in text for name in ("sampling", "learning", "decoding", "Estimated, not measured"))
-    look = flux.pack.nodes.look
+    assert "It should fit" in text and all(
+        name in text for name in ("sampling", "learning", "decoding", "Estimated, not measured")
+    )
+    look = flux.pack.nodes.preflight
     shape = flux.shape(branching=3, depth=3)
     base, whole = policy.policy.memory((16, 64, 64), 1), policy.policy.memory((16, 64, 64), 27)
-    assert base["weights"] == flux.model.model_size() and base["adapters"] == 16 * policy.run.adapters.count() and whole["sampling"] > base["sampling"]
+    assert (
+        base["weights"] == flux.model.model_size()
+        and base["adapters"] == 16 * policy.run.adapters.count()
+        and whole["sampling"] > base["sampling"]
+    )
     room = base["weights"] + base["adapters"] + policy.policy.memory((16, 64, 64), 5)["learning"]
     advised = look.report(policy.policy, (16, 64, 64), shape, 1, 0, 1.0, None, None, False, room, "gpu")
     assert "Set micro_batch to 5." in advised, advised
     with_cfg = look.report(policy.policy, (16, 64, 64), shape, 1, 0, 4.5, None, None, False, room, "gpu")
     assert "Set micro_batch to 2." in with_cfg, with_cfg
-    assert "Even one latent at a time does not fit" in look.report(policy.policy, (16, 64, 64), shape, 1, 0, 1.0, None, None, False, 1e6, "gpu")
+    assert "Even one latent at a time does not fit" in look.report(
+        policy.policy, (16, 64, 64), shape, 1, 0, 1.0, None, None, False, 1e6, "gpu"
+    )
     fitting = look.report(policy.policy, (16, 64, 64), shape, 1, 5, 1.0, None, None, False, room, "gpu")
     assert "It should fit" in fitting
 
@@ -279,7 +343,7 @@ def test_preflight_counts_what_the_model_needs(flux):
 def test_out_of_memory_halves_the_micro_batch_says_so_and_goes_on(flux, monkeypatch):
     flux.train(whole := flux.policy("whole"), 2)
     network, said = flux.model.model.diffusion_model, []
-    monkeypatch.setattr(flux.pack.nodes.trainer, "send_text", lambda text, node_id: said.append(text))
+    monkeypatch.setattr(flux.pack.nodes.live, "send_text", lambda text, node_id: said.append(text))
 
     def limited(module, args):
         if len(args[0]) > 3:
@@ -300,6 +364,7 @@ def test_a_full_disk_loses_nothing(flux, monkeypatch, when):
     """What is there stays whole; once there is room again, the run goes on as if nothing had been."""
     import errno
     import os
+
     flux.train(through := flux.policy("through"), 3)
     policy = flux.policy("full")
     if when == "later":
@@ -325,7 +390,10 @@ def test_a_damaged_run_offers_an_older_checkpoint(flux):
     state.unlink()
     state.write_bytes(b"PK\x03\x04 cut short")
     flux.forget()
-    with pytest.raises(ValueError, match="the checkpoint of iteration 3 is whole: choose 'hurt @ 3' under begin_from and a new run name"):
+    with pytest.raises(
+        ValueError,
+        match="the checkpoint of iteration 3 is whole: choose 'hurt @ 3' under begin_from and a new run name",
+    ):
         flux.policy("hurt")
     assert flux.policy("new", begin_from="hurt @ 3").run.iteration == 3
     assert state.exists(), "nothing is deleted"
@@ -342,22 +410,26 @@ def test_eight_bit_adam_is_used_where_it_is_installed_and_begins_its_moments_ane
             type(self).made += 1
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit)))
+    monkeypatch.setitem(
+        sys.modules, "bitsandbytes", types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
+    )
     flux.train(policy := flux.policy(), 1)
     flux.train(policy, 2, optimizer="adamw8bit")
     assert AdamW8bit.made == 1 and type(policy.run.optimizer) is AdamW8bit
     flux.forget()
     again = flux.policy()
     flux.train(again, 3, optimizer="adamw8bit")
-    assert all(state["step"] == 2 for state in again.run.optimizer.state.values()), "its own moments are taken up, those of the other kind were not"
+    assert all(state["step"] == 2 for state in again.run.optimizer.state.values()), (
+        "its own moments are taken up, those of the other kind were not"
+    )
 
 
 def test_the_live_picture_costs_little(flux):
     """Drawn and sent once per iteration. Counted, not timed: benchmarks/endurance.py has the share of the time."""
     calls = []
-    live = flux.pack.nodes.trainer.Live
+    live = flux.pack.nodes.live.Live
     picture = live.picture
-    flux.pack.nodes.trainer.Live.picture = lambda self: calls.append(1) or picture(self)
+    flux.pack.nodes.live.Live.picture = lambda self: calls.append(1) or picture(self)
     try:
         flux.train(flux.policy(), 3, keep_every=100)
     finally:
@@ -370,8 +442,15 @@ def test_it_works_as_it_is_dropped_in(flux):
     schema = flux.nodes["TreeRPOTrainer"].define_schema()
     defaults = {field.id: field.default for field in schema.inputs if getattr(field, "default", None) is not None}
     prompts = flux.call("PromptList", text="a red circle on a white background")[0]
-    wires = dict(policy=flux.policy(), clip=flux.clip, vae=flux.vae, prompts=prompts, sigmas=flux.sigmas(10), latent_image=flux.latent(),
-                 reward_model=flux.call("Measure", measure="brightness", direction="more")[0])
+    wires = dict(
+        policy=flux.policy(),
+        clip=flux.clip,
+        vae=flux.vae,
+        prompts=prompts,
+        sigmas=flux.sigmas(10),
+        latent_image=flux.latent(),
+        reward_model=flux.call("Measure", measure="brightness", direction="more")[0],
+    )
     assert flux.call("Trainer", **{**defaults, **wires, "iterations": 1})[-1] == "1 iterations done."
     row = wires["policy"].run.metrics[0]
     assert row["edges"] == 3 + 9 + 27 and row["diversity"] > 0 and row["grad_norm"] > 0
@@ -387,7 +466,7 @@ def test_tensorboard_gets_every_metric_and_is_asked_for_only_when_wanted(flux, m
         def close(self):
             written["closed"] = True
 
-    monkeypatch.setattr(flux.pack.nodes.trainer, "_tensorboard", lambda folder: Writer())
+    monkeypatch.setattr(flux.pack.nodes.live, "_tensorboard", lambda folder: Writer())
     flux.train(flux.policy(), 2)
     assert not written
     flux.train(flux.policy(), 4, tensorboard=True)
@@ -395,19 +474,22 @@ def test_tensorboard_gets_every_metric_and_is_asked_for_only_when_wanted(flux, m
     monkeypatch.undo()
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
-        flux.pack.nodes.trainer._tensorboard(flux.folder)
+        flux.pack.nodes.live._tensorboard(flux.folder)
 
 
 def test_retained_graphs_save_forwards_and_change_nothing(flux):
     flux.train(plain := flux.policy("plain", checkpointing=False), 2)
     flux.train(kept := flux.policy("kept", checkpointing=False), 2, retain_graphs=True)
-    assert [row["update_forwards"] for row in plain.run.metrics] == [6, 6] and [row["update_forwards"] for row in kept.run.metrics] == [0, 0]
+    assert [row["update_forwards"] for row in plain.run.metrics] == [6, 6] and [
+        row["update_forwards"] for row in kept.run.metrics
+    ] == [0, 0]
     for key, value in plain.run.adapters.state_dict().items():
         torch.testing.assert_close(kept.run.adapters.state_dict()[key], value, atol=1e-5, rtol=1e-3)
 
 
 def test_only_the_policy_stays_loaded_where_that_is_asked_for(flux):
     import comfy.model_management as management
+
     seen = []
     network = flux.model.model.diffusion_model
     handle = network.register_forward_pre_hook(lambda module, args: seen.append(len(management.current_loaded_models)))

@@ -1,4 +1,8 @@
-"""The shipped graphs against a running ComfyUI: every node, input, value and wire exists, and the drag-and-drop form says the same as its API twin."""
+"""The shipped graphs against a running ComfyUI:
+
+every node, input, value and wire exists, and the drag-and-drop form says the same as its API twin.
+"""
+
 import json
 import sys
 
@@ -25,7 +29,11 @@ def known(tmp_path_factory):
 def api(name, known):
     """A graph in API format, without core's nodes that an older ComfyUI does not have; all of ours must be there."""
     graph = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text("utf-8"))
-    return {number: node for number, node in graph.items() if node["class_type"] in known or node["class_type"].startswith("TreeRPO")}
+    return {
+        number: node
+        for number, node in graph.items()
+        if node["class_type"] in known or node["class_type"].startswith("TreeRPO")
+    }
 
 
 def drawn(name):
@@ -35,7 +43,11 @@ def drawn(name):
 def specs(known, node_type):
     """(type, options) of every input of a node; growing inputs by their first name."""
     inputs = known[node_type]["input"]
-    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for group in ("required", "optional") for name, spec in inputs.get(group, {}).items()}
+    return {
+        name: (spec[0], spec[1] if len(spec) > 1 else {})
+        for group in ("required", "optional")
+        for name, spec in inputs.get(group, {}).items()
+    }
 
 
 def as_api(graph, known):
@@ -47,7 +59,9 @@ def as_api(graph, known):
             continue
         options, values, inputs = specs(known, node["type"]), iter(node.get("widgets_values") or []), {}
         for field in node["inputs"]:
-            if "widget" in field and (value := next(values, None)) is not None:  # a widget without a value of its own writes none
+            if (
+                "widget" in field and (value := next(values, None)) is not None
+            ):  # a widget without a value of its own writes none
                 inputs[field["name"]] = value
                 if options[field["name"]][1].get("control_after_generate"):
                     next(values)
@@ -113,8 +127,14 @@ def test_the_drawn_graph_is_its_api_twin(name, known):
         assert graph[number]["class_type"] == node["class_type"]
         defaults = {field: options.get("default") for field, (_, options) in specs(known, node["class_type"]).items()}
         for field, value in graph[number]["inputs"].items():
-            assert value == node["inputs"].get(field, defaults.get(field, value)), f"{number} {node['class_type']}.{field}"
-        assert all(graph[number]["inputs"].get(field) == value for field, value in node["inputs"].items() if isinstance(value, list))
+            assert value == node["inputs"].get(field, defaults.get(field, value)), (
+                f"{number} {node['class_type']}.{field}"
+            )
+        assert all(
+            graph[number]["inputs"].get(field) == value
+            for field, value in node["inputs"].items()
+            if isinstance(value, list)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,10 +143,23 @@ def test_drawn_graphs_are_tidy(name):
     boxes = [(*node["pos"], *node["size"]) for node in graph["nodes"]]
     groups = [group["bounding"] for group in graph["groups"]]
     for i, (x, y, wide, high) in enumerate(boxes):
-        assert not [box for box in boxes[i + 1:] if x < box[0] + box[2] and box[0] < x + wide and y - 30 < box[1] + box[3] and box[1] - 30 < y + high], "nodes overlap"
-        assert sum(left <= x and x + wide <= left + width and top <= y and y + high <= top + height for left, top, width, height in groups) == 1, "each node in one group"
+        assert not [
+            box
+            for box in boxes[i + 1 :]
+            if x < box[0] + box[2] and box[0] < x + wide and y - 30 < box[1] + box[3] and box[1] - 30 < y + high
+        ], "nodes overlap"
+        assert (
+            sum(
+                left <= x and x + wide <= left + width and top <= y and y + high <= top + height
+                for left, top, width, height in groups
+            )
+            == 1
+        ), "each node in one group"
     assert sum(node["type"] in NOTES for node in graph["nodes"]) >= len(groups), "each stage is explained"
     columns = {link[0]: (link[1], link[3]) for link in graph["links"]}
-    place = {node["id"]: next(k for k, group in enumerate(groups) if group[0] <= node["pos"][0] < group[0] + group[2]) for node in graph["nodes"]}
+    place = {
+        node["id"]: next(k for k, group in enumerate(groups) if group[0] <= node["pos"][0] < group[0] + group[2])
+        for node in graph["nodes"]
+    }
     assert all(place[source] <= place[target] for source, target in columns.values()), "wires go from left to right"
     assert (WORKFLOWS / f"{name}.jpg").stat().st_size < 300_000

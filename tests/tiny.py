@@ -3,6 +3,7 @@
 Weights are N(0, 1/fan_in), modulations half of that, biases 0, norms 1: velocities of about unit size that depend on
 everything they should.
 """
+
 import torch
 
 CONTEXT, POOLED = 64, 48  # widths of the text features
@@ -18,7 +19,7 @@ class _Weights(dict):
 
     def linear(self, name: str, out: int, *fan_in: int, gain: float = 1.0, bias: bool = True) -> None:
         size = torch.Size(fan_in).numel()
-        self[f"{name}.weight"] = torch.randn(out, *fan_in, generator=self.generator) * gain / size ** 0.5
+        self[f"{name}.weight"] = torch.randn(out, *fan_in, generator=self.generator) * gain / size**0.5
         if bias:
             self[f"{name}.bias"] = torch.zeros(out)
 
@@ -91,14 +92,19 @@ def load(architecture: str, seed: int = 0, dtype=torch.float32):
 def load_weights(weights: dict[str, torch.Tensor], dtype):
     """A MODEL through ComfyUI's loader, made in inference mode as in ComfyUI's executor."""
     import comfy.sd
+
     with torch.inference_mode():
         sd = {key: tensor.to(dtype) for key, tensor in weights.items()}
-        model = comfy.sd.load_diffusion_model_state_dict(sd, model_options={"dtype": dtype})  # left to itself, ComfyUI makes float32 of them on a CPU
+        model = comfy.sd.load_diffusion_model_state_dict(
+            sd, model_options={"dtype": dtype}
+        )  # left to itself, ComfyUI makes float32 of them on a CPU
     assert {parameter.dtype for parameter in model.model.diffusion_model.parameters()} == {dtype}
     return model
 
 
-def conditioning(prompts: int = 1, tokens: int = 7, seed: int = 1, context: int = CONTEXT, pooled: int | None = POOLED) -> list:
+def conditioning(
+    prompts: int = 1, tokens: int = 7, seed: int = 1, context: int = CONTEXT, pooled: int | None = POOLED
+) -> list:
     """Random CONDITIONING of one entry with a row per prompt, made in inference mode as in ComfyUI's executor."""
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
@@ -109,7 +115,7 @@ def conditioning(prompts: int = 1, tokens: int = 7, seed: int = 1, context: int 
 def one_prompt(conditioning: list, row: int) -> list:
     """The conditioning of one prompt of several, as a user with one prompt has it."""
     [[context, options]] = conditioning
-    return [[context[row:row + 1].clone(), {key: value[row:row + 1].clone() for key, value in options.items()}]]
+    return [[context[row : row + 1].clone(), {key: value[row : row + 1].clone() for key, value in options.items()}]]
 
 
 def latents(batch: int = 1, size: int = 8, seed: int = 2) -> torch.Tensor:
@@ -121,6 +127,7 @@ def not_flow():
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
+
     config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "image_model": None})
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType.EPS, device=torch.device("cpu"))
     model.diffusion_model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -130,7 +137,10 @@ def not_flow():
 def euler(model, positive, negative, cfg=1.0, steps=4, seed=3, batch=1):
     """ComfyUI's own KSampler (euler, simple) from an empty latent, in inference mode as in its executor."""
     import comfy.sample
+
     with torch.inference_mode():
         latent = torch.zeros(batch, 16, 8, 8)
         noise = comfy.sample.prepare_noise(latent, seed)
-        return comfy.sample.sample(model, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=seed, disable_pbar=True)
+        return comfy.sample.sample(
+            model, noise, steps, cfg, "euler", "simple", positive, negative, latent, seed=seed, disable_pbar=True
+        )

@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const TREE_VIEW = "TreeRPOTreeView", PICK = "TreeRPOPick";
-const BETTER = [40, 120, 225], WORSE = [230, 120, 30], NEUTRAL = [150, 150, 156]; // core/plot.py's blue and orange, a little lighter for dark themes
+const BETTER = [40, 120, 225], WORSE = [230, 120, 30], NEUTRAL = [150, 150, 156]; // core/pictures/plot.py's blue and orange, a little lighter for dark themes
 const THUMB = 64, CELL = 76, LAYER = 46; // of the tree's drawing, in its own units
 
 // ---------------------------------------------------------------- small parts
@@ -21,7 +21,7 @@ function made(node, attributes, children) {
 const el = (tag, attributes = {}, ...children) => made(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) => made(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-/** -1..1 -> orange .. grey .. blue, as core/plot.py shades. */
+/** -1..1 -> orange .. grey .. blue, as core/pictures/plot.py shades. */
 function shade(value) {
   const end = value > 0 ? BETTER : WORSE, share = Math.min(Math.abs(value || 0), 1) ** 0.7;
   return `rgb(${NEUTRAL.map((from, i) => Math.round(from + (end[i] - from) * share))})`;

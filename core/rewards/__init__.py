@@ -1,42 +1,54 @@
 """Reward models: `score(images [B, H, W, 3] in 0..1, prompts: list of B strings) -> Tensor [B]`, higher is better.
 
     reward = core.rewards.load("hps_v2", "HPS_v2.1_compressed.pt", device="cuda")
-    reward.score(images, prompts)                        # raw units of the official model, no gradient
-    reward.score(images, prompts, differentiable=True)   # with a gradient back to the images
+    reward.score(images, prompts)  # raw units of the official model, no gradient
 
-NaN in an answer means "no score for this image"; it is masked, never counted as 0.
+contract.py says what a reward is. Those with a network (scorer.py) can also give a gradient back to the images:
+score(images, prompts, differentiable=True).
 """
+
 from pathlib import Path
 
 import torch
 
+from .contract import Reward
+
 KINDS = ("image_reward", "hps_v2", "pickscore", "clipscore", "aesthetic", "measure", "server")
 
 
-def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | None = None, **options):
+def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | None = None, **options) -> Reward:
     """A reward model of this kind, one of KINDS.
 
     path: the weights' file or its folder; for "measure" what to measure; for "server" the address.
     dtype: default float16 on CUDA, float32 elsewhere. Sizes are read from the weights; heads, activation and tokenizer
     from the files beside them where there are any.
-    options: `name` for all with weights; `tokenizer` (a file or folder, for weights without one beside them) for those that read prompts; `clip` (weights of the
-    image tower, or an encoder) for "aesthetic"; the fields of Measure and ServerReward for these two.
-    Raises ValueError with one sentence when the file is missing, damaged, not weights, or another model's.
+    options: `name` for all with weights; `tokenizer` (a file or folder, for weights without one beside them) for those
+    that read prompts; `clip` (weights of the image tower, or an encoder) for "aesthetic"; the fields of Measure and
+    ServerReward for these two. Raises ValueError with one sentence when the file is missing, damaged, not weights, or
+    another model's.
     """
     if kind == "measure":
         from .measure import Measure
+
         return Measure(str(path) or "foreground size", **options)
     if kind == "server":
         from .server import ServerReward
+
         return ServerReward(str(path), **options)
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of reward '{kind}': choose one of {', '.join(KINDS)}.")
-    with torch.inference_mode(False), torch.no_grad():  # what is loaded inside a ComfyUI node could never have gradients
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # what is loaded inside a ComfyUI node could never have gradients
         if kind == "image_reward":
             from . import image_reward
+
             return image_reward.load(Path(path), device, dtype, **options)
         if kind == "aesthetic":
             from . import aesthetic
+
             return aesthetic.load(Path(path), device, dtype, **options)
         from . import clip
+
         return clip.load(kind, Path(path), device, dtype, **options)

@@ -1,6 +1,10 @@
-"""LAION's aesthetic predictor v2: a linear head on the normalised CLIP ViT-L/14 image embedding; prompts do not matter."""
+"""LAION's aesthetic predictor v2:
+
+a linear head on the normalised CLIP ViT-L/14 image embedding; prompts do not matter.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +17,10 @@ from .scorer import Scorer
 
 
 def head(weights: dict[str, Tensor], prefix: str = "") -> nn.Sequential:
-    """The linear layers `layers.0, 2, 4, 6, 7` of LAION's and ImageReward's heads, in the sizes of the weights; dropout sits between."""
+    """The linear layers `layers.0, 2, 4, 6, 7` of LAION's and ImageReward's heads, in the sizes of the weights;
+
+    dropout sits between.
+    """
     stack = nn.Sequential()
     for i in range(8):
         weight = weights.get(f"{prefix}layers.{i}.weight")
@@ -23,11 +30,24 @@ def head(weights: dict[str, Tensor], prefix: str = "") -> nn.Sequential:
 
 class Aesthetic(Scorer):
     """Scores of about 1 to 10. The head is small: it stays in float32, and may sit on an encoder that others own."""
+
     reads_prompts = False
 
-    def __init__(self, layers: nn.Module, embed: Callable[[Tensor], Tensor], image_size: int, tower: nn.Module | None = None,
-                 name: str = "aesthetic", device="cpu", dtype: torch.dtype | None = None, rounded_crop: bool = True):
-        """embed: pixels [B, 3, image_size, image_size], normalised -> [B, D]. tower: the module behind it, if it is ours to move."""
+    def __init__(
+        self,
+        layers: nn.Module,
+        embed: Callable[[Tensor], Tensor],
+        image_size: int,
+        tower: nn.Module | None = None,
+        name: str = "aesthetic",
+        device="cpu",
+        dtype: torch.dtype | None = None,
+        rounded_crop: bool = True,
+    ):
+        """embed:
+
+        pixels [B, 3, image_size, image_size], normalised -> [B, D]. tower: the module behind it, if it is ours to move.
+        """
         self.layers, self.embed, self.image_size, self.rounded_crop = layers.float(), embed, image_size, rounded_crop
         super().__init__(name, tower if tower is not None else layers, device, dtype)
         self.layers = self.layers.float()
@@ -41,8 +61,9 @@ class Aesthetic(Scorer):
 
 
 def load(path: Path, device="cpu", dtype: torch.dtype | None = None, name: str = "aesthetic", clip=None) -> Aesthetic:
-    """path: the head's file, or a folder with the head and a CLIP ViT-L/14. clip: the CLIP's file or folder, or an encoder with
-    `embed(pixels)` and `image_size`; default: the CLIP beside the head."""
+    """path: the head's file, or a folder with the head and a CLIP ViT-L/14. clip: the CLIP's file or folder, or an
+    encoder with `embed(pixels)` and `image_size`; default: the CLIP beside the head.
+    """
     file = find(path, "sac+logos+ava1-l14-linearMSE.pth")
     weights = {key.removeprefix("mlp."): value for key, value in open_weights(file).items()}
     if "layers.0.weight" not in weights:
@@ -55,10 +76,19 @@ def load(path: Path, device="cpu", dtype: torch.dtype | None = None, name: str =
     if clip is not None and not isinstance(clip, (str, Path)):
         return Aesthetic(module.layers, clip.embed, clip.image_size, name=name, device=device, dtype=torch.float32)
     tower = load_tower(_clip_file(file, clip), "a CLIP ViT-L/14", quick_gelu=True)
-    scorer = Aesthetic(module.layers, tower.image_features, tower.image_size, tower, name, device, dtype, tower.rounded_crop)
-    made = (tower.model.visual.proj.shape[1] if hasattr(tower.model, "visual") else tower.model.visual_projection.weight.shape[0])
+    scorer = Aesthetic(
+        module.layers, tower.image_features, tower.image_size, tower, name, device, dtype, tower.rounded_crop
+    )
+    made = (
+        tower.model.visual.proj.shape[1]
+        if hasattr(tower.model, "visual")
+        else tower.model.visual_projection.weight.shape[0]
+    )
     if made != width:
-        raise ValueError(f"The aesthetic head {file.name} takes embeddings of {width} numbers, but this CLIP makes {made}: it needs CLIP ViT-L/14.")
+        raise ValueError(
+            f"The aesthetic head {file.name} takes embeddings of {width} numbers, but this CLIP makes {made}: it "
+            "needs CLIP ViT-L/14."
+        )
     return scorer
 
 
@@ -68,4 +98,7 @@ def _clip_file(head_file: Path, clip) -> Path:
     others = sorted(file for file in head_file.parent.iterdir() if file.suffix in ENDINGS and file != head_file)
     if len(others) == 1:
         return others[0]
-    raise ValueError(f"The aesthetic head {head_file.name} sits on CLIP ViT-L/14: say which file or folder holds it (clip=...), or connect a CLIP_VISION.")
+    raise ValueError(
+        f"The aesthetic head {head_file.name} sits on CLIP ViT-L/14: say which file or folder holds it (clip=...), or "
+        "connect a CLIP_VISION."
+    )

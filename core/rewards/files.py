@@ -1,4 +1,5 @@
 """Weight files that users have, opened without running anything in them, and refused with one sentence."""
+
 import json
 import pickle
 import zipfile
@@ -23,7 +24,10 @@ def find(path: Path, *names: str) -> Path:
             return path / name
     found = sorted(file for file in path.iterdir() if file.suffix in ENDINGS)
     if len(found) != 1:
-        raise ValueError(f"The folder {path} holds {len(found)} weight files ({', '.join(f.name for f in found) or 'none'}): name the file itself.")
+        raise ValueError(
+            f"The folder {path} holds {len(found)} weight files ({', '.join(f.name for f in found) or 'none'}): name "
+            "the file itself."
+        )
     return found[0]
 
 
@@ -58,10 +62,15 @@ def open_weights(path: Path) -> dict[str, Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path) or head[:1] == b"\x80":
-            raise ValueError(f"{path.name} holds something else than weights, possibly code, and was not opened: get the official file.") from error
+            raise ValueError(
+                f"{path.name} holds something else than weights, possibly code, and was not opened: get the official "
+                "file."
+            ) from error
         raise ValueError(f"{path.name} is not a weights file: get the official file.") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path.name} is damaged or cut short ({path.stat().st_size:,} bytes): download it again.") from error
+        raise ValueError(
+            f"{path.name} is damaged or cut short ({path.stat().st_size:,} bytes): download it again."
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
@@ -71,16 +80,24 @@ def open_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, weights: dict[str, Tensor], file: str, what: str) -> nn.Module:
-    """Put the weights into a module made on the meta device. Anything missing, unknown or of another shape is an error."""
+    """Put the weights into a module made on the meta device.
+
+    Anything missing, unknown or of another shape is an error.
+    """
     try:
         missing, unknown = module.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
         wrong = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"{file} does not fit {what}: {wrong}") from error
-    missing = [name for name in missing if not name.endswith("position_ids")]  # transformers below 4.31 saves what `_computed` works out
+    missing = [
+        name for name in missing if not name.endswith("position_ids")
+    ]  # transformers below 4.31 saves what `_computed` works out
     if missing or unknown:
-        parts = [f"{len(names)} {kind} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
-                 for kind, names in (("missing", missing), ("unknown", unknown)) if names]
+        parts = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
+            for kind, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
         raise ValueError(f"{file} is not {what}: of its weights {' and '.join(parts)}.")
     for owner in module.modules():
         for name, buffer in owner._buffers.items():
@@ -100,4 +117,4 @@ def _computed(name: str, buffer: Tensor) -> Tensor:
 
 def layers(weights: dict[str, Tensor], prefix: str) -> int:
     """How many numbered blocks there are under `prefix`, such as 'visual.transformer.resblocks.'."""
-    return 1 + max((int(key[len(prefix):].split(".")[0]) for key in weights if key.startswith(prefix)), default=-1)
+    return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix)), default=-1)

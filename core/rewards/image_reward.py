@@ -3,6 +3,7 @@
 The package image-reward is used where it is installed and can be imported; it pins old libraries, so otherwise the same
 network is built here, under the names of the official weights.
 """
+
 import importlib.util
 import logging
 import sys
@@ -20,7 +21,7 @@ from .files import beside, fill, find, layers, open_weights, read_json
 from .scorer import Scorer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw output on the authors' data
-TOKENS = 35                                          # every prompt is cut or padded to this
+TOKENS = 35  # every prompt is cut or padded to this
 
 
 class Attention(nn.Module):
@@ -33,7 +34,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query(x), self.key(context), self.value(context)))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query(x), self.key(context), self.value(context))
+        )
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -60,7 +64,10 @@ class BertAttention(nn.Module):
 class BertLayer(nn.Module):
     def __init__(self, width: int, hidden: int, context: int, heads: int, eps: float):
         super().__init__()
-        self.attention, self.crossattention = BertAttention(width, width, heads, eps), BertAttention(width, context, heads, eps)
+        self.attention, self.crossattention = (
+            BertAttention(width, width, heads, eps),
+            BertAttention(width, context, heads, eps),
+        )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
         self.output = Residual(hidden, width, eps)
 
@@ -74,15 +81,28 @@ class Bert(nn.Module):
         super().__init__()
         vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
         eps, count = config.get("layer_norm_eps", 1e-12), config.get("num_attention_heads", width // 64)
-        self.embeddings = nn.ModuleDict({"word_embeddings": nn.Embedding(vocabulary, width), "LayerNorm": nn.LayerNorm(width, eps),
-                                         "position_embeddings": nn.Embedding(len(weights["embeddings.position_embeddings.weight"]), width)})
-        hidden, context = weights["encoder.layer.0.intermediate.dense.bias"].shape[0], weights["encoder.layer.0.crossattention.self.key.weight"].shape[1]
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(BertLayer(width, hidden, context, count, eps)
-                                                             for _ in range(layers(weights, "encoder.layer.")))})
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(vocabulary, width),
+                "LayerNorm": nn.LayerNorm(width, eps),
+                "position_embeddings": nn.Embedding(len(weights["embeddings.position_embeddings.weight"]), width),
+            }
+        )
+        hidden, context = (
+            weights["encoder.layer.0.intermediate.dense.bias"].shape[0],
+            weights["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        )
+        self.encoder = nn.ModuleDict(
+            {
+                "layer": nn.ModuleList(
+                    BertLayer(width, hidden, context, count, eps) for _ in range(layers(weights, "encoder.layer."))
+                )
+            }
+        )
 
     def forward(self, ids: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Token ids and mask [B, L], image features [B, N, C] -> features of [CLS], [B, D]."""
-        x = self.embeddings["word_embeddings"](ids) + self.embeddings["position_embeddings"].weight[:ids.shape[1]]
+        x = self.embeddings["word_embeddings"](ids) + self.embeddings["position_embeddings"].weight[: ids.shape[1]]
         x = self.embeddings["LayerNorm"](x)
         hidden = (1.0 - mask[:, None, None].to(x.dtype)) * -10000.0
         for layer in self.encoder["layer"]:
@@ -110,7 +130,10 @@ class Vision(nn.Module):
     def __init__(self, weights: dict[str, Tensor]):
         super().__init__()
         width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
-        self.cls_token, self.pos_embed = nn.Parameter(torch.empty(1, 1, width)), nn.Parameter(torch.empty(weights["pos_embed"].shape))
+        self.cls_token, self.pos_embed = (
+            nn.Parameter(torch.empty(1, 1, width)),
+            nn.Parameter(torch.empty(weights["pos_embed"].shape)),
+        )
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
         hidden = weights["blocks.0.mlp.fc1.bias"].shape[0]
         self.blocks = nn.ModuleList(Block(width, hidden, width // 64) for _ in range(layers(weights, "blocks.")))
@@ -157,18 +180,28 @@ class OfficialNetwork(nn.Module):
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         image = self.model.blip.visual_encoder(pixels)
         everywhere = torch.ones(image.shape[:-1], dtype=torch.long, device=image.device)
-        text = self.model.blip.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image, encoder_attention_mask=everywhere, return_dict=True)
+        text = self.model.blip.text_encoder(
+            ids, attention_mask=mask, encoder_hidden_states=image, encoder_attention_mask=everywhere, return_dict=True
+        )
         return self.model.mlp(text.last_hidden_state[:, 0])[:, 0]
 
 
 def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
+    return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
 
 
 class ImageReward(Scorer):
     """Scores of about N(0, 1) over the authors' data."""
 
-    def __init__(self, network: nn.Module, tokenizer, image_size: int, name: str = "ImageReward", device="cpu", dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer,
+        image_size: int,
+        name: str = "ImageReward",
+        device="cpu",
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(name, network, device, dtype)
         self.tokenizer, self.image_size = tokenizer, image_size
 
@@ -183,13 +216,18 @@ class ImageReward(Scorer):
         return (self.module(pixels, ids, mask).float() - MEAN) / STD
 
 
-def load(path: Path, device="cpu", dtype: torch.dtype | None = None, name: str = "ImageReward", tokenizer: Path | None = None) -> ImageReward:
-    """path: ImageReward.pt, or its folder. tokenizer: bert-base-uncased's vocab.txt or its folder, where there is none beside
-    the weights."""
+def load(
+    path: Path, device="cpu", dtype: torch.dtype | None = None, name: str = "ImageReward", tokenizer: Path | None = None
+) -> ImageReward:
+    """path: ImageReward.pt, or its folder. tokenizer: bert-base-uncased's vocab.txt or its folder, where there is none
+    beside the weights.
+    """
     file = find(path, "ImageReward.pt")
     weights = open_weights(file)
     if "blip.visual_encoder.pos_embed" not in weights or "mlp.layers.0.weight" not in weights:
-        raise ValueError(f"{file.name} is not ImageReward: it holds {len(weights)} other weights, such as '{next(iter(weights))}'.")
+        raise ValueError(
+            f"{file.name} is not ImageReward: it holds {len(weights)} other weights, such as '{next(iter(weights))}'."
+        )
     words = _tokenizer(file, tokenizer)
     config = beside(file, "med_config.json")
     _, positions, _ = weights["blip.visual_encoder.pos_embed"].shape
@@ -206,11 +244,15 @@ def _own(weights: dict[str, Tensor], config: dict, file: Path) -> OwnNetwork:
 
 
 def _official(weights: dict[str, Tensor], config: Path | None) -> OfficialNetwork | None:
-    """The package's own network where it can be had: only in full size, and with the configuration file beside the weights."""
+    """The package's own network where it can be had:
+
+    only in full size, and with the configuration file beside the weights.
+    """
     if importlib.util.find_spec("ImageReward") is None or config is None:
         return None
     try:
         from ImageReward.ImageReward import ImageReward as Network
+
         # The package would download a tokenizer here, which we have already.
         with patch.object(sys.modules["ImageReward.models.BLIP.blip_pretrain"], "init_tokenizer", lambda: None):
             model = Network(str(config))
@@ -225,7 +267,9 @@ def _tokenizer(file: Path, given: Path | None):
     """BERT's WordPiece, cutting and padding to 35 tokens."""
     vocabulary = _vocabulary(file, Path(given) if given else None)
     words = package("tokenizers", "tokenizers").BertWordPieceTokenizer(str(vocabulary), lowercase=True)
-    words.add_special_tokens(["[DEC]", "[ENC]"])  # BLIP's, in this order; the embedding has their two rows, vocab.txt does not
+    words.add_special_tokens(
+        ["[DEC]", "[ENC]"]
+    )  # BLIP's, in this order; the embedding has their two rows, vocab.txt does not
     words.enable_truncation(TOKENS)
     words.enable_padding(length=TOKENS, pad_id=words.token_to_id("[PAD]") or 0)
     return words
@@ -239,7 +283,11 @@ def _vocabulary(file: Path, given: Path | None) -> Path:
             return place
     if importlib.util.find_spec("huggingface_hub") is not None:
         from huggingface_hub import try_to_load_from_cache
+
         for name in ("google-bert/bert-base-uncased", "bert-base-uncased"):
             if isinstance(cached := try_to_load_from_cache(name, "vocab.txt"), str):
                 return Path(cached)
-    raise ValueError(f"ImageReward reads prompts with the vocabulary of bert-base-uncased: put its vocab.txt (231,508 bytes) beside {file.name}.")
+    raise ValueError(
+        "ImageReward reads prompts with the vocabulary of bert-base-uncased: put its vocab.txt (231,508 bytes) "
+        f"beside {file.name}."
+    )

@@ -1,11 +1,17 @@
-"""Weight-free rewards: what can be measured in the picture itself, or against reference pictures with an encoder from outside."""
+"""Weight-free rewards:
+
+what can be measured in the picture itself, or against reference pictures with an encoder from outside.
+"""
+
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .contract import Reward
 
 KINDS = ("foreground size", "brightness", "contrast", "colour", "sharpness", "jpeg size", "saturation")
 OF = ("mean", "best")
@@ -13,22 +19,25 @@ LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709
 
 
 @dataclass
-class Measure:
+class Measure(Reward):
     """A simple measurement as a reward.
 
     foreground size: share of pixels that differ from the background by more than `threshold`; the background is the
         median colour of the picture's border. brightness: mean luminance. contrast: standard deviation of luminance.
     colour: minus the distance of the mean colour to `target`, 0 at best. All in 0..1 (colour in -sqrt(3)..0).
-    sharpness: variance of the Laplacian of luminance (see `sharpness`); depends on the resolution, and noise counts as sharp.
-    jpeg size: kilobytes (1000 bytes) of the picture as JPEG; grows with the resolution. As flow_grpo's jpeg_incompressibility,
-        and with sign -1 its jpeg_compressibility times 500. saturation: mean over the pixels of max(RGB) - min(RGB), 0..1.
+    sharpness: variance of the Laplacian of luminance (see `sharpness`); depends on the resolution, and noise counts as
+    sharp. jpeg size: kilobytes (1000 bytes) of the picture as JPEG; grows with the resolution. As flow_grpo's
+    jpeg_incompressibility,
+        and with sign -1 its jpeg_compressibility times 500. saturation: mean over the pixels of max(RGB) - min(RGB),
+        0..1.
     A picture that holds NaN has no score: NaN.
     """
+
     kind: str = "foreground size"
     target: tuple[float, float, float] = (1.0, 0.0, 0.0)  # for colour: RGB in 0..1
-    threshold: float = 0.25                               # for foreground size: distance in RGB space, 0..sqrt(3)
-    sign: float = 1.0                                     # -1 = the less, the better
-    quality: int = 95                                     # for jpeg size: 1..100; 95 is flow_grpo's
+    threshold: float = 0.25  # for foreground size: distance in RGB space, 0..sqrt(3)
+    sign: float = 1.0  # -1 = the less, the better
+    quality: int = 95  # for jpeg size: 1..100; 95 is flow_grpo's
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -64,13 +73,17 @@ class Measure:
 
 
 def sharpness(luminance: Tensor) -> Tensor:
-    """Variance over the inner pixels of L(y, x) = Y(y-1, x) + Y(y+1, x) + Y(y, x-1) + Y(y, x+1) - 4 Y(y, x): [B, H, W] -> [B].
+    """Variance over the inner pixels of L(y, x) = Y(y-1, x) + Y(y+1, x) + Y(y, x-1) + Y(y, x+1) - 4 Y(y, x): [B, H, W]
+    -> [B].
 
-    In squares of the 0..1 scale, 0..16; times 255^2 it is OpenCV's usual number. It sees the finest detail only: the same
-    picture enlarged is less sharp, so compare pictures of one size.
+    In squares of the 0..1 scale, 0..16; times 255^2 it is OpenCV's usual number. It sees the finest detail only: the
+    same picture enlarged is less sharp, so compare pictures of one size.
     """
     if min(luminance.shape[1:]) < 3:
-        raise ValueError(f"Sharpness needs pictures of at least 3 x 3 pixels; these have {luminance.shape[2]} x {luminance.shape[1]}.")
+        raise ValueError(
+            f"Sharpness needs pictures of at least 3 x 3 pixels; these have {luminance.shape[2]} x "
+            f"{luminance.shape[1]}."
+        )
     inner = luminance[:, 1:-1, 1:-1]
     around = luminance[:, :-2, 1:-1] + luminance[:, 2:, 1:-1] + luminance[:, 1:-1, :-2] + luminance[:, 1:-1, 2:]
     return (around - 4 * inner).flatten(1).var(1, correction=0)
@@ -78,27 +91,36 @@ def sharpness(luminance: Tensor) -> Tensor:
 
 def encoded(image: Tensor, format: str, quality: int = 95) -> bytes:
     """[H, W, 3] in 0..1 -> the bytes of a "JPEG" or "PNG" file; quality is JPEG's."""
-    from ..plot import to_picture  # Pillow
+    from ..pictures.plot import to_picture  # Pillow
+
     buffer = io.BytesIO()
-    to_picture(image.detach().float().nan_to_num(0.0)).save(buffer, format, **({"quality": quality} if format == "JPEG" else {}))
+    to_picture(image.detach().float().nan_to_num(0.0)).save(
+        buffer, format, **({"quality": quality} if format == "JPEG" else {})
+    )
     return buffer.getvalue()
 
 
 @dataclass
-class Similarity:
+class Similarity(Reward):
     """How much a picture resembles reference pictures: the cosine of their embeddings, -1..1."""
-    reference: Tensor                     # [R, H, W, 3] in 0..1
-    encode: Callable[[Tensor], Tensor]    # [B, H, W, 3] in 0..1 -> embeddings [B, D], such as CLIP Vision's
-    of: str = "mean"                      # over several references: "mean" of all cosines, or the "best" one
-    batch: int = 16                       # pictures per pass
+
+    reference: Tensor  # [R, H, W, 3] in 0..1
+    encode: Callable[[Tensor], Tensor]  # [B, H, W, 3] in 0..1 -> embeddings [B, D], such as CLIP Vision's
+    of: str = "mean"  # over several references: "mean" of all cosines, or the "best" one
+    batch: int = 16  # pictures per pass
     name: str = "similarity"
-    _known: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # the references' directions [R, D], on the CPU
+    _known: Tensor | None = field(
+        default=None, init=False, repr=False, compare=False
+    )  # the references' directions [R, D], on the CPU
 
     def __post_init__(self):
         if self.of not in OF:
             raise ValueError(f"Unknown '{self.of}' of similarities: choose one of {', '.join(OF)}.")
         if self.reference.dim() != 4 or not len(self.reference) or self.reference.shape[-1] < 3:
-            raise ValueError(f"The reference has the shape {list(self.reference.shape)}: it must be one or more images [count, height, width, 3].")
+            raise ValueError(
+                f"The reference has the shape {list(self.reference.shape)}: it must be one or more images [count, "
+                "height, width, 3]."
+            )
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1 -> [B] on the CPU; the prompts do not matter. The references are encoded once."""
@@ -114,5 +136,7 @@ class Similarity:
         """[B, H, W, 3] -> embeddings of length 1 [B, D]."""
         found = torch.cat([self.encode(part).float().cpu() for part in images[..., :3].split(self.batch)])
         if found.dim() != 2 or len(found) != len(images):
-            raise ValueError(f"The image encoder gave {list(found.shape)} for {len(images)} images: it must give [batch, size].")
+            raise ValueError(
+                f"The image encoder gave {list(found.shape)} for {len(images)} images: it must give [batch, size]."
+            )
         return F.normalize(found, dim=-1)

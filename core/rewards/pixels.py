@@ -1,11 +1,15 @@
 """From IMAGE tensors to what each vision tower was trained on: resized, cropped, normalised."""
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's and BLIP's training images
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of CLIP's and BLIP's training images
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -15,13 +19,19 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def quantise(images: Tensor) -> Tensor:
-    """[...] in 0..1 -> whole numbers in 0..255 as float, as saving to a file does. The gradient passes straight through."""
+    """[...] in 0..1 -> whole numbers in 0..255 as float, as saving to a file does.
+
+    The gradient passes straight through.
+    """
     scaled = images.float().clamp(0, 1) * 255
     return scaled + (scaled.round() - scaled).detach()
 
 
 def crop_offset(length: int, size: int, rounded: bool) -> int:
-    """rounded: torchvision's CenterCrop; else as transformers' image processors. They differ by a pixel now and then."""
+    """rounded:
+
+    torchvision's CenterCrop; else as transformers' image processors. They differ by a pixel now and then.
+    """
     return round((length - size) / 2) if rounded else (length - size) // 2
 
 
@@ -35,12 +45,13 @@ def short_side(images: Tensor, size: int, rounded_crop: bool, differentiable: bo
         near = resize_with_gradient(whole, *new)
         resized = near + (resized.to(near) - near).detach()
     top, left = (crop_offset(length, size, rounded_crop) for length in new)
-    return normalise(resized[..., top:top + size, left:left + size] / 255)
+    return normalise(resized[..., top : top + size, left : left + size] / 255)
 
 
 def long_side(images: Tensor, size: int) -> Tensor:
-    """Long side to `size` on the float image (bicubic, antialiased), black around: [B, H, W, 3] in 0..1 -> [B, 3, size, size]
-    normalised. HPSv2's own transform."""
+    """Long side to `size` on the float image (bicubic, antialiased), black around: [B, H, W, 3] in 0..1 -> [B, 3, size,
+    size] normalised. HPSv2's own transform.
+    """
     height, width = images.shape[1:3]
     scale = size / max(height, width)
     new = tuple(round(length * scale) for length in (height, width))
@@ -54,13 +65,16 @@ def long_side(images: Tensor, size: int) -> Tensor:
 def resize_with_pillow(images: Tensor, height: int, width: int) -> Tensor:
     """[B, H, W, 3] in 0..255 -> [B, 3, height, width]."""
     whole = images.detach().to("cpu", torch.uint8).numpy()
-    resized = np.stack([np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)) for image in whole])
+    resized = np.stack(
+        [np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)) for image in whole]
+    )
     return torch.from_numpy(resized).to(images.device).movedim(-1, 1).float()
 
 
 def resize_with_gradient(images: Tensor, height: int, width: int) -> Tensor:
-    """The same with a gradient, within a step of Pillow, which also filters width, then height, and rounds after each. Here nothing is
-    rounded."""
+    """The same with a gradient, within a step of Pillow, which also filters width, then height, and rounds after each.
+    Here nothing is rounded.
+    """
     pixels = images.movedim(-1, 1)
     for size in ((pixels.shape[2], width), (height, width)):
         if pixels.shape[2:] != size:

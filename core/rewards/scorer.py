@@ -1,12 +1,16 @@
 """What reward models with a network share: batches, one pass per distinct prompt, precision, gradients."""
+
 import torch
 from torch import Tensor, nn
+
+from .contract import Reward
 
 REMEMBERED = 4096  # prompts whose features are kept
 
 
-class Scorer:
+class Scorer(Reward):
     """A reward model with weights. A subclass turns images into pixels, prompts into texts, and compares the two."""
+
     reads_prompts = True
 
     def __init__(self, name: str, module: nn.Module, device="cpu", dtype: torch.dtype | None = None, batch: int = 16):
@@ -39,7 +43,10 @@ class Scorer:
         raise NotImplementedError
 
     def score(self, images: Tensor, prompts: list[str], differentiable: bool = False) -> Tensor:
-        """[B, H, W, 3] in 0..1, B prompts -> [B] on the CPU; with differentiable=True the scores carry a gradient to `images`."""
+        """[B, H, W, 3] in 0..1, B prompts -> [B] on the CPU;
+
+        with differentiable=True the scores carry a gradient to `images`.
+        """
         if images.dim() != 4 or images.shape[-1] < 3:
             raise ValueError(f"The images have the shape {list(images.shape)}: they must be [batch, height, width, 3].")
         if len(prompts) != len(images):
@@ -65,6 +72,6 @@ class Scorer:
             self._texts.clear()
             new = list(dict.fromkeys(prompts))
         for first in range(0, len(new), self.batch):
-            part = new[first:first + self.batch]
+            part = new[first : first + self.batch]
             self._texts.update(zip(part, zip(*self.texts(part))))
         return tuple(torch.stack(rows) for rows in zip(*(self._texts[prompt] for prompt in prompts)))

@@ -3,6 +3,7 @@
 Peers (flow_grpo, verl-omni) exchange pickles, and to unpickle an answer is to run whatever code the server put into it.
 The same fields travel as JSON here; nothing in an answer is executed. The contract: docs/server_reward.md.
 """
+
 import base64
 import concurrent.futures
 import dataclasses
@@ -20,36 +21,42 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .combine import neighbours
+from .contract import Reward
 from .measure import encoded
 
 log = logging.getLogger("treerpo")
 
 PROTOCOLS = ("scores", "chat")
 FORMATS = ("png", "jpeg")
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the first repetition, which double; at most so many, whatever Retry-After asks
-LARGEST_ANSWER = 4_000_000            # bytes
-POLL = 0.1                            # seconds between two looks for an interrupt
+FIRST_WAIT, LONGEST_WAIT = (
+    0.5,
+    30.0,
+)  # seconds before the first repetition, which double; at most so many, whatever Retry-After asks
+LARGEST_ANSWER = 4_000_000  # bytes
+POLL = 0.1  # seconds between two looks for an interrupt
 KEY_NAMES = re.compile(r"(\w*API_KEY|TREERPO_\w+)", re.ASCII)  # a graph from a stranger cannot ask for any other secret
-SAME_FOR_ALL = (401, 404, 405)        # no other image would fare better
-ENOUGH = 4                            # requests in a row that must fail so before the rest is given up
+SAME_FOR_ALL = (401, 404, 405)  # no other image would fare better
+ENOUGH = 4  # requests in a row that must fail so before the rest is given up
 
 DEFAULT_INSTRUCTION = """Judge a generated image by the text it was made from. Two things count:
 1. Agreement with the text: are the objects, their attributes and their relations as described?
 2. Quality of the picture: clarity, detail, colour, and how pleasing it is as a whole.
-Go through the elements of the text and say which of them the image shows. Then give one score from 1 (bad) to 5 (excellent) \
+Go through the elements of the text and say which of them the image shows. \
+Then give one score from 1 (bad) to 5 (excellent) \
 in a last line that reads 'Final Score: ' and the number.
 Text: [{prompt}]"""
-GROUP_INSTRUCTION = """These {count} generated images were made from the same text. Compare them with each other. Two things count:
+GROUP_INSTRUCTION = """These {count} generated images were made from the same text. Compare them with each other. \
+Two things count:
 1. Agreement with the text: are the objects, their attributes and their relations as described?
 2. Quality of the picture: clarity, detail, colour, and how pleasing it is as a whole.
-At the end give each image a score from 1 (bad) to 5 (excellent), in the order of the images, one line for each that reads \
-'Final Score: ' and the number: {count} such lines, and no others.
+At the end give each image a score from 1 (bad) to 5 (excellent), in the order of the images, \
+one line for each that reads 'Final Score: ' and the number: {count} such lines, and no others.
 Text: [{prompt}]"""
 DEFAULT_PATTERN = r"(?i)Final Score:[\s*_\[]*(-?\d+(?:\.\d+)?)"  # also in Markdown's bold, and in brackets
 
@@ -58,43 +65,67 @@ class Fault(Exception):
     """Why a request, or one image of it, has no score."""
 
     def __init__(self, text: str, again: bool = False, wait: float = 0.0, for_all: bool = False):
-        """again: worth repeating, after at least `wait` seconds. for_all: it would be the same for every other image."""
+        """again:
+
+        worth repeating, after at least `wait` seconds. for_all: it would be the same for every other image.
+        """
         super().__init__(text)
         self.again, self.wait, self.for_all = again, wait, for_all
 
 
 @dataclasses.dataclass
-class ServerReward:
+class ServerReward(Reward):
     """A reward from a server. Images that get no score are NaN, and one line of the log says how many and why."""
-    address: str = dataclasses.field(repr=False)  # http:// or https://; for chat, one that ends in /v1 or has no path is completed
-    protocol: str = "scores"         # "scores": images and prompts as JSON, numbers back; "chat": OpenAI-compatible chat completions
-    timeout: float = 60.0            # seconds for one request
-    retries: int = 3                 # repetitions after a fault of the connection, 408, 429 or 5xx
-    name: str | None = None          # None: the field's or the model's name, else "server"
-    field: str = ""                  # scores: which list to take when the answer holds several by name
-    model: str = ""                  # chat: the model's name on the server
+
+    address: str = dataclasses.field(
+        repr=False
+    )  # http:// or https://; for chat, one that ends in /v1 or has no path is completed
+    protocol: str = (
+        "scores"  # "scores": images and prompts as JSON, numbers back; "chat": OpenAI-compatible chat completions
+    )
+    timeout: float = 60.0  # seconds for one request
+    retries: int = 3  # repetitions after a fault of the connection, 408, 429 or 5xx
+    name: str | None = None  # None: the field's or the model's name, else "server"
+    field: str = ""  # scores: which list to take when the answer holds several by name
+    model: str = ""  # chat: the model's name on the server
     instruction: str = DEFAULT_INSTRUCTION  # chat: {prompt} and {count} (of images) are filled in
-    pattern: str = DEFAULT_PATTERN   # chat: a regular expression whose first group is the score; its last match counts
-    key_variable: str = dataclasses.field(default="", repr=False)  # name of the environment variable with the API key; "" = no key
-    batch: int = 16                  # scores: images per request
-    workers: int = 4                 # requests at a time
-    image_format: str = "png"        # "png" is exact, "jpeg" (quality 95) smaller
-    check: Callable[[], object] | None = dataclasses.field(default=None, repr=False, compare=False)  # raises when the user interrupts
-    group: bool = False              # neighbouring images of one prompt in a single request, however many
+    pattern: str = DEFAULT_PATTERN  # chat: a regular expression whose first group is the score; its last match counts
+    key_variable: str = dataclasses.field(
+        default="", repr=False
+    )  # name of the environment variable with the API key; "" = no key
+    batch: int = 16  # scores: images per request
+    workers: int = 4  # requests at a time
+    image_format: str = "png"  # "png" is exact, "jpeg" (quality 95) smaller
+    check: Callable[[], object] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )  # raises when the user interrupts
+    group: bool = False  # neighbouring images of one prompt in a single request, however many
 
     def __post_init__(self):
         self.address = _checked_address(self.address.strip(), self.protocol == "chat")
-        for value, choices, what in ((self.protocol, PROTOCOLS, "protocol"), (self.image_format, FORMATS, "image format")):
+        for value, choices, what in (
+            (self.protocol, PROTOCOLS, "protocol"),
+            (self.image_format, FORMATS, "image format"),
+        ):
             if value not in choices:
                 raise ValueError(f"Unknown {what} '{value}': choose one of {', '.join(choices)}.")
-        if not (math.isfinite(self.timeout) and self.timeout > 0) or self.retries < 0 or self.batch < 1 or self.workers < 1:
-            raise ValueError("Server Reward needs a timeout above 0, retries of 0 or more, and a batch and workers of 1 or more.")
+        if (
+            not (math.isfinite(self.timeout) and self.timeout > 0)
+            or self.retries < 0
+            or self.batch < 1
+            or self.workers < 1
+        ):
+            raise ValueError(
+                "Server Reward needs a timeout above 0, retries of 0 or more, and a batch and workers of 1 or more."
+            )
         try:
             groups = re.compile(self.pattern).groups
         except re.error as error:
             raise ValueError(f"The pattern '{self.pattern}' is not a regular expression ({error}).") from None
         if self.protocol == "chat" and not groups:
-            raise ValueError(f"The pattern '{self.pattern}' has no group: put the part that is the score in parentheses.")
+            raise ValueError(
+                f"The pattern '{self.pattern}' has no group: put the part that is the score in parentheses."
+            )
         if self.group and self.instruction == DEFAULT_INSTRUCTION:
             self.instruction = GROUP_INSTRUCTION
         self.name = self.name or self.field or self.model.rsplit("/", 1)[-1] or "server"
@@ -108,11 +139,15 @@ class ServerReward:
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1, B prompts -> [B] on the CPU, NaN where there is no score.
 
-        Raises RuntimeError when no image got a score and the server is not the one who said so (null); ValueError for bad settings.
+        Raises RuntimeError when no image got a score and the server is not the one who said so (null); ValueError for
+        bad settings.
         """
         if images.dim() != 4 or images.shape[-1] < 3 or len(prompts) != len(images):
-            raise ValueError(f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per image, and images "
-                             "[batch, height, width, 3].")
+            raise ValueError(
+                f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per "
+                "image, and images "
+                "[batch, height, width, 3]."
+            )
         scores, faults = torch.full((len(images),), torch.nan), {}
         for i, answer in self._answers(images, prompts, self._key()):
             if isinstance(answer, Fault):
@@ -120,13 +155,24 @@ class ServerReward:
             elif answer is not None:
                 scores[i] = answer
         if faults and len(faults) == len(images):
-            raise RuntimeError(f"The reward server '{self.name}' gave no score for any of {len(images)} images: {faults[min(faults)]}")
+            raise RuntimeError(
+                f"The reward server '{self.name}' gave no score for any of {len(images)} images: {faults[min(faults)]}"
+            )
         if faults:
-            log.warning("The reward server '%s' gave no score for %d of %d images: %s", self.name, len(faults), len(images), faults[min(faults)])
+            log.warning(
+                "The reward server '%s' gave no score for %d of %d images: %s",
+                self.name,
+                len(faults),
+                len(images),
+                faults[min(faults)],
+            )
         return scores
 
     def _answers(self, images: Tensor, prompts: list[str], key: str) -> list[tuple[int, float | None | Fault]]:
-        """Per image a number, None (the server has no score for it) or why there is none. `check` runs here, in the caller's thread."""
+        """Per image a number, None (the server has no score for it) or why there is none.
+
+        `check` runs here, in the caller's thread.
+        """
         parts, found, stop = self._parts(prompts), [], threading.Event()
         pool = concurrent.futures.ThreadPoolExecutor(self.workers, thread_name_prefix="reward server")
         try:
@@ -159,7 +205,9 @@ class ServerReward:
             return [slice(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
         return neighbours(prompts)
 
-    def _ask(self, images: Tensor, prompts: list[str], key: str, stop: threading.Event) -> list[float | None | Fault] | Fault:
+    def _ask(
+        self, images: Tensor, prompts: list[str], key: str, stop: threading.Event
+    ) -> list[float | None | Fault] | Fault:
         """One request, repeated where that may help: an answer per image, or why there is none."""
         body = json.dumps(self._question(images, prompts)).encode()
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "TreeRPO"}
@@ -168,7 +216,11 @@ class ServerReward:
         for attempt in range(self.retries + 1):
             try:
                 answer = _post(self.address, body, headers, self.timeout, key)
-                return _scores(answer, len(images), self.field) if self.protocol == "scores" else _judgements(answer, len(images), self.pattern)
+                return (
+                    _scores(answer, len(images), self.field)
+                    if self.protocol == "scores"
+                    else _judgements(answer, len(images), self.pattern)
+                )
             except Fault as fault:
                 last = fault
             if not last.again or attempt == self.retries or stop.wait(pause(attempt, last.wait)):
@@ -182,21 +234,41 @@ class ServerReward:
         if self.protocol == "scores":
             return {"images": files, "prompts": prompts, "metadata": {}}
         text = self.instruction.replace("{count}", str(len(files))).replace("{prompt}", prompts[0])
-        content = [{"type": "image_url", "image_url": {"url": f"data:image/{self.image_format};base64,{file}"}} for file in files]
-        return {"model": self.model, "messages": [{"role": "user", "content": [*content, {"type": "text", "text": text}]}], "temperature": 0}
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/{self.image_format};base64,{file}"}}
+            for file in files
+        ]
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
+            "temperature": 0,
+        }
 
     def _key(self) -> str:
-        """The API key. It is read when it is needed and never kept; no message repeats the variable's name, since it may be a pasted key."""
+        """The API key.
+
+        It is read when it is needed and never kept; no message repeats the variable's name, since it may be a pasted
+        key.
+        """
         if not self.key_variable:
             return ""
         if not KEY_NAMES.fullmatch(self.key_variable):
-            raise ValueError("key_variable takes the name of an environment variable that ends in API_KEY or begins with TREERPO_, such as "
-                             "OPENAI_API_KEY, never the key itself.")
+            raise ValueError(
+                "key_variable takes the name of an environment variable that ends in API_KEY or begins with TREERPO_, "
+                "such as "
+                "OPENAI_API_KEY, never the key itself."
+            )
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
-            raise ValueError("The environment variable named in key_variable is not set: set it to the API key before ComfyUI starts.")
+            raise ValueError(
+                "The environment variable named in key_variable is not set: set it to the API key before ComfyUI "
+                "starts."
+            )
         if not (key.isascii() and key.isprintable()):
-            raise ValueError("The API key in the environment variable named in key_variable has characters that no key has: check its value.")
+            raise ValueError(
+                "The API key in the environment variable named in key_variable has characters that no key has: check "
+                "its value."
+            )
         return key
 
 
@@ -213,11 +285,18 @@ def _checked_address(address: str, chat: bool) -> str:
     except ValueError as error:
         raise ValueError(f"The server's address cannot be read ({error}).") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("The server's address must begin with http:// or https:// and a host, such as http://127.0.0.1:8000/score.")
+        raise ValueError(
+            "The server's address must begin with http:// or https:// and a host, such as http://127.0.0.1:8000/score."
+        )
     if not (address.isascii() and address.isprintable()) or " " in address:
-        raise ValueError("The server's address must have neither spaces nor letters outside ASCII: write them as %20 and so on.")
+        raise ValueError(
+            "The server's address must have neither spaces nor letters outside ASCII: write them as %20 and so on."
+        )
     if parts.username or parts.password:
-        raise ValueError("The server's address must not hold a user name or password, for it is stored in the graph: use key_variable.")
+        raise ValueError(
+            "The server's address must not hold a user name or password, for it is stored in the graph: use "
+            "key_variable."
+        )
     path = parts.path.rstrip("/")
     if chat and path in ("", "/v1"):
         path = "/v1/chat/completions"
@@ -249,8 +328,11 @@ def _opener(address: str) -> urllib.request.OpenerDirector:
 
 
 def pause(attempt: int, asked: float = 0.0) -> float:
-    """Seconds to wait after a failed attempt, counted from 0: doubling, at least what the server asked for, never above the cap."""
-    return min(max(asked, FIRST_WAIT * 2 ** attempt), LONGEST_WAIT)
+    """Seconds to wait after a failed attempt, counted from 0:
+
+    doubling, at least what the server asked for, never above the cap.
+    """
+    return min(max(asked, FIRST_WAIT * 2**attempt), LONGEST_WAIT)
 
 
 def _post(address: str, body: bytes, headers: dict[str, str], timeout: float, key: str = "") -> dict:
@@ -258,7 +340,9 @@ def _post(address: str, body: bytes, headers: dict[str, str], timeout: float, ke
     deadline, where = time.monotonic() + timeout, _shown(address)
     late = f"{where} did not answer within {timeout:g} s: raise the timeout, or check the server."
     try:
-        with _opener(address).open(urllib.request.Request(address, body, headers, method="POST"), timeout=timeout) as response:
+        with _opener(address).open(
+            urllib.request.Request(address, body, headers, method="POST"), timeout=timeout
+        ) as response:
             raw = _read(response, deadline, where, late)
             raw = raw.replace(key.encode(), b"***") if key else raw
             if not 200 <= response.status < 300:
@@ -270,7 +354,9 @@ def _post(address: str, body: bytes, headers: dict[str, str], timeout: float, ke
     try:
         answer = json.loads(raw)
     except (ValueError, RecursionError):
-        raise Fault(f"{where} answered with {_trimmed(raw)}, which is not JSON: check the address.", for_all=True) from None
+        raise Fault(
+            f"{where} answered with {_trimmed(raw)}, which is not JSON: check the address.", for_all=True
+        ) from None
     if not isinstance(answer, dict):
         raise Fault(f"{where} answered with {_trimmed(raw)}, which is not a JSON object.")
     if answer.get("error"):
@@ -284,7 +370,9 @@ def _read(response, deadline: float, where: str, late: str) -> bytes:
     while piece := response.read1(65536):
         raw += piece
         if len(raw) > LARGEST_ANSWER:
-            raise Fault(f"{where} sends more than {LARGEST_ANSWER / 1e6:g} MB as its answer: this is not a reward server.")
+            raise Fault(
+                f"{where} sends more than {LARGEST_ANSWER / 1e6:g} MB as its answer: this is not a reward server."
+            )
         if time.monotonic() > deadline:
             raise Fault(late, again=True, for_all=True)
     if response.length:  # what is still missing of the announced length
@@ -301,21 +389,33 @@ def _broken(error, where: str, late: str) -> Fault:
     if isinstance(error, http.client.IncompleteRead):
         return Fault(f"The connection to {where} broke in the middle of the answer.", again=True, for_all=True)
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return Fault(f"{where} cannot be reached ({_trimmed(reason)}): check that the server runs.", again=True, for_all=True)
+    return Fault(
+        f"{where} cannot be reached ({_trimmed(reason)}): check that the server runs.", again=True, for_all=True
+    )
 
 
 def _refusal(response, raw: bytes, where: str) -> Fault:
     """An answer whose status is not success."""
-    status = f"{where} answered {response.status} ({_trimmed(response.reason or http.client.responses.get(response.status, ''))})"
+    status = (
+        f"{where} answered {response.status} "
+        f"({_trimmed(response.reason or http.client.responses.get(response.status, ''))})"
+    )
     if 300 <= response.status < 400:
         target = _shown(urllib.parse.urljoin(where, response.headers.get("Location", "")))
-        return Fault(f"{status}: redirects are not followed; if you trust {_trimmed(target)}, make it the address.", for_all=True)
+        return Fault(
+            f"{status}: redirects are not followed; if you trust {_trimmed(target)}, make it the address.", for_all=True
+        )
     again = response.status in (408, 429) or response.status >= 500
     try:
         answer = json.loads(raw)
     except (ValueError, RecursionError):
         answer = None
-    return Fault(f"{status}: {_message(answer, raw)}", again, _retry_after(response.headers.get("Retry-After")), response.status in SAME_FOR_ALL)
+    return Fault(
+        f"{status}: {_message(answer, raw)}",
+        again,
+        _retry_after(response.headers.get("Retry-After")),
+        response.status in SAME_FOR_ALL,
+    )
 
 
 def _retry_after(header: str | None) -> float:
@@ -331,7 +431,10 @@ def _retry_after(header: str | None) -> float:
 
 
 def _message(answer, raw: bytes) -> str:
-    """What the server says in its own words: {"error": "..."}, {"error": {"message": "..."}}, {"detail": ...} or the body."""
+    """What the server says in its own words:
+
+    {"error": "..."}, {"error": {"message": "..."}}, {"detail": ...} or the body.
+    """
     for name in ("error", "detail", "message"):
         if isinstance(answer, dict) and answer.get(name):
             found = answer[name]
@@ -346,7 +449,7 @@ def _trimmed(text, length: int = 200) -> str:
         title = re.search(r"<title[^>]*>([^<]*)", text, re.IGNORECASE)
         text = f"a web page ({title[1].strip()})" if title else "a web page"
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return (text if len(text) <= length else text[:length - 1] + "…") or "nothing"
+    return (text if len(text) <= length else text[: length - 1] + "…") or "nothing"
 
 
 def _scores(answer: dict, count: int, field: str) -> list[float | None | Fault]:
@@ -355,32 +458,49 @@ def _scores(answer: dict, count: int, field: str) -> list[float | None | Fault]:
     if isinstance(found, dict):
         names = ", ".join(sorted(map(str, found)))
         if not field and len(found) != 1:
-            raise Fault(f"The server gives several scores ({_trimmed(names)}): write the name of one into 'field'.", for_all=True)
+            raise Fault(
+                f"The server gives several scores ({_trimmed(names)}): write the name of one into 'field'.",
+                for_all=True,
+            )
         found = found.get(field) if field else next(iter(found.values()))
         if found is None:
             raise Fault(f"The server gives no score '{field}', only {_trimmed(names)}: correct 'field'.", for_all=True)
     elif field and isinstance(found, list):
-        raise Fault(f"The server gives one list of scores without names: leave 'field' empty instead of '{field}'.", for_all=True)
+        raise Fault(
+            f"The server gives one list of scores without names: leave 'field' empty instead of '{field}'.",
+            for_all=True,
+        )
     if not isinstance(found, list):
         raise Fault('The server\'s answer has no list "scores": see docs/server_reward.md.', for_all=True)
     if len(found) != count:
-        raise Fault(f"The server gave {len(found)} scores for {count} images: it must give one per image, null where it has none.")
+        raise Fault(
+            f"The server gave {len(found)} scores for {count} images: it must give one per image, null where it has "
+            "none."
+        )
     return [None if value is None else _number(value) for value in found]
 
 
 def _judgements(answer: dict, count: int, pattern: str) -> list[float | Fault]:
-    """A chat completion -> a score per image: the pattern's last match for one image, exactly `count` matches for several."""
+    """A chat completion -> a score per image:
+
+    the pattern's last match for one image, exactly `count` matches for several.
+    """
     try:
         text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise Fault("The server's answer is not a chat completion: for one, the address ends in /v1/chat/completions.", for_all=True) from None
+        raise Fault(
+            "The server's answer is not a chat completion: for one, the address ends in /v1/chat/completions.",
+            for_all=True,
+        ) from None
     if isinstance(text, list):
         text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
     found = [match[1] for match in re.finditer(pattern, text or "")]
     if not found:
         raise Fault(f"The pattern for the score does not occur in the judge's answer: …{_trimmed((text or '')[-200:])}")
     if count > 1 and len(found) != count:
-        raise Fault(f"The judge gave {len(found)} scores for {count} images: the instruction must ask for one per image.")
+        raise Fault(
+            f"The judge gave {len(found)} scores for {count} images: the instruction must ask for one per image."
+        )
     return [_number(value, text=True) for value in found[-count:]]
 
 
@@ -392,4 +512,8 @@ def _number(value, text: bool = False) -> float | Fault:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return Fault(f"the server's score {_trimmed(json.dumps(value), 40)} is not a number.")
-    return number if abs(number) <= torch.finfo(torch.float32).max else Fault(f"the server's score {_trimmed(value, 40)} is not finite.")
+    return (
+        number
+        if abs(number) <= torch.finfo(torch.float32).max
+        else Fault(f"the server's score {_trimmed(value, 40)} is not finite.")
+    )

@@ -2,9 +2,10 @@
 
     python tests/browser/check_new_user.py --comfyui PATH [--iterations N] [--pictures FOLDER]
 
-A fresh ComfyUI without any model. Everything after the start is done with mouse and keyboard in the page, without waiting longer than the page needs.
-Needs playwright and a chromium.
+A fresh ComfyUI without any model. Everything after the start is done with mouse and keyboard in the page, without
+waiting longer than the page needs. Needs playwright and a chromium.
 """
+
 import argparse
 import json
 import sys
@@ -28,9 +29,15 @@ class NewUser:
     def open_template(self, name: str) -> None:
         browser = self.page.page
         self.acts("click Templates", lambda: browser.get_by_label("Templates", exact=True).first.click())
-        self.acts("click TreeRPO", lambda: browser.get_by_role("dialog").get_by_text("TreeRPO", exact=True).first.click())
+        self.acts(
+            "click TreeRPO", lambda: browser.get_by_role("dialog").get_by_text("TreeRPO", exact=True).first.click()
+        )
         self.acts(f"click {name}", lambda: browser.get_by_test_id(f"template-workflow-{name}").click())
-        browser.wait_for_function("(name) => app.graph._nodes.some((node) => node.type.startsWith('TreeRPO')) && app.extensionManager.workflow.activeWorkflow?.path.includes(name)", arg=name)
+        browser.wait_for_function(
+            "(name) => app.graph._nodes.some((node) => node.type.startsWith('TreeRPO')) && "
+            "app.extensionManager.workflow.activeWorkflow?.path.includes(name)",
+            arg=name,
+        )
         browser.wait_for_timeout(500)
 
     def finished(self, count: int) -> None:
@@ -57,14 +64,21 @@ def main() -> int:
         user.began = began
         user.done += ["drop the folder into custom_nodes", "start ComfyUI", "open its page"]
         user.open_template("first_steps")
-        user.acts(f"write {options.iterations} beside Run", lambda: browser.get_by_role("textbox", name="Batch Count").fill(str(options.iterations)))
+        user.acts(
+            f"write {options.iterations} beside Run",
+            lambda: browser.get_by_role("textbox", name="Batch Count").fill(str(options.iterations)),
+        )
         user.acts("click Run", lambda: browser.get_by_test_id("queue-button").first.click())
         user.finished(options.iterations)
         user.open_template("compare")
         user.acts("write 1 beside Run", lambda: browser.get_by_role("textbox", name="Batch Count").fill("1"))
         user.acts("click Run", lambda: browser.get_by_test_id("queue-button").first.click())
         user.finished(options.iterations + 1)
-        print(f"{len(user.done)} actions, {(time.perf_counter() - began) / 60:.1f} minutes from the start of ComfyUI to the tuned pictures", flush=True)
+        print(
+            f"{len(user.done)} actions, {(time.perf_counter() - began) / 60:.1f} minutes from the start of ComfyUI to "
+            "the tuned pictures",
+            flush=True,
+        )
         if options.pictures:
             page.picture(options.pictures / "new_user.png")
         return 1 if page.errors() else 0

@@ -1,8 +1,9 @@
-"""Pick the Winner in the page: asked, answered by keys and clicks, closed and brought back. The server's side is played here, so that every answer of it
-can be tried.
+"""Pick the Winner in the page: asked, answered by keys and clicks, closed and brought back. The server's side is played
+here, so that every answer of it can be tried.
 
     python tests/browser/check_pick.py [--comfyui PATH] [--pictures FOLDER]
 """
+
 import json
 
 from page import main
@@ -31,8 +32,20 @@ class Asked:
         route.fulfill(status=self.status, json={"ok": True} if self.status == 200 else {"error": self.error})
 
     def question(self, id, **more):
-        return {"id": id, "node_id": "7", "prompt": PROMPT, "how": "best", "group": 1, "groups": 1, "count": 9, "images": self.images[:more.get("count", 9)],
-                "seconds_left": 60, "live": True, "iteration": 12, **more}
+        return {
+            "id": id,
+            "node_id": "7",
+            "prompt": PROMPT,
+            "how": "best",
+            "group": 1,
+            "groups": 1,
+            "count": 9,
+            "images": self.images[: more.get("count", 9)],
+            "seconds_left": 60,
+            "live": True,
+            "iteration": 12,
+            **more,
+        }
 
     def ask(self, id, **more):
         self.event("treerpo.pick", self.question(id, **more))
@@ -68,7 +81,9 @@ def check(page, name, pictures):
 def live(page, server, dialog, picture):
     server.ask("first", groups=2)
     server.ask("second", group=2, groups=2, prompt="another prompt")
-    page.page.wait_for_function("() => [...document.querySelectorAll('.treerpo-dialog img')].every((i) => i.naturalWidth)")
+    page.page.wait_for_function(
+        "() => [...document.querySelectorAll('.treerpo-dialog img')].every((i) => i.naturalWidth)"
+    )
     assert dialog.locator(".prompt").inner_text() == PROMPT and dialog.locator("img").count() == 9
     assert dialog.get_by_text("prompt 1 of 2").is_visible() and "s left" in dialog.locator(".clock").inner_text()
     if picture:
@@ -114,7 +129,9 @@ def refused(page, server, dialog):
     server.status, server.error = 404, "Nobody waits for this answer any more."
     press(page, "1")
     server.answer()
-    assert dialog.get_by_text("Nobody waits for this answer any more.").is_visible() and not dialog.locator("img").count()
+    assert (
+        dialog.get_by_text("Nobody waits for this answer any more.").is_visible() and not dialog.locator("img").count()
+    )
     press(page, "Escape")
     server.status = 200
 
@@ -139,7 +156,10 @@ def later(page, server, dialog, badge):
 
 
 def not_while_typing(page, server, dialog):
-    page.evaluate("() => { const box = document.createElement('textarea'); box.id = 'writing'; document.body.append(box); box.focus(); }")
+    page.evaluate(
+        "() => { const box = document.createElement('textarea'); box.id = 'writing'; document.body.append(box); "
+        "box.focus(); }"
+    )
     server.ask("typing")
     page.page.keyboard.type("1 or 2")
     assert page.page.locator("#writing").input_value() == "1 or 2" and not server.answers and dialog.count()
@@ -150,9 +170,14 @@ def not_while_typing(page, server, dialog):
 
 def two_runs(page, server, dialog):
     """Answers go into the node's widget, and the last one offers to run again."""
+
     def picks():
         return page.evaluate("() => app.graph._nodes[0].widgets.find((w) => w.name === 'picks').value")
-    page.evaluate("() => { window.queued = 0; app.queuePrompt = async () => { window.queued++; }; app.graph._nodes[0].widgets.find((w) => w.name === 'picks').value = 'old: 1' }")
+
+    page.evaluate(
+        "() => { window.queued = 0; app.queuePrompt = async () => { window.queued++; }; "
+        "app.graph._nodes[0].widgets.find((w) => w.name === 'picks').value = 'old: 1' }"
+    )
     for group, id in ((1, "aaa"), (2, "bbb")):
         server.ask(id, live=False, seconds_left=None, group=group, groups=2)
     press(page, "5")
@@ -162,13 +187,17 @@ def two_runs(page, server, dialog):
     assert dialog.get_by_text("All answered").is_visible()
     press(page, "Enter")
     assert page.evaluate("() => window.queued") == 1 and not dialog.count()
-    server.ask("ccc", live=False, seconds_left=None, group=2, groups=2)  # the images of prompt 2 have changed, those of prompt 1 not
+    server.ask(
+        "ccc", live=False, seconds_left=None, group=2, groups=2
+    )  # the images of prompt 2 have changed, those of prompt 1 not
     press(page, "1")
     assert picks() == "aaa: 5\nccc: 1"
     press(page, "Escape")
     server.ask("ddd", live=False, seconds_left=None)
     page.load_graph({"nodes": [], "links": [], "version": 0.4}, "other")  # its node is gone: nobody to answer to
-    page.page.wait_for_function("() => !document.querySelector('.treerpo-dialog') && !document.querySelector('.treerpo-badge')")
+    page.page.wait_for_function(
+        "() => !document.querySelector('.treerpo-dialog') && !document.querySelector('.treerpo-badge')"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Tree View in the page: drawn, clicked through, sent on, and still there after the page was loaded again.
 
-    python tests/browser/check_tree_view.py [--comfyui PATH] [--pictures FOLDER]
+python tests/browser/check_tree_view.py [--comfyui PATH] [--pictures FOLDER]
 """
+
 import json
 import uuid
 
@@ -11,27 +12,43 @@ from page import ROOT, main
 def graph(depth=2, prompts=2):
     """First steps without the update, so that every run grows the same trees; with Tree View."""
     found = json.loads((ROOT / "workflows/api/first_steps.json").read_text("utf-8"))
-    found = {name: node for name, node in found.items() if node["class_type"] not in ("TreeRPOUpdate", "TreeRPOSaveLora", "TreeRPOTreeView")}
+    found = {
+        name: node
+        for name, node in found.items()
+        if node["class_type"] not in ("TreeRPOUpdate", "TreeRPOSaveLora", "TreeRPOTreeView")
+    }
     found["1"]["inputs"]["model"] = "sd3"  # older ComfyUI takes FLUX sizes as fixed
     found["3"]["inputs"]["per_iteration"] = prompts
     found["6"]["inputs"].update(depth=depth, window="fixed")
-    found["20"] = {"class_type": "TreeRPOTreeView", "_meta": {"title": "Tree View"},
-                   "inputs": {"tree": ["8", 0], "rewards": ["11", 0], "leaf": 0, "advantages": ["12", 0], "leaves": ["8", 1]}}
+    found["20"] = {
+        "class_type": "TreeRPOTreeView",
+        "_meta": {"title": "Tree View"},
+        "inputs": {"tree": ["8", 0], "rewards": ["11", 0], "leaf": 0, "advantages": ["12", 0], "leaves": ["8", 1]},
+    }
     return found
 
 
 def widget(page, name):
-    return page.evaluate("(name) => app.graph._nodes.find((n) => n.type === 'TreeRPOTreeView').widgets.find((w) => w.name === name).value", name)
+    return page.evaluate(
+        "(name) => app.graph._nodes.find((n) => n.type === 'TreeRPOTreeView').widgets.find((w) => w.name === "
+        "name).value",
+        name,
+    )
 
 
 def check(page, name, pictures):
     page.load_api(graph(), f"tree {name}")
-    page.load_graph({**page.evaluate("() => app.graph.serialize()"), "id": str(uuid.uuid4())}, f"tree {name}")  # as saved workflows have one
+    page.load_graph(
+        {**page.evaluate("() => app.graph.serialize()"), "id": str(uuid.uuid4())}, f"tree {name}"
+    )  # as saved workflows have one
     tree, dialog = page.page.locator(".treerpo-tree"), page.page.locator(".treerpo-dialog")
     assert "appears here" in tree.inner_text()
     page.run()
     assert tree.locator(".leaf").count() == 18 and tree.locator("line").count() == 24
-    broken = page.evaluate("() => Promise.all([...document.querySelectorAll('.treerpo-tree image')].map((i) => fetch(i.href.baseVal).then((r) => r.ok)))")
+    broken = page.evaluate(
+        "() => Promise.all([...document.querySelectorAll('.treerpo-tree image')].map((i) => "
+        "fetch(i.href.baseVal).then((r) => r.ok)))"
+    )
     assert all(broken) and len(broken) == 18
     page.fit("TreeRPOTreeView")
     if pictures:
@@ -81,7 +98,9 @@ def sent_on(page, tree, dialog):
     dialog.get_by_text("To Load Image").click()
     dialog.get_by_text("is in a new Load Image node").wait_for()
     page.page.keyboard.press("Escape")
-    file = page.evaluate("() => app.graph._nodes.find((n) => n.type === 'LoadImage').widgets.find((w) => w.name === 'image').value")
+    file = page.evaluate(
+        "() => app.graph._nodes.find((n) => n.type === 'LoadImage').widgets.find((w) => w.name === 'image').value"
+    )
     assert (page.server.base / "input" / file).is_file()
     page.run()
     assert "★ 5" in tree.inner_text().replace("\n", " ")

@@ -1,22 +1,28 @@
-"""Every shipped graph as an artist meets it: opened from the template browser, looked through, queued from the page, finished.
+"""Every shipped graph as an artist meets it: opened from the template browser, looked through, queued from the page,
+finished.
 
     python tests/browser/check_workflows.py [name ...] --comfyui PATH [--pictures FOLDER] [--nodes2] [--thumbnails]
 
-The big models and the reward models' weights are not here: loaders are replaced, in the page, by the tiny model that comes with the pack, and tiny
-random weights lie under the official names; sizes and iterations are made small. Screenshots of the finished graphs go to FOLDER. --nodes2:
-with Nodes 2.0. Needs playwright and a chromium.
+The big models and the reward models' weights are not here: loaders are replaced, in the page, by the tiny model that
+comes with the pack, and tiny random weights lie under the official names; sizes and iterations are made small.
+Screenshots of the finished graphs go to FOLDER. --nodes2: with Nodes 2.0. Needs playwright and a chromium.
 """
+
 import argparse
 import io
 import json
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
 from page import ROOT, Page, Problem
+from PIL import Image, ImageDraw, ImageOps
 
 sys.path[:0] = [str(ROOT / "tests")]
-LOOKS = {"Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0, "Comfy.Graph.CanvasInfo": False}  # all text drawn, nothing over the graph
+LOOKS = {
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+    "Comfy.Graph.CanvasInfo": False,
+}  # all text drawn, nothing over the graph
 
 SUBSTITUTE = """(kind) => {
     // loaders of big models -> the tiny model's outputs: [output of the loader, output of the tiny model]
@@ -42,11 +48,22 @@ SMALL = """(changes) => {
         for (const widget of node.widgets ?? [])
             if (`${node.type}.${widget.name}` in changes) widget.value = changes[`${node.type}.${widget.name}`];
 }"""
-CHANGES = {**{f"{node}.text": "a red circle on a white background\na blue square on a black background\na green triangle on a gray background\na yellow cross on a black background\n"
-                               "a cyan circle on a gray background\nan orange square on a white background\na purple triangle on a black background\na pink cross on a white background"
-              for node in ("TreeRPOPrompts", "TreeRPOPromptList")},
-           "EmptySD3LatentImage.width": 64, "EmptySD3LatentImage.height": 64, "TreeRPOTrainer.iterations": 3, "TreeRPOTrainer.evaluate_every": 3, "TreeRPOPolicy.checkpointing": False,
-           "TreeRPOPolicy.targets": "attention+mlp", "TreeRPOTrainer.learning_rate": 5e-4}
+CHANGES = {
+    **{
+        f"{node}.text": "a red circle on a white background\na blue square on a black background\na green triangle on "
+        "a gray background\na yellow cross on a black background\n"
+        "a cyan circle on a gray background\nan orange square on a white background\na purple triangle on a black "
+        "background\na pink cross on a white background"
+        for node in ("TreeRPOPrompts", "TreeRPOPromptList")
+    },
+    "EmptySD3LatentImage.width": 64,
+    "EmptySD3LatentImage.height": 64,
+    "TreeRPOTrainer.iterations": 3,
+    "TreeRPOTrainer.evaluate_every": 3,
+    "TreeRPOPolicy.checkpointing": False,
+    "TreeRPOPolicy.targets": "attention+mlp",
+    "TreeRPOTrainer.learning_rate": 5e-4,
+}
 FAULTS = """() => {
     const faults = [];
     for (const node of app.graph._nodes) {
@@ -64,7 +81,12 @@ AREA = """() => {
     return [...at(Math.min(...boxes.map((box) => box[0])), Math.min(...boxes.map((box) => box[1]))),
             ...at(Math.max(...boxes.map((box) => box[0] + box[2])), Math.max(...boxes.map((box) => box[1] + box[3])))];
 }"""
-OUTCOMES = ["TreeRPOTrainer", "TreeRPOPick", "TreeRPOAdvantages", "TreeRPOScore"]  # whose picture goes on the card, the first there is
+OUTCOMES = [
+    "TreeRPOTrainer",
+    "TreeRPOPick",
+    "TreeRPOAdvantages",
+    "TreeRPOScore",
+]  # whose picture goes on the card, the first there is
 SHOWN = """(types) => {
     for (const type of types)
         for (const node of app.graph._nodes.filter((one) => one.type === type)) {
@@ -90,6 +112,7 @@ CARDS = {
 def prepare(base: Path) -> None:
     """Tiny weights under the official names, and pictures to rank."""
     from golden import inputs, models
+
     rewards = base / "models/rewards"
     models.write("hps_v2", rewards)
     models.write("image_reward", rewards / "ImageReward")
@@ -110,11 +133,23 @@ def open_template(page: Page, name: str) -> None:
 
 
 def differences(queued: dict, twin: dict) -> list[str]:
-    """Where what the page would queue is not the API twin. (A widget without a value of its own, such as ImageCompare's, does not count.)"""
-    found = [f"{number}: the page has {queued.get(number, {}).get('class_type')}, the API twin {twin.get(number, {}).get('class_type')}"
-             for number in queued.keys() | twin.keys() if queued.get(number, {}).get("class_type") != twin.get(number, {}).get("class_type")]
-    return found or [f"{number} {node['class_type']}.{field}: the page queues {queued[number]['inputs'].get(field)!r}, the API twin says {value!r}"
-                     for number, node in twin.items() for field, value in node["inputs"].items() if value != "" and queued[number]["inputs"].get(field) != value]
+    """Where what the page would queue is not the API twin.
+
+    (A widget without a value of its own, such as ImageCompare's, does not count.)
+    """
+    found = [
+        f"{number}: the page has {queued.get(number, {}).get('class_type')}, the API twin "
+        f"{twin.get(number, {}).get('class_type')}"
+        for number in queued.keys() | twin.keys()
+        if queued.get(number, {}).get("class_type") != twin.get(number, {}).get("class_type")
+    ]
+    return found or [
+        f"{number} {node['class_type']}.{field}: the page queues {queued[number]['inputs'].get(field)!r}, the API "
+        f"twin says {value!r}"
+        for number, node in twin.items()
+        for field, value in node["inputs"].items()
+        if value != "" and queued[number]["inputs"].get(field) != value
+    ]
 
 
 def check(page: Page, name: str, pictures: Path | None, cards: bool) -> list[str]:
@@ -179,8 +214,12 @@ def drawn(page: Page) -> Image.Image:
 
 
 def thumbnail(page: Page, name: str) -> None:
-    """workflows/<name>.jpg, a card of the template browser: what the graph is for, the graph, and what comes out of it."""
-    from core.plot import font
+    """workflows/<name>.jpg, a card of the template browser:
+
+    what the graph is for, the graph, and what comes out of it.
+    """
+    from core.pictures.plot import font
+
     card = Image.new("RGB", (560, 560), (27, 27, 31))
     draw = ImageDraw.Draw(card)
     title, line = CARDS[name]
@@ -208,14 +247,20 @@ def main() -> int:
     options = parser.parse_args()
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
-    shipped = sorted((path.stem for path in (ROOT / "workflows").glob("*.json")), key=lambda name: name == "compare")  # it needs the LoRA of first_steps
+    shipped = sorted(
+        (path.stem for path in (ROOT / "workflows").glob("*.json")), key=lambda name: name == "compare"
+    )  # it needs the LoRA of first_steps
     page, failed = Page(options.comfyui, options.nodes2, (2400, 1200)), 0
     page.settings |= LOOKS
     with page:
         prepare(page.server.base)
         for name in options.names or [*shipped, "blueprint"]:
             try:
-                faults = check_blueprint(page) if name == "blueprint" else check(page, name, options.pictures, options.thumbnails)
+                faults = (
+                    check_blueprint(page)
+                    if name == "blueprint"
+                    else check(page, name, options.pictures, options.thumbnails)
+                )
             except Problem as problem:
                 faults = [str(problem)]
             print(f"{name}: {'; '.join(faults) or 'fine'}", flush=True)

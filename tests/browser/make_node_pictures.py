@@ -2,8 +2,10 @@
 
     python tests/browser/make_node_pictures.py [NodeId ...] --comfyui PATH
 
-Nodes that a template has are shown after a run of it, the others alone, with their defaults; in Nodes 2.0. Needs playwright and a chromium.
+Nodes that a template has are shown after a run of it, the others alone, with their defaults; in Nodes 2.0. Needs
+playwright and a chromium.
 """
+
 import argparse
 import json
 from pathlib import Path

@@ -1,10 +1,12 @@
-"""Draws the drag-and-drop graphs: workflows/<name>.json, from workflows/api/<name>.json and the texts below; and the blueprint in subgraphs/.
+"""Draws the drag-and-drop graphs: workflows/<name>.json, from workflows/api/<name>.json and the texts below; and the
+blueprint in subgraphs/.
 
     python tests/browser/make_workflows.py [name ...] --comfyui PATH
 
-Run it after a node's inputs have changed. The graph is made and saved by ComfyUI's own page in Chromium; here it only gets its places, its
-groups and its notes. Needs playwright and a chromium.
+Run it after a node's inputs have changed. The graph is made and saved by ComfyUI's own page in Chromium; here it only
+gets its places, its groups and its notes. Needs playwright and a chromium.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -13,11 +15,34 @@ from page import ROOT, Page
 
 GAP, PADDING, TITLE = 40, 30, 50
 WIDTH = 340
-WIDE = {"TreeRPOTreeView": 620, "TreeRPOTrainer": 640, "TreeRPOAdvantages": 560, "TreeRPOScore": 460, "ImageCompare": 420, "TreeRPOUpdate": 400, "TreeRPOPick": 460,
-        "PreviewImage": 560, "SaveImage": 400}
-ROOM = {"TreeRPOTreeView": 420, "TreeRPOTrainer": 330, "TreeRPOAdvantages": 330, "TreeRPOScore": 400, "TreeRPOUpdate": 200, "TreeRPONoise": 200, "TreeRPOPick": 420,
-        "PreviewImage": 300, "SaveImage": 330, "ImageCompare": 420, "TreeRPOPrompts": 160, "TreeRPOPromptList": 200, "TreeRPOShape": 60,
-        "TreeRPOLayerTuning": 200, "TreeRPOPreflight": 160}  # for pictures and texts that appear when the graph runs
+WIDE = {
+    "TreeRPOTreeView": 620,
+    "TreeRPOTrainer": 640,
+    "TreeRPOAdvantages": 560,
+    "TreeRPOScore": 460,
+    "ImageCompare": 420,
+    "TreeRPOUpdate": 400,
+    "TreeRPOPick": 460,
+    "PreviewImage": 560,
+    "SaveImage": 400,
+}
+ROOM = {
+    "TreeRPOTreeView": 420,
+    "TreeRPOTrainer": 330,
+    "TreeRPOAdvantages": 330,
+    "TreeRPOScore": 400,
+    "TreeRPOUpdate": 200,
+    "TreeRPONoise": 200,
+    "TreeRPOPick": 420,
+    "PreviewImage": 300,
+    "SaveImage": 330,
+    "ImageCompare": 420,
+    "TreeRPOPrompts": 160,
+    "TreeRPOPromptList": 200,
+    "TreeRPOShape": 60,
+    "TreeRPOLayerTuning": 200,
+    "TreeRPOPreflight": 160,
+}  # for pictures and texts that appear when the graph runs
 BLUE, GREEN, ORANGE, PURPLE, GREY = "#3f789e", "#4a7a4a", "#a1663a", "#6f5a8f", "#555555"
 
 
@@ -39,7 +64,9 @@ FLUX_FILES = """**Files** as ComfyUI's own FLUX examples name them: `models/diff
 `clip_l.safetensors`, `models/vae/ae.safetensors`. Other names: choose yours in the loaders.
 
 `fp8_e4m3fn` halves the model's memory; the LoRA on top always learns in float32."""
-HPS_FILES = """Rewards look for their weights in `models/rewards` (see the README); switch `download` on to fetch them."""
+HPS_FILES = (
+    """Rewards look for their weights in `models/rewards` (see the README); switch `download` on to fetch them."""
+)
 RUNS = """A run belongs to its **run_name** and lives in `output/treerpo/<run name>`. Queue again and it goes on, also after a restart. Another name begins anew."""
 POLICY = f"""**Tree Policy** adds a LoRA that can learn. Your model itself is never changed. {RUNS}"""
 TREE = """**Tree Shape** x **Depth Noise**: inside a window of steps each latent branches into several, with fresh noise. Images that share their beginning share the cost, and credit goes
@@ -47,85 +74,257 @@ to the step that earned it. Train at the size you sample at."""
 
 GRAPHS = {
     "first_steps": [
-        stage("1  A tiny model", BLUE, "**No download needed.** A FLUX of 1.7 million parameters that draws coloured shapes comes with TreeRPO. Press **Run**: one run is one iteration, a "
-              "second or two. **Run (Instant)** trains on and on. Watch the curve at the right: the shapes get larger, because the reward asks for it.", ["Model", "Policy", "Prompts"]),
+        stage(
+            "1  A tiny model",
+            BLUE,
+            "**No download needed.** A FLUX of 1.7 million parameters that draws coloured shapes comes with TreeRPO. "
+            "Press **Run**: one run is one iteration, a "
+            "second or two. **Run (Instant)** trains on and on. Watch the curve at the right: the shapes get larger, "
+            "because the reward asks for it.",
+            ["Model", "Policy", "Prompts"],
+        ),
         stage("2  Grow trees", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise", "Sampler"]),
-        stage("3  Score", ORANGE, "**Any reward** can stand here: Image Measure is the simplest. Swap it for HPSv2.1, ImageReward, your own server, or *Pick the Winner*.", ["Decode", "Reward"],
-              ["Score"]),
-        stage("4  Learn", PURPLE, "**Tree Advantages** compares the images of each prompt and hands credit up the tree. **GRPO Update** makes the better branches more likely, and saves the run. **Tree View**: click a leaf.",
-              ["Advantages", "Tree View"], ["Update", "Save"]),
+        stage(
+            "3  Score",
+            ORANGE,
+            "**Any reward** can stand here: Image Measure is the simplest. Swap it for HPSv2.1, ImageReward, your own "
+            "server, or *Pick the Winner*.",
+            ["Decode", "Reward"],
+            ["Score"],
+        ),
+        stage(
+            "4  Learn",
+            PURPLE,
+            "**Tree Advantages** compares the images of each prompt and hands credit up the tree. **GRPO Update** "
+            "makes the better branches more likely, and saves the run. **Tree View**: click a leaf.",
+            ["Advantages", "Tree View"],
+            ["Update", "Save"],
+        ),
     ],
     "flux_by_hand": [
         stage("1  FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE"]),
         stage("2  What learns, on which prompts", BLUE, POLICY, ["Policy", "Prompts"]),
-        stage("3  Grow a tree", GREEN, f"{TREE} 27 images per prompt here. Out of memory? Lower `micro_batch` in Tree Sampler and GRPO Update; the result stays the same.",
-              ["Sigmas", "Size", "Shape"], ["Noise", "Sampler"]),
+        stage(
+            "3  Grow a tree",
+            GREEN,
+            f"{TREE} 27 images per prompt here. Out of memory? Lower `micro_batch` in Tree Sampler and GRPO Update; "
+            "the result stays the same.",
+            ["Sigmas", "Size", "Shape"],
+            ["Noise", "Sampler"],
+        ),
         stage("4  Score", ORANGE, HPS_FILES, ["Decode", "HPSv2.1"], ["Score"]),
-        stage("5  Learn", PURPLE, "One Run is one iteration; **Run (Instant)** trains on. Expect to see a difference after some tens of iterations. **Tree View**: click a leaf.", ["Advantages", "Tree View"], ["Update", "Save"]),
+        stage(
+            "5  Learn",
+            PURPLE,
+            "One Run is one iteration; **Run (Instant)** trains on. Expect to see a difference after some tens of "
+            "iterations. **Tree View**: click a leaf.",
+            ["Advantages", "Tree View"],
+            ["Update", "Save"],
+        ),
     ],
     "flux_trainer": [
         stage("1  FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE"]),
-        stage("2  What learns, on which prompts", BLUE, f"{POLICY} Four of the prompts are held out: they are never trained on and show whether it is still good.", ["Policy", "Prompts"]),
+        stage(
+            "2  What learns, on which prompts",
+            BLUE,
+            f"{POLICY} Four of the prompts are held out: they are never trained on and show whether it is still good.",
+            ["Policy", "Prompts"],
+        ),
         stage("3  How trees grow", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise"]),
-        stage("4  What is good", ORANGE, f"HPSv2.1 is what the model learns to please. The **judge** is never trained on: if it falls while the reward rises, the run pauses and says so. {HPS_FILES}",
-              ["HPSv2.1", "Judge: ImageReward"]),
-        stage("5  Train", PURPLE, "**100 iterations in one Run**, with a live picture. Stop whenever you like; the next Run goes on. **VRAM Preflight** estimates the memory first; `free_others` "
-              "(advanced) moves text encoder and rewards off the GPU while the model works.", ["Preflight"], ["Trainer"], ["Dashboard", "Save"]),
+        stage(
+            "4  What is good",
+            ORANGE,
+            "HPSv2.1 is what the model learns to please. The **judge** is never trained on: if it falls while the "
+            f"reward rises, the run pauses and says so. {HPS_FILES}",
+            ["HPSv2.1", "Judge: ImageReward"],
+        ),
+        stage(
+            "5  Train",
+            PURPLE,
+            "**100 iterations in one Run**, with a live picture. Stop whenever you like; the next Run goes on. **VRAM "
+            "Preflight** estimates the memory first; `free_others` "
+            "(advanced) moves text encoder and rewards off the GPU while the model works.",
+            ["Preflight"],
+            ["Trainer"],
+            ["Dashboard", "Save"],
+        ),
     ],
     "sd35_trainer": [
-        stage("1  SD3.5 medium", BLUE, "**Files**: `models/checkpoints/sd3.5_medium.safetensors`, `models/text_encoders/clip_l.safetensors`, `clip_g.safetensors`, `t5xxl_fp16.safetensors`.",
-              ["SD3.5 medium", "Text encoders"]),
+        stage(
+            "1  SD3.5 medium",
+            BLUE,
+            "**Files**: `models/checkpoints/sd3.5_medium.safetensors`, `models/text_encoders/clip_l.safetensors`, "
+            "`clip_g.safetensors`, `t5xxl_fp16.safetensors`.",
+            ["SD3.5 medium", "Text encoders"],
+        ),
         stage("2  What learns, on which prompts", BLUE, POLICY, ["Policy", "Prompts"]),
-        stage("3  How trees grow", GREEN, "TreeGRPO's setting: 10 steps, branching 3, depth 3 (27 images per prompt), random windows with ratio 0.5, noise 0.7. It trains with CFG 4.5; here CFG is 1, which "
-              "costs half and is safer.", ["Sigmas", "Size", "Shape"], ["Noise"]),
-        stage("4  What is good", ORANGE, f"TreeGRPO's reward: **0.8 HPSv2.1 + 0.2 CLIPScore**, each compared on its own scale within a prompt's images. {HPS_FILES}",
-              ["HPSv2.1", "CLIPScore"], ["0.8 HPSv2.1 + 0.2 CLIPScore", "Judge: ImageReward"]),
-        stage("5  Train", PURPLE, "Learning rate 1e-4 for a LoRA (the paper trains all weights with 1e-5), weight decay 0.01. Stop whenever you like; the next Run goes on.", ["Trainer"], ["Dashboard", "Save"]),
+        stage(
+            "3  How trees grow",
+            GREEN,
+            "TreeGRPO's setting: 10 steps, branching 3, depth 3 (27 images per prompt), random windows with ratio "
+            "0.5, noise 0.7. It trains with CFG 4.5; here CFG is 1, which "
+            "costs half and is safer.",
+            ["Sigmas", "Size", "Shape"],
+            ["Noise"],
+        ),
+        stage(
+            "4  What is good",
+            ORANGE,
+            "TreeGRPO's reward: **0.8 HPSv2.1 + 0.2 CLIPScore**, each compared on its own scale within a prompt's "
+            f"images. {HPS_FILES}",
+            ["HPSv2.1", "CLIPScore"],
+            ["0.8 HPSv2.1 + 0.2 CLIPScore", "Judge: ImageReward"],
+        ),
+        stage(
+            "5  Train",
+            PURPLE,
+            "Learning rate 1e-4 for a LoRA (the paper trains all weights with 1e-5), weight decay 0.01. Stop whenever "
+            "you like; the next Run goes on.",
+            ["Trainer"],
+            ["Dashboard", "Save"],
+        ),
     ],
     "dynamic_treerpo": [
         stage("1  FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE"]),
         stage("2  What learns, on which prompts", BLUE, POLICY, ["Policy", "Prompts"]),
-        stage("3  How trees grow", GREEN, "Dynamic-TreeRPO: branching 2, depth 4 (16 images), a **sliding window**, and noise that **grows with the depth** (equation 6, beta). Beta, steps and the window's pace are "
-              "not published: these are our values.", ["Sigmas", "Size", "Shape"], ["Noise"]),
+        stage(
+            "3  How trees grow",
+            GREEN,
+            "Dynamic-TreeRPO: branching 2, depth 4 (16 images), a **sliding window**, and noise that **grows with the "
+            "depth** (equation 6, beta). Beta, steps and the window's pace are "
+            "not published: these are our values.",
+            ["Sigmas", "Size", "Shape"],
+            ["Noise"],
+        ),
         stage("4  What is good", ORANGE, HPS_FILES, ["HPSv2.1", "Judge: ImageReward"]),
-        stage("5  LayerTuning-RL", ORANGE, "Adds a supervised term towards each prompt's best image to GRPO. Published: the term, its coefficient lambda, the best-path target. **Our reading**: the exact weights, "
-              "and the formula of the dynamic clip range (`sensitivity`).", ["Objective"]),
+        stage(
+            "5  LayerTuning-RL",
+            ORANGE,
+            "Adds a supervised term towards each prompt's best image to GRPO. Published: the term, its coefficient "
+            "lambda, the best-path target. **Our reading**: the exact weights, "
+            "and the formula of the dynamic clip range (`sensitivity`).",
+            ["Objective"],
+        ),
         stage("6  Train", PURPLE, "Stop whenever you like; the next Run goes on.", ["Trainer"], ["Dashboard", "Save"]),
     ],
     "trainer": [
-        stage("1  A tiny model", BLUE, "**No download needed**: see the whole Trainer work in half a minute, then put your own loaders here.", ["Model", "Policy", "Prompts"]),
+        stage(
+            "1  A tiny model",
+            BLUE,
+            "**No download needed**: see the whole Trainer work in half a minute, then put your own loaders here.",
+            ["Model", "Policy", "Prompts"],
+        ),
         stage("2  How trees grow", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise"]),
-        stage("3  What is good", ORANGE, "The reward asks for larger shapes. The **judge** is never trained on: if it falls while the reward rises, the run pauses and says so.", ["Reward", "Judge"]),
+        stage(
+            "3  What is good",
+            ORANGE,
+            "The reward asks for larger shapes. The **judge** is never trained on: if it falls while the reward "
+            "rises, the run pauses and says so.",
+            ["Reward", "Judge"],
+        ),
         stage("4  Train", PURPLE, f"{RUNS} Stop whenever you like.", ["Trainer"], ["Dashboard", "Save"]),
     ],
     "rank_images": [
-        stage("1  Your pictures", BLUE, "**No training here.** Copy a folder into ComfyUI's `input` folder and write its name. A `.txt` beside a picture is its prompt; without one the prompt "
-              "written here counts.", ["Folder"]),
-        stage("2  What is good", ORANGE, f"Any mix of rewards; each counts on its own scale. {HPS_FILES} Sharpness needs no file.", ["HPSv2.1", "ImageReward"], ["Sharpness", "Combine"]),
-        stage("3  Ranked", PURPLE, "All pictures with their scores, best first, and the best four of each prompt.", ["Score"], ["Ranking", "Best"]),
+        stage(
+            "1  Your pictures",
+            BLUE,
+            "**No training here.** Copy a folder into ComfyUI's `input` folder and write its name. A `.txt` beside a "
+            "picture is its prompt; without one the prompt "
+            "written here counts.",
+            ["Folder"],
+        ),
+        stage(
+            "2  What is good",
+            ORANGE,
+            f"Any mix of rewards; each counts on its own scale. {HPS_FILES} Sharpness needs no file.",
+            ["HPSv2.1", "ImageReward"],
+            ["Sharpness", "Combine"],
+        ),
+        stage(
+            "3  Ranked",
+            PURPLE,
+            "All pictures with their scores, best first, and the best four of each prompt.",
+            ["Score"],
+            ["Ranking", "Best"],
+        ),
     ],
     "best_of_n": [
-        stage("1  Draw many", BLUE, "**No training here**: draw 16 images and keep the best four. Put your own model and sampler in.", ["Model", "Prompt", "Size"], ["Sample", "Decode"]),
-        stage("2  Keep the best", PURPLE, "The same prompt goes into *Score Images*, for rewards that read it.", ["Reward", "Score"], ["Best", "Ranking"]),
+        stage(
+            "1  Draw many",
+            BLUE,
+            "**No training here**: draw 16 images and keep the best four. Put your own model and sampler in.",
+            ["Model", "Prompt", "Size"],
+            ["Sample", "Decode"],
+        ),
+        stage(
+            "2  Keep the best",
+            PURPLE,
+            "The same prompt goes into *Score Images*, for rewards that read it.",
+            ["Reward", "Score"],
+            ["Best", "Ranking"],
+        ),
     ],
     "pick_the_winner": [
         stage("1  A tiny model", BLUE, f"**You are the reward.** {RUNS}", ["Model", "Policy", "Prompts"]),
-        stage("2  Grow a tree", GREEN, "Nine images of one prompt: one for each of the keys 1 to 9.", ["Sigmas", "Size", "Shape"], ["Noise", "Sampler"]),
-        stage("3  Pick", ORANGE, "**First Run**: the nine images are shown, and nothing is trained. Press a key, or click; the answer is written into `picks`. **Second Run**: it learns from your pick, and the next "
-              "Run shows new images. Mode *live* asks in the middle of a run instead. *Human Reward* does the same for the Trainer.", ["Decode"], ["Pick"]),
-        stage("4  Learn", PURPLE, "Your picks are kept with the run, in `picks.jsonl`.", ["Advantages", "Tree View"], ["Update", "Save"]),
+        stage(
+            "2  Grow a tree",
+            GREEN,
+            "Nine images of one prompt: one for each of the keys 1 to 9.",
+            ["Sigmas", "Size", "Shape"],
+            ["Noise", "Sampler"],
+        ),
+        stage(
+            "3  Pick",
+            ORANGE,
+            "**First Run**: the nine images are shown, and nothing is trained. Press a key, or click; the answer is "
+            "written into `picks`. **Second Run**: it learns from your pick, and the next "
+            "Run shows new images. Mode *live* asks in the middle of a run instead. *Human Reward* does the same for "
+            "the Trainer.",
+            ["Decode"],
+            ["Pick"],
+        ),
+        stage(
+            "4  Learn",
+            PURPLE,
+            "Your picks are kept with the run, in `picks.jsonl`.",
+            ["Advantages", "Tree View"],
+            ["Update", "Save"],
+        ),
     ],
     "compare": [
-        stage("1  Model and LoRA", BLUE, "Run **first_steps** some times before: it saves the LoRA `treerpo-shapes-flux`. Put your own loaders, LoRA and prompts here.", ["Model", "LoRA", "Reward"],
-              ["Held-out prompts", "Size"]),
-        stage("2  The same noise, without and with", GREEN, "Both samplers have the same seed: what differs comes from the LoRA.", ["Sample before", "Decode before"], ["Sample after", "Decode after"]),
-        stage("3  Before and after", PURPLE, "The sheets show each picture with its score. With Nodes 2.0 you can slide over *Compare* (ComfyUI has no classic form of that node).", ["Compare"], ["Score before", "Before"], ["Score after", "After"]),
+        stage(
+            "1  Model and LoRA",
+            BLUE,
+            "Run **first_steps** some times before: it saves the LoRA `treerpo-shapes-flux`. Put your own loaders, "
+            "LoRA and prompts here.",
+            ["Model", "LoRA", "Reward"],
+            ["Held-out prompts", "Size"],
+        ),
+        stage(
+            "2  The same noise, without and with",
+            GREEN,
+            "Both samplers have the same seed: what differs comes from the LoRA.",
+            ["Sample before", "Decode before"],
+            ["Sample after", "Decode after"],
+        ),
+        stage(
+            "3  Before and after",
+            PURPLE,
+            "The sheets show each picture with its score. With Nodes 2.0 you can slide over *Compare* (ComfyUI has no "
+            "classic form of that node).",
+            ["Compare"],
+            ["Score before", "Before"],
+            ["Score after", "After"],
+        ),
     ],
 }
 
 
 def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[int, list[float]]) -> dict:
-    """The graph with places, notes and groups. titles: API title by node id; low: the page's own smallest size of each node."""
+    """The graph with places, notes and groups.
+
+    titles: API title by node id; low: the page's own smallest size of each node.
+    """
     by_title = {titles[node["id"]]: node for node in graph["nodes"]}
     placed, x, groups, notes, number = set(), 0, [], [], max(by_id["id"] for by_id in graph["nodes"]) + 1
     for part in stages:
@@ -133,8 +332,22 @@ def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[
         widths = [max(WIDE.get(by_title[title]["type"], WIDTH) for title in column) for column in part["columns"]]
         inner = sum(widths) + GAP * (len(widths) - 1)
         note_height = 60 + 22 * sum(max(1, -(-len(line) * 7.4 // (inner - 40))) for line in part["note"].splitlines())
-        note = {"id": number, "type": "MarkdownNote", "title": "About", "pos": [left, TITLE + 30], "size": [inner, note_height], "flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": [],
-                "properties": {}, "widgets_values": [part["note"].replace("\n", " ").replace("  ", "\n\n")], "color": "#332", "bgcolor": "#222"}
+        note = {
+            "id": number,
+            "type": "MarkdownNote",
+            "title": "About",
+            "pos": [left, TITLE + 30],
+            "size": [inner, note_height],
+            "flags": {},
+            "order": 0,
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": [part["note"].replace("\n", " ").replace("  ", "\n\n")],
+            "color": "#332",
+            "bgcolor": "#222",
+        }
         notes.append(note)
         number += 1
         for column, width in zip(part["columns"], widths):
@@ -147,7 +360,16 @@ def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[
                 y += height + GAP + 30
             tops.append(y)
             left += width + GAP
-        groups.append({"id": len(groups) + 1, "title": part["title"], "bounding": [x, 0, inner + 2 * PADDING, max(tops)], "color": part["color"], "font_size": 28, "flags": {}})
+        groups.append(
+            {
+                "id": len(groups) + 1,
+                "title": part["title"],
+                "bounding": [x, 0, inner + 2 * PADDING, max(tops)],
+                "color": part["color"],
+                "font_size": 28,
+                "flags": {},
+            }
+        )
         x += inner + 2 * PADDING + GAP
     missing = set(by_title) - placed
     if missing:
@@ -165,10 +387,17 @@ def make(page: Page, name: str) -> None:
     api = json.loads((ROOT / "workflows/api" / f"{name}.json").read_text("utf-8"))
     page.reload()  # a second graph in the same page may take over widgets of the first
     page.load_api(api, name)
-    low = {int(number): size for number, size in page.evaluate("() => Object.fromEntries(app.graph._nodes.map(n => [n.id, Array.from(n.computeSize())]))").items()}
+    low = {
+        int(number): size
+        for number, size in page.evaluate(
+            "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, Array.from(n.computeSize())]))"
+        ).items()
+    }
     titles = {int(number): node["_meta"]["title"] for number, node in api.items()}
     page.evaluate(TIDY)
-    graph = arranged(json.loads(page.evaluate("() => JSON.stringify(app.graph.serialize())")), GRAPHS[name], titles, low)
+    graph = arranged(
+        json.loads(page.evaluate("() => JSON.stringify(app.graph.serialize())")), GRAPHS[name], titles, low
+    )
     page.load_graph(graph, name)
     kept = json.loads(page.evaluate("() => JSON.stringify(app.graph.serialize())"))
     for node in kept["nodes"]:
@@ -205,8 +434,12 @@ def make_blueprint(page: Page, name: str = "Tree iteration") -> None:
     page.reload()
     page.load_graph(json.loads((ROOT / "workflows/first_steps.json").read_text("utf-8")))
     graph = json.loads(page.evaluate(BLUEPRINT, name))
-    graph["definitions"]["subgraphs"][0] |= {"category": "TreeRPO", "description": "Tree sample, score, update: one iteration of online RL as one node. Connect a policy, prompts and a reward, "
-                                             "and queue it again and again."}
+    graph["definitions"]["subgraphs"][0] |= {
+        "category": "TreeRPO",
+        "description": "Tree sample, score, update: one iteration of online RL as one node. Connect a policy, prompts "
+        "and a reward, "
+        "and queue it again and again.",
+    }
     (ROOT / "subgraphs").mkdir(exist_ok=True)
     (ROOT / "subgraphs" / f"{name}.json").write_text(json.dumps(graph, indent=1) + "\n", "utf-8")
 

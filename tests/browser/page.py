@@ -6,8 +6,10 @@
         page.picture("first_steps.png")
         assert not page.errors()
 
-A development tool outside the test suite: pip install playwright, and a chromium on the PATH. Run it in a python that can run ComfyUI.
+A development tool outside the test suite: pip install playwright, and a chromium on the PATH. Run it in a python that
+can run ComfyUI.
 """
+
 import logging
 import shutil
 import sys
@@ -21,9 +23,22 @@ from environments import Problem, find_comfyui
 from headless import Client, Server
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingNodesWarning": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False,
-            "Comfy.Graph.CanvasMenu": False}  # nothing over the graph
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingNodesWarning": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasMenu": False,
+}  # nothing over the graph
 RUN = """(seconds) => new Promise(async (done) => {
   const ends = ["execution_success", "execution_error", "execution_interrupted"];
   const end = (result) => { clearTimeout(late); ends.forEach((name) => app.api.removeEventListener(name, heard)); done(result) };
@@ -39,14 +54,18 @@ RUN = """(seconds) => new Promise(async (done) => {
 class Page:
     """`with Page() as page: ...` starts a server with this pack and opens its page.
 
-    comfyui    ComfyUI's folder; None = where run.py finds one. It runs in this python (older versions: with their own frontend beside it)
-    nodes2     start with Nodes 2.0 on
-    size       of the window, in pixels
-    server     a running headless.Server to use instead
+    comfyui    ComfyUI's folder; None = where run.py finds one. It runs in this python (older versions: with their own
+               frontend beside it) nodes2     start with Nodes 2.0 on size       of the window, in pixels server     a
+               running headless.Server to use instead
     """
 
     def __init__(self, comfyui=None, nodes2=False, size=(1900, 1050), server=None):
-        self.comfyui, self.settings, self.size, self.server = comfyui, {**SETTINGS, "Comfy.VueNodes.Enabled": nodes2}, size, server
+        self.comfyui, self.settings, self.size, self.server = (
+            comfyui,
+            {**SETTINGS, "Comfy.VueNodes.Enabled": nodes2},
+            size,
+            server,
+        )
         self.console = []  # (text, address of the script) of every error the page reported, ours or not
 
     def __enter__(self):
@@ -76,11 +95,20 @@ class Page:
             self.server = self._stack.enter_context(Server(Path(comfyui), sys.executable, pack=ROOT))
         self.client = Client(self.server.url)
         self.client.request("/settings", self.settings)
-        browser = self._stack.enter_context(sync_playwright()).chromium.launch(executable_path=program, headless=True, args=QUIET)
+        browser = self._stack.enter_context(sync_playwright()).chromium.launch(
+            executable_path=program, headless=True, args=QUIET
+        )
         self._stack.callback(browser.close)
         self.page = browser.new_page(viewport={"width": self.size[0], "height": self.size[1]})
         self.page.set_default_timeout(120_000)
-        self.page.on("console", lambda message: self.console.append((message.text, (message.location or {}).get("url", ""))) if message.type == "error" else None)
+        self.page.on(
+            "console",
+            lambda message: (
+                self.console.append((message.text, (message.location or {}).get("url", "")))
+                if message.type == "error"
+                else None
+            ),
+        )
         self.page.on("pageerror", lambda error: self.console.append((str(error), error.stack or "")))
         self.reload()
 
@@ -88,7 +116,10 @@ class Page:
         """Load the page (again), and wait until ComfyUI is there."""
         self.page.goto(self.server.url, wait_until="domcontentloaded")
         self.page.wait_for_function("() => window.app?.canvas && window.app.extensionManager")
-        self.page.wait_for_function("() => app.extensions.some((one) => one.name === 'TreeRPO') && [...document.styleSheets].some((one) => one.href?.includes('treerpo'))")
+        self.page.wait_for_function(
+            "() => app.extensions.some((one) => one.name === 'TreeRPO') && [...document.styleSheets].some((one) => "
+            "one.href?.includes('treerpo'))"
+        )
         self.page.wait_for_timeout(2000)  # the page goes on loading the last graph
         self.page.keyboard.press("Escape")
 
@@ -114,7 +145,12 @@ class Page:
         """Queue the graph as the Run button does, and wait until it has finished."""
         how, why = self.page.evaluate(RUN, seconds)
         if how != "execution_success":
-            raise Problem({"late": f"The graph was not finished after {seconds} s.", "refused": f"ComfyUI refused the graph: {why}"}.get(how, f"The graph failed: {why}"))
+            raise Problem(
+                {
+                    "late": f"The graph was not finished after {seconds} s.",
+                    "refused": f"ComfyUI refused the graph: {why}",
+                }.get(how, f"The graph failed: {why}")
+            )
         self.page.wait_for_timeout(1500)  # pictures load
 
     def errors(self):
@@ -123,7 +159,8 @@ class Page:
 
     def fit(self, *types, scale=1.0):
         """Show the whole graph, or only nodes of these types, at most at this scale."""
-        self.page.evaluate("""([types, most]) => {
+        self.page.evaluate(
+            """([types, most]) => {
           const shown = app.graph._nodes.filter((n) => !types.length || types.includes(n.type)), c = app.canvas;
           const groups = types.length ? [] : app.graph._groups.map((g) => [...g.pos, ...g.size]);
           const boxes = [...shown.map((n) => [n.pos[0], n.pos[1] - 34, n.size[0], (n.flags?.collapsed ? 0 : n.size[1]) + 34]), ...groups];
@@ -132,14 +169,19 @@ class Page:
           c.ds.scale = Math.min((room.width - 160) / (r - l), (room.height - 200) / (b - t), most);
           c.ds.offset[0] = 90 / c.ds.scale - l; c.ds.offset[1] = 110 / c.ds.scale - t;  // below the page's own bars
           c.setDirty(true, true);
-        }""", [list(types), scale])
+        }""",
+            [list(types), scale],
+        )
         self.page.wait_for_timeout(1000)
 
     def box(self, kind):
         """Where the first node of this type is on the screen: a clip for `picture`."""
-        return self.page.evaluate("""(type) => { const n = app.graph._nodes.find((one) => one.type === type), d = app.canvas.ds, room = app.canvas.canvas.getBoundingClientRect();
+        return self.page.evaluate(
+            """(type) => { const n = app.graph._nodes.find((one) => one.type === type), d = app.canvas.ds, room = app.canvas.canvas.getBoundingClientRect();
           const title = window.LiteGraph.NODE_TITLE_HEIGHT ?? 30, at = (v, i) => (v + d.offset[i]) * d.scale + (i ? room.top : room.left);
-          return { x: at(n.pos[0], 0) - 8, y: at(n.pos[1] - title, 1) - 8, width: n.size[0] * d.scale + 16, height: (n.size[1] + title) * d.scale + 16 } }""", kind)
+          return { x: at(n.pos[0], 0) - 8, y: at(n.pos[1] - title, 1) - 8, width: n.size[0] * d.scale + 16, height: (n.size[1] + title) * d.scale + 16 } }""",
+            kind,
+        )
 
     def picture(self, file=None, clip=None):
         """PNG of the window, with the graph fitted into it, or of a part {x, y, width, height} of the window as it is."""
@@ -151,6 +193,7 @@ class Page:
 def main(check):
     """The command line of a check: it runs once with the classic nodes and once with Nodes 2.0."""
     import argparse
+
     parser = argparse.ArgumentParser(description=__import__("__main__").__doc__.splitlines()[0])
     parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder")
     parser.add_argument("--pictures", type=Path, help="a folder for screenshots")
@@ -160,7 +203,9 @@ def main(check):
         options.pictures.mkdir(parents=True, exist_ok=True)
     try:
         with Page(options.comfyui) as page:
-            hidden = page.evaluate("() => app.ui.settings.settingsLookup?.['Comfy.VueNodes.Enabled']?.type === 'hidden'")  # ComfyUI 0.3.64: not yet for users
+            hidden = page.evaluate(
+                "() => app.ui.settings.settingsLookup?.['Comfy.VueNodes.Enabled']?.type === 'hidden'"
+            )  # ComfyUI 0.3.64: not yet for users
             for nodes2 in (False,) if hidden else (False, True):
                 page.nodes2(nodes2)
                 check(page, "nodes2" if nodes2 else "classic", options.pictures)

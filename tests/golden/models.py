@@ -1,8 +1,10 @@
-"""Tiny random reward models: the real architectures and names, in the official file formats. Needs numpy and torch (and safetensors).
+"""Tiny random reward models: the real architectures and names, in the official file formats. Needs numpy and torch (and
+safetensors).
 
-The numbers come from numpy's RandomState, whose stream is frozen, so every version of numpy and torch makes the same weights.
-All take images of 32 x 32, heads of 64 numbers. Norms are 1 +- 0.1 and biases +- 0.1, so that each counts.
+The numbers come from numpy's RandomState, whose stream is frozen, so every version of numpy and torch makes the same
+weights. All take images of 32 x 32, heads of 64 numbers. Norms are 1 +- 0.1 and biases +- 0.1, so that each counts.
 """
+
 import hashlib
 import json
 from pathlib import Path
@@ -20,7 +22,14 @@ FILES = {  # the official file of each kind; "aesthetic" sits on the CLIP of "cl
     "pickscore": "model.safetensors",
     "aesthetic": "sac+logos+ava1-l14-linearMSE.pth",
 }
-SEEDS = {"image_reward": 11, "hps_v2": 12, "clipscore_open_clip": 13, "clipscore_hf": 14, "pickscore": 15, "aesthetic": 16}
+SEEDS = {
+    "image_reward": 11,
+    "hps_v2": 12,
+    "clipscore_open_clip": 13,
+    "clipscore_hf": 14,
+    "pickscore": 15,
+    "aesthetic": 16,
+}
 
 WORDS = """[PAD] [unused0] [unused1] [UNK] [CLS] [SEP] [MASK] ! " # $ % & ' ( ) * + , - . / : ; < = > ? @ \\ ^ _ ` { | } ~ “ ” ‘ ’ — … ½ ²
 0 1 2 3 4 5 6 7 8 9 a b c d e f g h i j k l m n o p q r s t u v w x y z к о т γ ς ß ı 一 猫 红 日 本 ##の ق ##ط
@@ -28,8 +37,25 @@ WORDS = """[PAD] [unused0] [unused1] [UNK] [CLS] [SEP] [MASK] ! " # $ % & ' ( ) 
 ##к ##о ##т ##α the an of on in at with and cat dog photo red blue chair sit ##ting ##ing ##ed ##er castle hill oil painting old town sea dawn boat
 house white small very detail cafe bone it we they sure hello world year two space new line end width quality best master ##piece full""".split()
 
-MERGES = [("t", "h"), ("th", "e</w>"), ("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("i", "n"), ("in", "g</w>"),
-          ("a", "n"), ("an", "d</w>"), ("o", "f</w>"), ("r", "e"), ("re", "d</w>"), ("Ã", "©"), ("Ã", "©</w>"), ("ð", "Ł"), ("i", "t</w>")]
+MERGES = [
+    ("t", "h"),
+    ("th", "e</w>"),
+    ("c", "a"),
+    ("ca", "t</w>"),
+    ("d", "o"),
+    ("do", "g</w>"),
+    ("i", "n"),
+    ("in", "g</w>"),
+    ("a", "n"),
+    ("an", "d</w>"),
+    ("o", "f</w>"),
+    ("r", "e"),
+    ("re", "d</w>"),
+    ("Ã", "©"),
+    ("Ã", "©</w>"),
+    ("ð", "Ł"),
+    ("i", "t</w>"),
+]
 
 
 class Weights(dict):
@@ -43,7 +69,7 @@ class Weights(dict):
         self[name] = torch.from_numpy((mean + scale * self.random.standard_normal(shape)).astype(np.float32))
 
     def linear(self, name: str, out: int, fan_in: int, gain: float = 1.0) -> None:
-        self.normal(f"{name}.weight", out, fan_in, scale=gain / fan_in ** 0.5)
+        self.normal(f"{name}.weight", out, fan_in, scale=gain / fan_in**0.5)
         self.normal(f"{name}.bias", out, scale=0.1)
 
     def norm(self, name: str, width: int) -> None:
@@ -58,12 +84,16 @@ class Weights(dict):
 
 
 def image_reward(vision: int = 192, text: int = 128, depth: int = 2, patch: int = 16) -> tuple[Weights, dict[str, str]]:
-    """ImageReward 1.0, as ImageReward.ImageReward(...).state_dict() names it, with bert-base-uncased's vocab.txt and med_config.json.
-    vocab.txt lacks [DEC] and [ENC] as the official one does: the package adds them, so the embedding has two rows more."""
+    """ImageReward 1.0, as ImageReward.ImageReward(...).state_dict() names it, with bert-base-uncased's vocab.txt and
+    med_config.json. vocab.txt lacks [DEC] and [ENC] as the official one does: the package adds them, so the embedding
+    has two rows more.
+    """
     w = Weights(SEEDS["image_reward"])
     w.normal("blip.visual_encoder.cls_token", 1, 1, vision)
     w.normal("blip.visual_encoder.pos_embed", 1, (IMAGE // patch) ** 2 + 1, vision, scale=0.5)
-    w.normal("blip.visual_encoder.patch_embed.proj.weight", vision, 3, patch, patch, scale=2 / (3 * patch * patch) ** 0.5)
+    w.normal(
+        "blip.visual_encoder.patch_embed.proj.weight", vision, 3, patch, patch, scale=2 / (3 * patch * patch) ** 0.5
+    )
     w.normal("blip.visual_encoder.patch_embed.proj.bias", vision, scale=0.1)
     for i in range(depth):
         block = f"blip.visual_encoder.blocks.{i}"
@@ -92,18 +122,36 @@ def image_reward(vision: int = 192, text: int = 128, depth: int = 2, patch: int 
     w.linear("blip.vision_proj", 256, vision)
     w.linear("blip.text_proj", 256, text)
     w.head("mlp.", text, gain=1.5)
-    config = dict(architectures=["BertModel"], attention_probs_dropout_prob=0.1, hidden_act="gelu", hidden_dropout_prob=0.1, hidden_size=text,
-                  initializer_range=0.02, intermediate_size=4 * text, layer_norm_eps=1e-12, max_position_embeddings=512, model_type="bert",
-                  num_attention_heads=text // 64, num_hidden_layers=depth, pad_token_id=0, add_type_embeddings=False, vocab_size=len(WORDS) + 2,
-                  encoder_width=768, add_cross_attention=True)  # this width is as in the official file, and ignored
+    config = dict(
+        architectures=["BertModel"],
+        attention_probs_dropout_prob=0.1,
+        hidden_act="gelu",
+        hidden_dropout_prob=0.1,
+        hidden_size=text,
+        initializer_range=0.02,
+        intermediate_size=4 * text,
+        layer_norm_eps=1e-12,
+        max_position_embeddings=512,
+        model_type="bert",
+        num_attention_heads=text // 64,
+        num_hidden_layers=depth,
+        pad_token_id=0,
+        add_type_embeddings=False,
+        vocab_size=len(WORDS) + 2,
+        encoder_width=768,
+        add_cross_attention=True,
+    )  # this width is as in the official file, and ignored
     return w, {"vocab.txt": "".join(f"{word}\n" for word in WORDS), "med_config.json": _json(config)}
 
 
 def open_clip_config(kind: str) -> dict:
     """open_clip's model configuration of "hps_v2" or "clipscore_open_clip"."""
-    return dict(embed_dim=64, quick_gelu=kind == "clipscore_open_clip",
-                vision_cfg=dict(image_size=IMAGE, layers=2, width=128, head_width=64, patch_size=8),
-                text_cfg=dict(context_length=77, vocab_size=49408, width=64, heads=1, layers=2))
+    return dict(
+        embed_dim=64,
+        quick_gelu=kind == "clipscore_open_clip",
+        vision_cfg=dict(image_size=IMAGE, layers=2, width=128, head_width=64, patch_size=8),
+        text_cfg=dict(context_length=77, vocab_size=49408, width=64, heads=1, layers=2),
+    )
 
 
 def open_clip(kind: str) -> Weights:
@@ -111,11 +159,11 @@ def open_clip(kind: str) -> Weights:
     w, config = Weights(SEEDS[kind]), open_clip_config(kind)
     width, patch, text = config["vision_cfg"]["width"], config["vision_cfg"]["patch_size"], config["text_cfg"]["width"]
     w.normal("positional_embedding", 77, text, scale=0.5)
-    w.normal("text_projection", text, 64, scale=text ** -0.5)
+    w.normal("text_projection", text, 64, scale=text**-0.5)
     w["logit_scale"] = torch.tensor(4.6)
     w.normal("visual.class_embedding", width, scale=0.5)
     w.normal("visual.positional_embedding", (IMAGE // patch) ** 2 + 1, width, scale=0.5)
-    w.normal("visual.proj", width, 64, scale=width ** -0.5)
+    w.normal("visual.proj", width, 64, scale=width**-0.5)
     w.normal("visual.conv1.weight", width, 3, patch, patch, scale=2 / (3 * patch * patch) ** 0.5)
     for name in ("visual.ln_pre", "visual.ln_post"):
         w.norm(name, width)
@@ -123,7 +171,7 @@ def open_clip(kind: str) -> Weights:
         for i in range(2):
             block = f"{tower}transformer.resblocks.{i}"
             w.norm(f"{block}.ln_1", size)
-            w.normal(f"{block}.attn.in_proj_weight", 3 * size, size, scale=1.5 / size ** 0.5)
+            w.normal(f"{block}.attn.in_proj_weight", 3 * size, size, scale=1.5 / size**0.5)
             w.normal(f"{block}.attn.in_proj_bias", 3 * size, scale=0.1)
             w.linear(f"{block}.attn.out_proj", size, size, 2.0)
             w.norm(f"{block}.ln_2", size)
@@ -137,20 +185,27 @@ def open_clip(kind: str) -> Weights:
 
 
 def hf_clip(kind: str) -> tuple[Weights, dict[str, str]]:
-    """A CLIP as transformers' CLIPModel names it, with all that save_pretrained writes. "pickscore": GELU, patches of 16 pixels, and the buffers
-    that older versions saved; "clipscore_hf": QuickGELU, patches of 8 pixels."""
+    """A CLIP as transformers' CLIPModel names it, with all that save_pretrained writes. "pickscore": GELU, patches of
+    16 pixels, and the buffers that older versions saved; "clipscore_hf": QuickGELU, patches of 8 pixels.
+    """
     w, width, text, patch = Weights(SEEDS[kind]), 128, 64, 16 if kind == "pickscore" else 8
     positions, vocabulary = (IMAGE // patch) ** 2 + 1, len(_vocabulary())
     w["logit_scale"] = torch.tensor(4.6)
     w.normal("text_model.embeddings.token_embedding.weight", vocabulary, text)
     w.normal("text_model.embeddings.position_embedding.weight", 77, text, scale=0.5)
     w.normal("vision_model.embeddings.class_embedding", width, scale=0.5)
-    w.normal("vision_model.embeddings.patch_embedding.weight", width, 3, patch, patch, scale=2 / (3 * patch * patch) ** 0.5)
+    w.normal(
+        "vision_model.embeddings.patch_embedding.weight", width, 3, patch, patch, scale=2 / (3 * patch * patch) ** 0.5
+    )
     w.normal("vision_model.embeddings.position_embedding.weight", positions, width, scale=0.5)
     if kind == "pickscore":
         w["text_model.embeddings.position_ids"] = torch.arange(77).expand(1, -1).clone()
         w["vision_model.embeddings.position_ids"] = torch.arange(positions).expand(1, -1).clone()
-    for name, size in (("vision_model.pre_layrnorm", width), ("vision_model.post_layernorm", width), ("text_model.final_layer_norm", text)):
+    for name, size in (
+        ("vision_model.pre_layrnorm", width),
+        ("vision_model.post_layernorm", width),
+        ("text_model.final_layer_norm", text),
+    ):
         w.norm(name, size)
     for tower, size in (("vision_model", width), ("text_model", text)):
         for i in range(2):
@@ -161,26 +216,66 @@ def hf_clip(kind: str) -> tuple[Weights, dict[str, str]]:
             w.linear(f"{layer}.mlp.fc1", 4 * size, size)
             w.linear(f"{layer}.mlp.fc2", size, 4 * size)
             w.norm(f"{layer}.layer_norm2", size)
-    w.normal("visual_projection.weight", 64, width, scale=width ** -0.5)
-    w.normal("text_projection.weight", 64, text, scale=text ** -0.5)
+    w.normal("visual_projection.weight", 64, width, scale=width**-0.5)
+    w.normal("text_projection.weight", 64, text, scale=text**-0.5)
     return w, {**_hf_config("gelu" if kind == "pickscore" else "quick_gelu", width, text, patch), **_hf_tokenizer()}
 
 
 def _hf_config(act: str, width: int, text: int, patch: int) -> dict[str, str]:
-    both = dict(hidden_act=act, num_hidden_layers=2, layer_norm_eps=1e-5, attention_dropout=0.0, projection_dim=64,
-                initializer_factor=1.0, initializer_range=0.02)
-    config = dict(architectures=["CLIPModel"], model_type="clip", projection_dim=64, logit_scale_init_value=2.6592,
-                  initializer_factor=1.0, torch_dtype="float32",
-                  text_config=dict(both, model_type="clip_text_model", hidden_size=text, intermediate_size=4 * text,
-                                   num_attention_heads=text // 64, vocab_size=len(_vocabulary()), max_position_embeddings=77,
-                                   bos_token_id=0, eos_token_id=2, pad_token_id=1),  # not the tokenizer's: as in the official files
-                  vision_config=dict(both, model_type="clip_vision_model", hidden_size=width, intermediate_size=4 * width,
-                                     num_attention_heads=width // 64, image_size=IMAGE, patch_size=patch, num_channels=3))
-    processor = dict(crop_size=dict(height=IMAGE, width=IMAGE), do_center_crop=True, do_convert_rgb=True, do_normalize=True,
-                     do_rescale=True, do_resize=True, resample=3,
-                     image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
-                     image_processor_type="CLIPImageProcessor", processor_class="CLIPProcessor", rescale_factor=1 / 255,
-                     size=dict(shortest_edge=IMAGE))
+    both = dict(
+        hidden_act=act,
+        num_hidden_layers=2,
+        layer_norm_eps=1e-5,
+        attention_dropout=0.0,
+        projection_dim=64,
+        initializer_factor=1.0,
+        initializer_range=0.02,
+    )
+    config = dict(
+        architectures=["CLIPModel"],
+        model_type="clip",
+        projection_dim=64,
+        logit_scale_init_value=2.6592,
+        initializer_factor=1.0,
+        torch_dtype="float32",
+        text_config=dict(
+            both,
+            model_type="clip_text_model",
+            hidden_size=text,
+            intermediate_size=4 * text,
+            num_attention_heads=text // 64,
+            vocab_size=len(_vocabulary()),
+            max_position_embeddings=77,
+            bos_token_id=0,
+            eos_token_id=2,
+            pad_token_id=1,
+        ),  # not the tokenizer's: as in the official files
+        vision_config=dict(
+            both,
+            model_type="clip_vision_model",
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_attention_heads=width // 64,
+            image_size=IMAGE,
+            patch_size=patch,
+            num_channels=3,
+        ),
+    )
+    processor = dict(
+        crop_size=dict(height=IMAGE, width=IMAGE),
+        do_center_crop=True,
+        do_convert_rgb=True,
+        do_normalize=True,
+        do_rescale=True,
+        do_resize=True,
+        resample=3,
+        image_mean=[0.48145466, 0.4578275, 0.40821073],
+        image_std=[0.26862954, 0.26130258, 0.27577711],
+        image_processor_type="CLIPImageProcessor",
+        processor_class="CLIPProcessor",
+        rescale_factor=1 / 255,
+        size=dict(shortest_edge=IMAGE),
+    )
     return {"config.json": _json(config), "preprocessor_config.json": _json(processor)}
 
 
@@ -189,35 +284,85 @@ def _vocabulary() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    words = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in MERGES] + ["<|startoftext|>", "<|endoftext|>"]
+    words = (
+        letters
+        + [letter + "</w>" for letter in letters]
+        + ["".join(pair) for pair in MERGES]
+        + ["<|startoftext|>", "<|endoftext|>"]
+    )
     return {word: i for i, word in enumerate(words)}
 
 
 def _hf_tokenizer() -> dict[str, str]:
-    """The files that CLIPTokenizerFast.save_pretrained writes; merges in tokenizer.json as strings, as in the official repositories."""
+    """The files that CLIPTokenizerFast.save_pretrained writes;
+
+    merges in tokenizer.json as strings, as in the official repositories.
+    """
     words = _vocabulary()
     start, end = "<|startoftext|>", "<|endoftext|>"
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=True)
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     bytewise = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     tokenizer = dict(
-        version="1.0", truncation=None, padding=None,
+        version="1.0",
+        truncation=None,
+        padding=None,
         added_tokens=[dict(id=words[token], content=token, **flags, special=True) for token in (start, end)],
-        normalizer=dict(type="Sequence", normalizers=[dict(type="NFC"), dict(type="Replace", pattern=dict(Regex=r"\s+"), content=" "),
-                                                      dict(type="Lowercase")]),
-        pre_tokenizer=dict(type="Sequence",
-                           pretokenizers=[dict(type="Split", pattern=dict(Regex=pattern), behavior="Removed", invert=True), bytewise]),
-        post_processor=dict(type="RobertaProcessing", sep=[end, words[end]], cls=[start, words[start]], trim_offsets=False, add_prefix_space=False),
+        normalizer=dict(
+            type="Sequence",
+            normalizers=[
+                dict(type="NFC"),
+                dict(type="Replace", pattern=dict(Regex=r"\s+"), content=" "),
+                dict(type="Lowercase"),
+            ],
+        ),
+        pre_tokenizer=dict(
+            type="Sequence",
+            pretokenizers=[dict(type="Split", pattern=dict(Regex=pattern), behavior="Removed", invert=True), bytewise],
+        ),
+        post_processor=dict(
+            type="RobertaProcessing",
+            sep=[end, words[end]],
+            cls=[start, words[start]],
+            trim_offsets=False,
+            add_prefix_space=False,
+        ),
         decoder=dict(bytewise, add_prefix_space=True),
-        model=dict(type="BPE", dropout=None, unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False, vocab=words,
-                   merges=[" ".join(pair) for pair in MERGES]))
-    special = {name: dict(content=token, **flags) for name, token in (("bos_token", start), ("eos_token", end), ("unk_token", end))}
+        model=dict(
+            type="BPE",
+            dropout=None,
+            unk_token=end,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            vocab=words,
+            merges=[" ".join(pair) for pair in MERGES],
+        ),
+    )
+    special = {
+        name: dict(content=token, **flags)
+        for name, token in (("bos_token", start), ("eos_token", end), ("unk_token", end))
+    }
     special["pad_token"] = end
-    config = dict(bos_token=start, eos_token=end, unk_token=end, pad_token=end, errors="replace", model_max_length=77,
-                  processor_class="CLIPProcessor", clean_up_tokenization_spaces=False, tokenizer_class="CLIPTokenizer",
-                  added_tokens_decoder={str(words[token]): dict(content=token, **flags, special=True) for token in (start, end)})
-    return {"tokenizer.json": _json(tokenizer), "vocab.json": json.dumps(words, ensure_ascii=False), "special_tokens_map.json": _json(special),
-            "merges.txt": "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in MERGES), "tokenizer_config.json": _json(config)}
+    config = dict(
+        bos_token=start,
+        eos_token=end,
+        unk_token=end,
+        pad_token=end,
+        errors="replace",
+        model_max_length=77,
+        processor_class="CLIPProcessor",
+        clean_up_tokenization_spaces=False,
+        tokenizer_class="CLIPTokenizer",
+        added_tokens_decoder={str(words[token]): dict(content=token, **flags, special=True) for token in (start, end)},
+    )
+    return {
+        "tokenizer.json": _json(tokenizer),
+        "vocab.json": json.dumps(words, ensure_ascii=False),
+        "special_tokens_map.json": _json(special),
+        "merges.txt": "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in MERGES),
+        "tokenizer_config.json": _json(config),
+    }
 
 
 def _json(value) -> str:
@@ -250,6 +395,7 @@ def write(kind: str, folder: Path) -> Path:
     path = folder / FILES[kind]
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
+
         save_file(dict(weights), str(path), metadata={"format": "pt"})
     else:
         torch.save({"state_dict": dict(weights)} if kind == "hps_v2" else dict(weights), path)
@@ -257,11 +403,16 @@ def write(kind: str, folder: Path) -> Path:
 
 
 def blake2b(kind: str) -> str:
-    """Of names, types, shapes and bytes of the weights and of the texts. (torch.save's container differs between versions.)"""
+    """Of names, types, shapes and bytes of the weights and of the texts.
+
+    (torch.save's container differs between versions.)
+    """
     weights, texts = build(kind)
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):
-        digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode() + weights[name].numpy().tobytes())
+        digest.update(
+            f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode() + weights[name].numpy().tobytes()
+        )
     for name in sorted(texts):
         digest.update(name.encode() + texts[name].encode())
     return digest.hexdigest()

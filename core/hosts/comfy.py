@@ -1,0 +1,565 @@
+"""A ComfyUI MODEL as a trainable velocity model.
+
+ComfyUI runs nodes in inference mode, shares one network among all clones of a MODEL, and updates FLUX's activations
+in place. A session gets exact gradients out of it all the same and leaves the network as it was, on every way out.
+"""
+
+import math
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import comfy.conds
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.patcher_extension import PatcherInjection
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..lora.adapters import Adapters
+from ..model import Velocity
+
+INJECTION = "treerpo"
+
+
+class ComfyPolicy:
+    """The user's MODEL with a trainable LoRA. The MODEL is only changed between the start and the end of a session."""
+
+    def __init__(self, model, adapters: Adapters, checkpointing: bool = False):
+        """model:
+
+        a flow-matching MODEL. checkpointing: recompute each block in the backward pass; gradients stay exact.
+        """
+        refuse_other_than_flow(model)
+        self.model, self.adapters, self.checkpointing = model, adapters, checkpointing
+        self._static = None
+
+    @classmethod
+    def create(
+        cls,
+        model,
+        rank: int,
+        alpha: float,
+        targets: str,
+        dtype=torch.float32,
+        seed: int = 0,
+        checkpointing: bool = False,
+    ) -> "ComfyPolicy":
+        return cls(model, cls.new_adapters(model, rank, alpha, targets, dtype, seed), checkpointing)
+
+    @staticmethod
+    def new_adapters(model, rank: int, alpha: float, targets: str, dtype=torch.float32, seed: int = 0) -> Adapters:
+        refuse_other_than_flow(model)
+        return Adapters.create(model.model.diffusion_model, rank, alpha, targets, dtype, seed)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model.model.latent_format.latent_channels
+
+    @property
+    def architecture(self) -> str:
+        kind = type(self.model.model)
+        return {comfy.model_base.Flux: "flux", comfy.model_base.SD3: "sd3"}.get(kind, kind.__name__)
+
+    def memory(self, shape, batch: int, patcher=None) -> dict[str, float]:
+        """Bytes, estimated from shapes and not measured: `weights`; `adapters` with gradients and AdamW's two moments;
+        activations of a call with `batch` latents of `shape` (C, H, W), twice as many with CFG, while `sampling` and
+        while `learning`; and `graph`, what one latent keeps until its backward pass.
+        """
+        patcher = patcher or self.model
+        forward, one = (patcher.model.memory_required([count, *shape]) for count in (batch, 1))
+        # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass;
+        # checkpointed, the
+        # blocks' inputs and one whole block.
+        blocks = len(_blocks(patcher.model.diffusion_model))
+        kept = 2 + blocks / 20 if self.checkpointing else max(2, blocks)
+        casts = 0 if self.checkpointing else cast_bytes(patcher)
+        return {
+            "weights": patcher.model_size(),
+            "adapters": 4 * sum(p.numel() * p.element_size() for p in self.adapters.parameters()),
+            "sampling": forward,
+            "learning": forward * kept + casts,
+            "graph": one * kept + casts,
+        }
+
+    @contextmanager
+    def session(
+        self, positive, negative=None, cfg: float = 1.0, *, shape, memory_batch: int | None = None, alone: bool = False
+    ):
+        """The policy on its device, ready to sample and to train: yields a ComfyVelocity; gradients are off outside its
+        grad().
+
+        positive, negative: CONDITIONING of one entry each, with a row per prompt (the negative: one row for all, or as
+        many). shape: (C, H, W) of the latents. memory_batch: latents per model call, for the memory estimate; None =
+        one per prompt. alone: whenever it loads, all other models leave the device. Bad input raises ValueError before
+        anything is loaded or sampled.
+        """
+        refuse_wrong_latent(self, shape)
+        with torch.inference_mode(False), torch.no_grad():
+            texts = {"positive": thaw(positive)} | ({"negative": thaw(negative)} if negative is not None else {})
+            prompts = refuse_wrong_conditioning(self, texts, cfg)
+            velocity = ComfyVelocity(self, self._clone(), cfg, tuple(shape), prompts, memory_batch or prompts, alone)
+            with ExitStack() as stack:
+                stack.enter_context(_training_kernels())
+                stack.callback(velocity.close)
+                velocity.open(texts)
+                yield velocity
+
+    def _clone(self):
+        """A clone of the MODEL to train through.
+
+        Dynamic VRAM may drop weights that autograd still needs, so it is left out.
+        """
+        if not getattr(self.model, "is_dynamic", bool)():
+            return self.model.clone()
+        if self._static is None:
+            try:
+                self._static = self.model.get_non_dynamic_delegate()  # ComfyUI loads the file again, once per MODEL
+            except RuntimeError as error:
+                raise ValueError(
+                    "This MODEL cannot be trained with dynamic VRAM: load it with one of ComfyUI's own loader nodes, "
+                    "or start ComfyUI with --disable-dynamic-vram."
+                ) from error
+        return self._static.clone()
+
+
+class ComfyVelocity(Velocity):
+    """`velocity(x, sigma, rows) -> v` of a policy, alive inside its session. `forwards` counts latents through the
+    network, twice where CFG runs a second pass.
+    """
+
+    def __init__(
+        self, policy: ComfyPolicy, patcher, cfg: float, shape: tuple, prompts: int, memory_batch: int, alone: bool
+    ):
+        self.policy, self.cfg, self.shape, self.prompts = policy, cfg, shape, prompts
+        self.device = patcher.load_device
+        self.forwards = 0
+        # Inference mode spares each small operation its autograd bookkeeping, 5 % of a tiny SD3's time. Only for
+        # networks
+        # known to keep no tensor from one call to the next, which a backward pass could then not use.
+        self._inference = policy.architecture in ("flux", "sd3")
+        self._patcher, self._batch, self._alone = patcher, memory_batch, alone
+        self._latent_format = patcher.model.latent_format
+        self._in_training = False
+        self._conds, self._options, self._models, self._norms = {}, None, [], []
+        self._selected = (None, None)  # rows of the newest call, and their conditioning
+
+    def open(self, texts: dict) -> None:
+        """Process the conditioning as ComfyUI's samplers do, and load the model with the adapters on."""
+        patcher = self._patcher
+        patcher.set_injections(INJECTION, [PatcherInjection(self._inject, self._eject)])
+        self._conds = {key: comfy.sampler_helpers.convert_cond(entries) for key, entries in texts.items()}
+        comfy.samplers.preprocess_conds_hooks(self._conds)
+        self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        comfy.sampler_helpers.prepare_model_patcher(patcher, self._conds, self._options)
+        comfy.samplers.filter_registered_hooks_on_conds(self._conds, self._options)
+        comfy.samplers.cast_to_load_options(self._options, device=self.device, dtype=patcher.model_dtype())
+        _use_differentiable_attention(self._options["transformer_options"])
+        self._models, self._control_memory = comfy.sampler_helpers.get_additional_models(
+            self._conds, patcher.model_dtype()
+        )
+        self._load()
+        noise = torch.zeros(1, *self.shape, device=self.device)
+        try:
+            self._conds = comfy.samplers.process_conds(patcher.model, noise, self._conds, self.device)
+        except KeyError as error:
+            raise ValueError(
+                f"The conditioning has no {error}, which this {self.policy.architecture} model needs: encode the "
+                "prompt with "
+                "the text encoder that belongs to the model."
+            ) from error
+        for entries in self._conds.values():
+            for entry in entries:
+                entry["model_conds"] = {
+                    key: cond._copy_with(_map(cond.cond, lambda t: t.to(self.device)))
+                    for key, cond in entry["model_conds"].items()
+                }
+
+    def close(self) -> None:
+        patcher, self._patcher = self._patcher, None
+        try:
+            patcher.cleanup()
+            comfy.sampler_helpers.cleanup_models(self._conds, self._models)
+            comfy.samplers.cast_to_load_options(self._options, device=patcher.offload_device)
+            patcher.restore_hook_patches()
+        finally:
+            patcher.eject_model()
+            patcher.remove_injections(INJECTION)
+            self._eject(patcher)
+            self._conds, self._selected = {}, (None, None)
+
+    def _load(self) -> None:
+        """Bring model and adapters to the device. Also where another node's load has taken them off meanwhile."""
+        patcher = self._patcher
+        adapters = self.policy.adapters.to(self.device)
+        models = self._models + patcher.get_nested_additional_models()
+        if self._alone:
+            loaded = comfy.model_management.current_loaded_models
+            comfy.model_management.free_memory(
+                1e30, self.device, keep_loaded=[entry for entry in loaded if entry.model in (patcher, *models)]
+            )
+        comfy.model_management.load_models_gpu(
+            [patcher, *models], memory_required=self._memory() + self._control_memory
+        )
+        thaw_weights(patcher.model)
+        patcher.pre_run()
+        if not patcher.is_injected:
+            raise RuntimeError(f"ComfyUI did not put the {len(adapters.names)} adapters on the model.")
+
+    def _memory(self) -> float:
+        """Bytes beside the weights, for ComfyUI to make room."""
+        passes = 2 if "negative" in self._conds and not math.isclose(self.cfg, 1.0) else 1
+        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher)
+        return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
+
+    def _inject(self, patcher) -> None:
+        self._eject(patcher)
+        network = patcher.model.diffusion_model
+        self.policy.adapters.inject(network)
+        if self.policy.architecture != "sd3":  # the one known to update nothing in place
+            self._norms = [
+                layer.register_forward_pre_hook(_own_input)
+                for layer in network.modules()
+                if isinstance(layer, nn.LayerNorm)
+            ]
+
+    def _eject(self, patcher) -> None:
+        self.policy.adapters.eject()
+        while self._norms:
+            self._norms.pop().remove()
+
+    def __call__(self, x: Tensor, sigma, rows) -> Tensor:
+        """x:
+
+        [B, C, H, W] as the model sees latents; sigma: number or [B] in (0, 1]; rows: prompt of each sample, [B]. -> [B,
+        C, H, W] fp32.
+        """
+        if self._patcher is None:
+            raise RuntimeError("This velocity belongs to a session that is over: open a new one.")
+        if not self._patcher.is_injected:
+            self._load()
+        if x.dim() != 4 or x.shape[1] != self.shape[0]:
+            raise ValueError(
+                f"The latent has the shape {list(x.shape)}, but this model needs [batch, {self.shape[0]}, height, "
+                "width]."
+            )
+        x = x.to(self.device, torch.float32)
+        if torch.is_tensor(sigma):
+            sigma = sigma.to(self.device, torch.float32).expand(len(x))
+        else:
+            sigma = torch.full((len(x),), sigma, dtype=torch.float32, device=self.device)
+        conds = self._of_rows(rows, len(x))
+        with torch.inference_mode(self._inference and not torch.is_grad_enabled()):
+            denoised = comfy.samplers.sampling_function(
+                self._patcher.model,
+                x,
+                sigma,
+                conds.get("negative"),
+                conds["positive"],
+                self.cfg,
+                model_options=self._options,
+            )
+        two = "negative" in conds and (
+            not math.isclose(self.cfg, 1.0) or self._options.get("disable_cfg1_optimization", False)
+        )
+        self.forwards += len(x) * (2 if two else 1)
+        return (x - denoised) / sigma.view(-1, 1, 1, 1)
+
+    def _of_rows(self, rows, batch: int) -> dict:
+        """The conditioning of these prompts, kept for the next call, which mostly asks for the same."""
+        rows = rows.tolist() if torch.is_tensor(rows) else list(rows)
+        if len(rows) != batch:
+            raise ValueError(f"There are {len(rows)} prompt rows for {batch} latents: one each.")
+        if rows == self._selected[0]:
+            return self._selected[1]
+        if rows and not 0 <= min(rows) <= max(rows) < self.prompts:
+            wrong = next(row for row in rows if not 0 <= row < self.prompts)
+            raise ValueError(
+                f"Prompt row {wrong} does not exist: the conditioning has {self.prompts} prompts, counted from 0."
+            )
+        conds = self._conds
+        if self.prompts > 1:
+            index = torch.tensor(rows, device=self.device)
+            conds = {key: [_select(entry, index, self.prompts) for entry in entries] for key, entries in conds.items()}
+        self._selected = (rows, conds)
+        return conds
+
+    @contextmanager
+    def grad(self):
+        """Gradients with respect to the adapters are recorded inside. Call backward inside as well."""
+        if not (self._in_training and self._patcher.is_injected):
+            self._in_training = True
+            self._load()  # now with room for what the backward pass keeps; and a recomputed block needs the adapters on
+        network = self._patcher.model.diffusion_model
+        with torch.enable_grad(), _checkpointed(network) if self.policy.checkpointing else nullcontext():
+            yield
+
+    @contextmanager
+    def reference(self):
+        """The user's own model: the adapters do nothing inside."""
+        with self.policy.adapters.disabled():
+            yield
+
+    def parameters(self):
+        return self.policy.adapters.parameters()
+
+    def weights(self):
+        """Every tensor of the network and the adapters that outlives a forward."""
+        return [*self._patcher.model.diffusion_model.parameters(), *self.policy.adapters.parameters()]
+
+    def free_memory(self) -> float:
+        """Bytes that may still be used on the device."""
+        return comfy.model_management.get_free_memory(self.device)
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        """A LATENT's samples as the model sees them.
+
+        Like ComfyUI's samplers, an empty (all zero) latent is not shifted.
+        """
+        latent = thaw(latent)
+        return self._latent_format.process_in(latent) if torch.count_nonzero(latent) else latent
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        return self._latent_format.process_out(latent.to(torch.float32))
+
+
+def thaw(tree):
+    """Copies of all tensors of nested dicts, lists and tuples that autograd may use; anything else as it is."""
+    with torch.inference_mode(False):
+        return _map(tree, lambda tensor: tensor.detach().clone())
+
+
+def _map(tree, change):
+    if torch.is_tensor(tree):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: _map(value, change) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_map(value, change) for value in tree])
+    return tree
+
+
+def thaw_weights(model: nn.Module) -> None:
+    """Replace weights made in inference mode by normal, frozen ones.
+
+    The memory stays the same, so pinned weights stay pinned.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not _autograd_can_save(parameter):
+                module._parameters[name] = nn.Parameter(_normal(parameter), requires_grad=False)
+            elif parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not _autograd_can_save(buffer):
+                module._buffers[name] = _normal(buffer)
+
+
+def _autograd_can_save(tensor: Tensor) -> bool:
+    """False for an inference tensor, and for one that was: moved by `.to` outside inference mode it no longer says
+    is_inference(), and still has no version counter."""
+    if tensor.is_inference():
+        return False
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    if type(tensor) not in (
+        Tensor,
+        nn.Parameter,
+    ):  # packed weights know how to copy themselves, but ComfyUI-GGUF's do not
+        copied = tensor.detach().clone()
+        if _autograd_can_save(copied):
+            return copied
+        copied = _normal(tensor.as_subclass(Tensor)).as_subclass(type(tensor))
+        vars(copied).update(vars(tensor))
+        return copied
+    fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _select(entry: dict, index: Tensor, prompts: int) -> dict:
+    """The entry with only these rows of every tensor that has a row per prompt; one-row tensors serve all prompts."""
+
+    def rows(tensor):
+        return tensor.index_select(0, index) if tensor.dim() and tensor.shape[0] == prompts else tensor
+
+    chosen = {}
+    for key, cond in entry["model_conds"].items():
+        constant = isinstance(cond, comfy.conds.CONDConstant)
+        chosen[key] = cond if constant else cond._copy_with(_map(cond.cond, rows))
+    return {**entry, "model_conds": chosen}
+
+
+def _own_input(layer, args):
+    """FLUX adds to the very tensor a LayerNorm has just saved for its backward pass:
+
+    give the norm a copy of its own.
+    """
+    return (args[0].clone(), *args[1:]) if torch.is_grad_enabled() else None
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    return [block for stack in network.children() if isinstance(stack, nn.ModuleList) for block in stack]
+
+
+@contextmanager
+def _checkpointed(network: nn.Module):
+    """Every block of the network recomputes its activations in the backward pass."""
+    with ExitStack() as stack:
+        for block in _blocks(network):
+            stack.callback(_restore, block, vars(block).get("forward"))
+            block.forward = _recomputing(block.forward)
+        yield
+
+
+def _restore(block: nn.Module, forward) -> None:
+    if forward is None:
+        del block.forward
+    else:
+        block.forward = forward
+
+
+def _recomputing(forward):
+    def own(value):
+        # [B, tokens, width] is what blocks update in place; the checkpoint's saved inputs must not change.
+        return value.clone() if torch.is_tensor(value) and value.dim() == 3 else value
+
+    def run(args, kwargs):
+        return forward(*map(own, args), **{key: own(value) for key, value in kwargs.items()})
+
+    def wrapped(*args, **kwargs):
+        if isinstance(kwargs.get("transformer_options"), dict):
+            kwargs["transformer_options"] = dict(kwargs["transformer_options"])  # block_index in there moves on
+        return checkpoint(run, args, kwargs, use_reentrant=False, preserve_rng_state=False)
+
+    return wrapped
+
+
+@contextmanager
+def _training_kernels():
+    """ComfyUI's differentiable kernels, for rollouts too, so that the first ratio is exactly 1.
+
+    Versions before 0.14 have only those.
+    """
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before, management.in_training = management.in_training, True
+    try:
+        yield
+    finally:
+        management.in_training = before
+
+
+def _use_differentiable_attention(transformer_options: dict) -> None:
+    """PyTorch's attention where ComfyUI runs with one that has no backward pass (sage, flash, int8)."""
+    attention = comfy.ldm.modules.attention
+    fine = [
+        getattr(attention, f"attention_{name}", None) for name in ("pytorch", "basic", "split", "sub_quad", "xformers")
+    ]
+    if attention.optimized_attention not in fine:
+        transformer_options.setdefault(
+            "optimized_attention_override", lambda _, *args, **kwargs: attention.attention_pytorch(*args, **kwargs)
+        )
+
+
+def refuse_other_than_flow(model) -> None:
+    if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+        raise ValueError(
+            f"This MODEL ({type(model.model).__name__}) is not a flow-matching model: connect FLUX, SD3, SD3.5 or "
+            "another "
+            "flow model; SD1.5 and SDXL cannot be trained here."
+        )
+
+
+def cast_bytes(patcher) -> float:
+    """At most what a call's graph keeps of weights that are cast to compute with (fp8 ones, above all):
+
+    autograd holds on to the cast copies.
+    """
+    computed = getattr(patcher.model, "manual_cast_dtype", None)
+    return 0.0 if computed is None else patcher.model_size() * computed.itemsize / patcher.model_dtype().itemsize
+
+
+def refuse_wrong_latent(policy: ComfyPolicy, shape) -> None:
+    if len(shape) != 3:
+        raise ValueError(
+            f"The latent has the shape {['batch', *shape]}, but only images, [batch, channels, height, width], can be "
+            "trained on."
+        )
+    if shape[0] != policy.latent_channels:
+        raise ValueError(
+            f"The latent has {shape[0]} channels, but this model needs {policy.latent_channels}: use the empty latent "
+            "node "
+            f"that belongs to the model (EmptySD3LatentImage for FLUX and SD3)."
+        )
+
+
+def refuse_wrong_conditioning(policy: ComfyPolicy, texts: dict, cfg: float) -> int:
+    """The number of prompts, or a ValueError that says what is wrong with the conditioning."""
+    if not math.isclose(cfg, 1.0) and "negative" not in texts:
+        raise ValueError(f"cfg is {cfg}, which needs a negative prompt: connect negative, or set cfg to 1.")
+    prompts = 0
+    for side, entries in texts.items():
+        if len(entries) != 1:
+            raise ValueError(
+                f"The {side} conditioning has {len(entries)} entries, and ComfyUI would average them: connect a "
+                "single prompt, "
+                "or several through Tree Prompts, which makes one entry of them."
+            )
+        context, options = entries[0]
+        start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
+        if any(options.get(key) is not None for key in ("area", "mask")) or start > 0 or end < 1:
+            raise ValueError(
+                f"The {side} conditioning is limited to an area, a mask or a range of steps: connect the plain prompt."
+            )
+        count = context.shape[0]
+        prompts = prompts or count
+        if count not in (1, prompts):
+            raise ValueError(
+                f"The negative conditioning has {count} prompts for {prompts} positive ones: use one for all, or as "
+                "many."
+            )
+        _refuse_wrong_widths(policy, side, context, options, count)
+    return prompts
+
+
+def _refuse_wrong_widths(policy: ComfyPolicy, side: str, context: Tensor, options: dict, count: int) -> None:
+    network, flux = policy.model.model.diffusion_model, policy.architecture == "flux"
+    advice = f"encode the prompt with the text encoder that belongs to this {policy.architecture} model"
+
+    def width(*names):
+        """Input width of the first of these layers that the network has."""
+        layers = dict(network.named_modules())
+        return next((layers[name].in_features for name in names if hasattr(layers.get(name), "in_features")), None)
+
+    wanted = width("txt_in", "context_embedder")
+    if wanted is not None and context.shape[-1] != wanted:
+        raise ValueError(
+            f"The {side} conditioning is {context.shape[-1]} wide, but the model needs {wanted}: {advice}."
+        )
+    pooled, wanted = options.get("pooled_output"), width("vector_in.in_layer", "y_embedder.mlp.0")
+    if pooled is None:
+        if policy.architecture == "sd3":
+            raise ValueError(f"The {side} conditioning has no 'pooled_output', which this sd3 model needs: {advice}.")
+        return
+    if pooled.shape[0] not in (1, count):
+        raise ValueError(
+            f"The {side} conditioning has {count} prompts but {pooled.shape[0]} rows of 'pooled_output': {advice}."
+        )
+    if wanted is not None and (
+        pooled.shape[-1] < wanted if flux else pooled.shape[-1] != wanted
+    ):  # FLUX takes the first columns
+        raise ValueError(
+            f"'pooled_output' of the {side} conditioning is {pooled.shape[-1]} wide, but the model needs {wanted}: "
+            f"{advice}."
+        )

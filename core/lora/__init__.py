@@ -1,0 +1,1 @@
+"""The trained LoRA: adapters, their average, their names in ComfyUI and diffusers."""

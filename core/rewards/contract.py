@@ -1,0 +1,25 @@
+"""What a reward is."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Reward(Protocol):
+    """Scores images for their prompts, higher is better.
+
+    Every reward subclasses this; name and score are its own to give.
+    """
+
+    name: str  # in tables, curves and metrics
+    group_wise: bool = False  # compares images: needs all neighbouring images of a prompt in one call
+    origin: tuple[str, object, dict] | None = (
+        None  # (kind, path, options) of core.rewards.load, for run.yaml; None = no file to name
+    )
+    patcher: object = None  # ComfyUI's ModelPatcher of its weights; None = it has none
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """[B, H, W, 3] in 0..1, B prompts -> [B];
+
+        NaN = no score for this image, which is masked, never counted as 0.
+        """

@@ -1,0 +1,96 @@
+"""From scores to advantages: which branches of the tree were worth taking."""
+
+from dataclasses import dataclass
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..core.method.advantage import ESTIMATORS, WEIGHTS, check_rewards, total_reward
+from ..core.method.iteration import Credit, credit, score
+from ..core.pictures import plot
+from .schema import AdvantagesSocket, ScoresSocket, TreeSocket, expert, schema
+
+
+@dataclass
+class TreeCredit:
+    """What flows along an ADVANTAGES wire: who earned what, and the picture of it."""
+
+    credit: Credit
+    layers: list[torch.Tensor]  # advantages of all edges of the tree, as Credit.edges gives them
+    picture: object  # PIL image
+
+
+ESTIMATOR = expert(
+    io.Combo.Input(
+        "estimator",
+        options=list(ESTIMATORS),
+        default="treegrpo",
+        optional=True,
+        tooltip="treegrpo: average of the children, weighted by their probability. branchgrpo: compared within each "
+        "layer. "
+        "trajectory: as plain GRPO.",
+    )
+)
+
+
+class AdvantagesNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPOAdvantages",
+            "Tree Advantages",
+            description="Compares the images of each prompt with each other and hands the credit back up the tree: "
+            "which branches were worth taking. "
+            "The picture shows the tree with scores and advantages.",
+            search_aliases=["grpo advantage", "credit assignment"],
+            is_output_node=True,
+            inputs=[
+                TreeSocket.Input("tree"),
+                ScoresSocket.Input("rewards"),
+                ESTIMATOR,
+                expert(
+                    io.Combo.Input(
+                        "weights",
+                        options=list(WEIGHTS),
+                        default="mean-logprob",
+                        optional=True,
+                        tooltip="treegrpo only: how children are weighted. mean-logprob is almost uniform, "
+                        "sum-logprob picks one child.",
+                    )
+                ),
+                expert(
+                    io.Float.Input(
+                        "clip",
+                        default=5.0,
+                        min=0.1,
+                        max=100.0,
+                        step=0.1,
+                        optional=True,
+                        tooltip="Largest advantage of a single image. Lower = outliers count less.",
+                    )
+                ),
+            ],
+            outputs=[AdvantagesSocket.Output(display_name="advantages"), io.Image.Output(display_name="picture")],
+        )
+
+    @classmethod
+    def execute(cls, tree, rewards, estimator="treegrpo", weights="mean-logprob", clip=5.0) -> io.NodeOutput:
+        forest = tree.forest
+        with torch.inference_mode(False), torch.no_grad():
+            for name, values in rewards.values.items():
+                if len(values) != len(forest.leaves):
+                    raise ValueError(
+                        f"Reward '{name}' scored {len(values)} images, but the tree has {len(forest.leaves)} leaves: "
+                        "decode and score all "
+                        "leaves of this tree, and nothing else."
+                    )
+            check_rewards(
+                rewards.values, len(forest.prompts)
+            )  # a person is looking: a reward that says nothing at all is an error here
+            found = score(rewards, forest)
+            earned = credit(tree.sampled, found, estimator=estimator, weights=weights, clip=clip)
+            total = total_reward(found.values, found.weights)
+            layers = earned.edges(forest)
+            picture = plot.tree_picture(forest, layers, total, rewards.images, rewards.prompts)
+        image = plot.to_tensor(picture)
+        return io.NodeOutput(TreeCredit(earned, layers, picture), image, ui=ui.PreviewImage(image, cls=cls))

@@ -1,0 +1,158 @@
+"""The prompts: as a batch of conditioning for a graph, or as a list for the Trainer."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..core.hosts.comfy_host import batch, encode
+from ..core.runs.prompts import parse, read, split
+from .schema import PolicySocket, PromptsSocket, expert, schema
+
+TEXT_FILES = (".txt", ".jsonl", ".csv")
+NO_FILE = "(the text above)"
+
+
+class PromptsNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPOPrompts",
+            "Tree Prompts",
+            description="Several prompts as one batch of conditioning, one row per prompt. With a policy connected, "
+            "each iteration takes the "
+            "next prompts of the list.",
+            search_aliases=["prompt list", "batch prompts"],
+            inputs=[
+                io.Clip.Input("clip"),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="a red circle on a white background",
+                    tooltip="One prompt per line. Empty lines are skipped.",
+                ),
+                io.Int.Input(
+                    "per_iteration",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="Prompts per iteration, taken in turn. Higher = steadier updates, slower iterations. 0 = "
+                    "all.",
+                ),
+                PolicySocket.Input(
+                    "policy",
+                    optional=True,
+                    tooltip="Connect the policy to move on through the list with each iteration.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(),
+                io.String.Output(display_name="prompts", tooltip="The chosen prompts, one per line: for Score Images."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, text, per_iteration, policy=None) -> io.NodeOutput:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("The prompt list is empty: write at least one prompt, one per line.")
+        count = min(per_iteration or len(lines), len(lines))
+        first = policy.run.iteration * count if policy is not None else 0
+        chosen = [lines[(first + j) % len(lines)] for j in range(count)]
+        return io.NodeOutput(batch([encode(clip, line) for line in chosen]), "\n".join(chosen))
+
+
+class PromptListNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPOPromptList",
+            "Prompt List",
+            description="The prompts of a training run: written here, or from a .txt, .jsonl or .csv file in "
+            "ComfyUI's input folder. Some can be held out: "
+            "they are never trained on, and show whether learning carries over.",
+            search_aliases=["dataset", "prompts", "held-out"],
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="a red circle on a white background\na blue square on a black background",
+                    tooltip="One prompt per line. Lines that begin with '# ' are comments.",
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=[NO_FILE, *prompt_files()],
+                    default=NO_FILE,
+                    optional=True,
+                    tooltip="A file in the input folder instead: .txt has a prompt per line, .jsonl and .csv a field "
+                    "called prompt, text or caption.",
+                ),
+                io.Float.Input(
+                    "held_out",
+                    default=0.0,
+                    min=0.0,
+                    max=10000.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Below 1: the share of prompts held out, such as 0.1. From 1: that many prompts. Higher = "
+                    "a more certain judgement, less to learn from.",
+                ),
+                expert(
+                    io.Int.Input(
+                        "split_seed",
+                        default=0,
+                        min=0,
+                        max=2**31,
+                        optional=True,
+                        tooltip="Another number holds out other prompts.",
+                    )
+                ),
+            ],
+            outputs=[
+                PromptsSocket.Output(display_name="prompts"),
+                io.String.Output(display_name="summary"),
+                io.String.Output(display_name="texts", tooltip="All prompts, one per line: for Save Tree LoRA."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=NO_FILE):
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, text, file=NO_FILE, held_out=0.0, split_seed=0):
+        path = prompt_path(file)
+        return [
+            text,
+            str(path),
+            path.stat().st_mtime if path is not None and path.is_file() else 0,
+            held_out,
+            split_seed,
+        ]
+
+    @classmethod
+    def execute(cls, text, file=NO_FILE, held_out=0.0, split_seed=0) -> io.NodeOutput:
+        path = prompt_path(file)
+        prompts = split(read(path) if path is not None else parse(text), held_out, split_seed)
+        summary = f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out" + (
+            f", {prompts.duplicates} duplicates left out" if prompts.duplicates else ""
+        )
+        return io.NodeOutput(prompts, summary, "\n".join([*prompts.train, *prompts.held_out]), ui={"text": (summary,)})
+
+
+def prompt_files() -> list[str]:
+    folder = Path(folder_paths.get_input_directory())
+    return (
+        sorted(file for file in folder_paths.recursive_search(str(folder))[0] if file.endswith(TEXT_FILES))
+        if folder.is_dir()
+        else []
+    )
+
+
+def prompt_path(file: str | None) -> Path | None:
+    """The chosen file, inside the input folder and nowhere else."""
+    if not file or file == NO_FILE:
+        return None
+    if ".." in Path(file).parts or Path(file).is_absolute():
+        raise ValueError(f"The prompt file '{file}' is not inside ComfyUI's input folder: copy it there.")
+    return Path(folder_paths.get_input_directory()) / file

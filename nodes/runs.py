@@ -1,0 +1,87 @@
+"""The training runs that nodes work on: opened once, found again on the disk, listed to choose from."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+
+from ..core.hosts.comfy import ComfyPolicy, refuse_other_than_flow
+from ..core.lora.adapters import choose_layers
+from ..core.runs.run import Run, adapter_settings, describe, list_checkpoints, refuse_other_settings
+from .schema import plain_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BY_NAME, NOTHING = "(run_name)", "(nothing)"
+
+# Training state by run folder. It lives here and on disk, never in ComfyUI's output cache alone, which may drop any
+# object between two queue runs.
+_RUNS: dict[Path, Run] = {}
+
+
+def open_run(
+    name: str, model, *, rank: int, alpha: float, targets: str, dtype: str, seed: int, begin_from: Path | None = None
+) -> Run:
+    """The run of this name: from memory, else from disk, else new. Other settings than the run's own are refused.
+
+    begin_from: a checkpoint's folder, of this run or another, that a new run takes over as its own beginning.
+    """
+    refuse_other_than_flow(model)
+    folder = run_folder(name)
+    layers = choose_layers(model.model.diffusion_model, targets)
+    config = adapter_settings(rank, alpha, targets, dtype, seed, base_model(model), layers)
+    run = _RUNS.get(folder)
+    if run is not None and run.iteration > 0 and not run.was_deleted():
+        refuse_other_settings(name, run.config, config)
+        return run
+    run = _RUNS[folder] = Run.open(
+        folder, ComfyPolicy.new_adapters(model, rank, alpha, targets, DTYPES[dtype], seed), config
+    )
+    if begin_from is not None and run.iteration == 0:
+        run.restore(begin_from)
+    return run
+
+
+def known_runs() -> list[str]:
+    """Names of the runs on the disk, the newest first."""
+    folder = Path(folder_paths.get_output_directory()) / "treerpo"
+    states = sorted(folder.glob("*/state.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent.name for path in states]
+
+
+def known_checkpoints() -> list[str]:
+    """What a new run can begin from: 'run @ 80', 'run @ best', 'run @ newest'."""
+    found = []
+    for name in known_runs():
+        folder = run_folder(name)
+        best = [f"{name} @ best"] if describe(folder / "best") else []
+        found += [
+            f"{name} @ newest",
+            *best,
+            *(f"{name} @ {checkpoint.iteration}" for checkpoint in list_checkpoints(folder)),
+        ]
+    return found
+
+
+def checkpoint_folder(choice: str) -> Path | None:
+    """The folder of a choice of `known_checkpoints`."""
+    if choice == NOTHING:
+        return None
+    name, _, which = choice.rpartition(" @ ")
+    folder = run_folder(name)
+    place = {"newest": folder, "best": folder / "best"}.get(
+        which
+    ) or folder / "checkpoints" / f"{int(which) if which.isdecimal() else -1:06d}"
+    if not (place / "state.pt").is_file():
+        raise ValueError(f"There is no checkpoint '{choice}' any more: choose another one under begin_from.")
+    return place
+
+
+def run_folder(name: str) -> Path:
+    return Path(folder_paths.get_output_directory()) / "treerpo" / plain_name(name, "run")
+
+
+def base_model(model) -> str:
+    """The base model's architecture, and its file name where ComfyUI remembers it."""
+    origin = getattr(model, "cached_patcher_init", None)
+    files = [Path(part).name for part in origin[1] if isinstance(part, str)] if origin else []
+    return " ".join([type(model.model).__name__, *files[:1]])
