@@ -1,14 +1,51 @@
 """Files that are whole or not there: atomic writes, additions that are undone, second names for the same content."""
 
+import hashlib
 import io
 import os
+import re
 import shutil
+import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+HERE = hashlib.blake2b(socket.gethostname().encode(), digest_size=3).hexdigest()  # this machine, in names
+
 
 def temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A hidden name beside `path` that only this process uses."""
+    return path.with_name(f".{path.name}.{HERE}-{os.getpid()}.tmp")
+
+
+def abandoned(path: Path) -> bool:
+    """Whether a file of such a name was left by a process of this machine that is gone, or by this one."""
+    found = re.fullmatch(r"\..+\.(?:([0-9a-f]{6})-)?(\d+)\.tmp", path.name)  # before 0.1.0 without the machine
+    return bool(found) and found[1] in (None, HERE) and (int(found[2]) == os.getpid() or not alive(int(found[2])))
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    if os.name == "nt":  # os.kill would end it
+        import ctypes
+
+        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
+        if handle:
+            ctypes.windll.kernel32.CloseHandle(handle)
+        return bool(handle)
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes have left half written in a folder."""
+    for leftover in filter(abandoned, folder.glob(".*.tmp")):
+        with suppress(OSError):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager

@@ -16,10 +16,11 @@ import math
 import os
 import re
 import reprlib
+import secrets
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,8 +30,9 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ..files import append, link_or_copy, replacing, temporary_name, write_atomically, write_picture
+from ..files import append, link_or_copy, replacing, temporary_name, tidy, write_atomically, write_picture
 from ..lora.ema import Ema
+from .lock import Lock, Taken
 
 log = logging.getLogger("treerpo")
 FORMAT = 2  # 1 had no ema, extra and rng
@@ -51,6 +53,7 @@ class Checkpoint:
     summary: str  # for a list to choose from: 'iteration 80, reward 0.3124 ± 0.0210'
     saved: str  # when, ISO 8601 in UTC
     settings: dict  # of the run it belongs to, without the trainer's
+    run: str | None  # that run's id; None = saved before there were ids
 
 
 class Run:
@@ -65,6 +68,7 @@ class Run:
 
     def __init__(self, folder: Path, adapters, config: dict):
         self.folder = Path(folder)
+        self.id = secrets.token_hex(8)  # of the run whatever its folder is called; the saved one where there is one
         self.adapters = adapters
         self.config = dict(config)
         self.writes = True  # False: another process of the same job writes the files
@@ -79,6 +83,12 @@ class Run:
         self._saved: int | None = None  # the iteration of state.pt
         self._written: int | None = None  # the iteration of both files, where this object has written them
         self._logged = (0, None)  # rows in metrics.jsonl and its size in bytes; None = not known
+        self._seen: tuple | None = None  # what tells that state.pt is the one this object has written or read last
+        self._due = {
+            "last": 0,
+            "best": False,
+        }  # how the newest state is to be set aside: in state.pt, as a kill may come between
+        self._lock, self._training = Lock(self.folder), 0
 
     @classmethod
     def open(cls, folder, adapters, config: dict, resume_from: int | str | Path | None = None) -> "Run":
@@ -91,7 +101,9 @@ class Run:
         newest = run.folder / "state.pt"
         if newest.exists():
             try:
+                run._seen = signature(newest)
                 run._take(run._read(run.folder))
+                run._mend()
             except DamagedCheckpoint:
                 if resume_from is None:
                     raise
@@ -178,7 +190,8 @@ class Run:
         adds both rows.
         """
         self._count(row)
-        self._log()
+        with self.training():
+            self._log()
 
     def amend(self, values: dict) -> None:
         """Add values to the newest row, which the next record or save writes."""
@@ -213,9 +226,13 @@ class Run:
         if not self.writes:
             self._saved = self.iteration
             return
+        with self.training():
+            self._save(pictures)
+
+    def _save(self, pictures: Callable[[], dict] = dict) -> None:
         self._tidy()
         write_atomically(self.folder / "state.pt", torch_bytes(self._state()))
-        self._saved = self.iteration
+        self._saved, self._seen = self.iteration, signature(self.folder / "state.pt")
         metadata = self.metadata() if self._ema is None else {**self.metadata(), "treerpo.ema": str(self._ema.decay)}
         write_atomically(
             self.folder / "adapter.safetensors", safetensors_bytes(self.lora(averaged=True), metadata=metadata)
@@ -232,6 +249,8 @@ class Run:
         average = self._ema.state_dict() if self._ema is not None else self._saved_ema
         return {
             "format": FORMAT,
+            "id": self.id,
+            "due": self._due,
             "iteration": self.iteration,
             "adapters": self.adapters.state_dict(),
             "optimizer": optimizer,
@@ -260,12 +279,18 @@ class Run:
         """
         if not self.writes:
             return
-        if self._written != self.iteration:
-            self.save()
-        self._tidy()
+        with self.training():
+            self._due = {"last": last, "best": best}
+            self._save()
+            self._keep()
+            self._due = {"last": 0, "best": False}
+
+    def _keep(self) -> None:
+        """Set the newest state aside as is due."""
+        last = self._due["last"]
         if last > 0:
             self._set_aside(self._folder_of(self.iteration))
-        if best:
+        if self._due["best"]:
             self._set_aside(self.folder / "best")
         others = [checkpoint for checkpoint in self.checkpoints() if checkpoint.path != self._folder_of(self.iteration)]
         for checkpoint in others[max(last - 1, 0) :]:
@@ -278,7 +303,11 @@ class Run:
     def checkpoints(self) -> list[Checkpoint]:
         """This run's checkpoints, the one saved last first; those of a run with other settings are left out."""
         own = json.loads(json.dumps(without_trainer(self.config)))
-        return [checkpoint for checkpoint in list_checkpoints(self.folder) if checkpoint.settings == own]
+        return [
+            checkpoint
+            for checkpoint in list_checkpoints(self.folder)
+            if checkpoint.settings == own and (self._saved is None or checkpoint.run in (None, self.id))
+        ]
 
     def restore(self, where: int | str | Path) -> None:
         """Go back to a checkpoint: an iteration, 'best', or a path. The state that is left is kept in checkpoints/
@@ -289,9 +318,16 @@ class Run:
         space) leave the run as it was, in memory and on disk; only where metrics.jsonl alone could not be written, the
         run has gone back and its next save writes that.
         """
+        with self.training():
+            self._restore(self._find(where))
+
+    def _restore(self, source: Path) -> None:
         self._tidy()
-        source = self._find(where)
         state = self._read(source)
+        if self.folder not in (source, *source.parents):  # another run's: a new beginning under this run's own id
+            self._take({**state, "id": self.id})
+            self._save()
+            return
         if self.iteration and not self._folder_of(self.iteration).exists():
             if self._written != self.iteration:
                 self.save()
@@ -300,8 +336,92 @@ class Run:
             link_or_copy(source / "adapter.safetensors", adapter)
             link_or_copy(source / "state.pt", newest)
             self._take(state)
-        self._written, self._logged = self.iteration, (0, None)
+        self._written, self._logged, self._seen = self.iteration, (0, None), signature(self.folder / "state.pt")
         self._log()
+
+    @contextmanager
+    def training(self):
+        """Inside, this object alone trains and writes the run; may be nested.
+
+        Raises ValueError, in a sentence, where another process trains it, or has trained it further than this object
+        knows.
+        """
+        if self.writes and not self._training:
+            self._lock.take()
+        self._training += 1
+        try:
+            if self._training == 1 and self.writes:
+                self._compare(reload=False)
+            yield
+        finally:
+            self._training -= 1
+            if not self._training:
+                self._lock.give_back()
+
+    def refresh(self) -> None:
+        """Read the state anew if somebody else trained the run further. ValueError where the two have gone apart."""
+        self._compare(reload=True)
+
+    def _compare(self, reload: bool) -> None:
+        """Memory against disk: what is newer there is taken over (reload) or refused, never overwritten."""
+        found = signature(self.folder / "state.pt")
+        if found is None or found == self._seen:
+            return
+        try:
+            state = self._read(self.folder)
+        except DamagedCheckpoint:
+            return  # what is in memory is better
+        ours, theirs = ([_lineage(row) for row in rows] for rows in (self.metrics, state["metrics"]))
+        common = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        if (not ours or run_id(state) == self.id) and common == len(ours):  # theirs is ours, and maybe more
+            if common == len(theirs):
+                self._seen = found
+            elif reload:
+                log.info(
+                    "Run '%s' was trained on elsewhere: going on from iteration %d.", self.folder.name, len(theirs)
+                )
+                self._take(state)
+                self._seen, self._written, self._logged = found, None, (0, None)
+            else:
+                raise ValueError(
+                    f"Run '{self.folder.name}' was trained on elsewhere, to iteration {len(theirs)}, while this one "
+                    f"was at {len(ours)}: queue again to go on from there."
+                )
+        elif run_id(state) != self.id or common < len(theirs):
+            raise ValueError(self._apart(len(theirs), common))
+
+    def _apart(self, theirs: int, common: int) -> str:
+        """Keep what only memory has under a name of its own; the sentence that says so."""
+        name = f"{self.folder.name} (kept at {self.iteration})"
+        kept = Run(self.folder.with_name(name), self.adapters, self.config)
+        kept.metrics, kept.iteration, kept.extra = list(self.metrics), self.iteration, dict(self.extra)
+        kept.optimizer, kept._saved_optimizer = self.optimizer, self._saved_optimizer
+        kept._ema, kept._saved_ema = self._ema, self._saved_ema
+        kept.save()
+        return (
+            f"Run '{self.folder.name}' has gone two ways after iteration {common}: this one is at iteration "
+            f"{self.iteration}, its folder at {theirs}, trained elsewhere. This one is kept as run '{name}'; queue "
+            "again to go on with the folder's."
+        )
+
+    def _mend(self) -> None:
+        """Finish what a killed process had begun after its newest state was safe."""
+        newest, path = describe(self.folder), self.folder / "metrics.jsonl"
+        log_data = "".join(line + "\n" for line in self._json_lines()).encode()
+        hidden = [*self.folder.glob(".*"), *(self.folder / "checkpoints").glob(".*")]
+        due = self._due["last"] > 0 or self._due["best"]
+        whole = newest is not None and newest.iteration == self.iteration
+        if whole and not due and not hidden and path.is_file() and path.read_bytes() == log_data:
+            return
+        with suppress(Taken, OSError), self.training():  # whoever trains it now mends it
+            if not whole:
+                self._save()
+            self._tidy()
+            self._log()
+            self._written = self.iteration
+            if due:
+                self._keep()
+                self._due = {"last": 0, "best": False}
 
     @property
     def unsaved(self) -> bool:
@@ -322,6 +442,7 @@ class Run:
             "format": "pt",
             "treerpo.iterations": str(self.iteration),
             "treerpo.run": self.folder.name,
+            "treerpo.id": self.id,
             "treerpo.last": json.dumps(last),
             "treerpo.config": json.dumps(without_trainer(self.config)),
             "treerpo.saved": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
@@ -368,6 +489,8 @@ class Run:
             [],
         )
         self.optimizer, self._saved_optimizer, self._saved_ema = None, state["optimizer"], state.get("ema")
+        self.id = run_id(state)
+        self._due = state.get("due", {"last": 0, "best": False})
         if self._ema is not None:
             self._ema.reset()  # for a checkpoint from before there was an average
             self.ema = self._ema
@@ -439,17 +562,11 @@ class Run:
     def _tidy(self) -> None:
         """Remove what a killed process has left half done, and undo what it was replacing."""
         for place in (self.folder, self.folder / "checkpoints", self.folder / "samples"):
-            for leftover in place.glob(".*"):
-                replaced = (
-                    leftover.with_name(leftover.name[1 : -len(".old")])
-                    if leftover.name.endswith(".old") and leftover.is_dir()
-                    else None
-                )
+            for leftover in filter(Path.is_dir, place.glob(".*.old")):
+                replaced = leftover.with_name(leftover.name[1 : -len(".old")])
                 with suppress(OSError):
-                    if replaced is not None and not replaced.exists():
-                        os.replace(leftover, replaced)
-                    elif replaced is not None or re.fullmatch(r"\..+\.\d+\.tmp", leftover.name):
-                        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                    shutil.rmtree(leftover) if replaced.exists() else os.replace(leftover, replaced)
+            tidy(place)
 
 
 def read_state(path: Path) -> dict:
@@ -489,6 +606,21 @@ def read_state(path: Path) -> dict:
     return state
 
 
+def signature(path: Path) -> tuple | None:
+    """Changes whenever a file is replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def run_id(state: dict) -> str:
+    """The id of the run that a state belongs to; for states from before there were ids, one made of its beginning."""
+    beginning = json.dumps([without_trainer(state["config"]), state["metrics"][:1]], sort_keys=True)
+    return state.get("id") or hashlib.blake2b(beginning.encode(), digest_size=8).hexdigest()
+
+
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """All checkpoints in a run's folder, the one saved last first. Reads no tensors."""
     folders = [path for path in (Path(folder) / "checkpoints").glob("*") if re.fullmatch(r"\d{6,}", path.name)]
@@ -515,6 +647,7 @@ def describe(folder: Path) -> Checkpoint | None:
             f"iteration {iteration}{reward}{spread}",
             metadata["treerpo.saved"],
             json.loads(metadata["treerpo.config"]),
+            metadata.get("treerpo.id"),
         )
     except Exception:  # whatever it is, it is not ours
         return None
@@ -541,6 +674,11 @@ def changed_settings(saved: dict, wanted: dict) -> list[str]:
         for key in {**saved, **wanted}
         if (key in saved, saved.get(key)) != (key in wanted, wanted.get(key))
     ]
+
+
+def _lineage(row: dict) -> dict:
+    """What of a row says which training it comes from: evaluations may come later."""
+    return {key: value for key, value in row.items() if not key.startswith("eval/")}
 
 
 def finite(row: dict) -> dict:
