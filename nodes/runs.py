@@ -32,6 +32,11 @@ def open_run(
     run = _RUNS.get(folder)
     if run is not None and run.iteration > 0 and not run.was_deleted():
         refuse_other_settings(name, run.config, config)
+        try:
+            run.refresh()
+        except ValueError:
+            del _RUNS[folder]  # what is in memory is kept under another name; the next queue run opens the folder
+            raise
         return run
     run = _RUNS[folder] = Run.open(
         folder, ComfyPolicy.new_adapters(model, rank, alpha, targets, DTYPES[dtype], seed), config

@@ -1,6 +1,8 @@
 """The trained LoRA: to other nodes, and to a file."""
 
 import hashlib
+import itertools
+import json
 from pathlib import Path
 
 import folder_paths
@@ -8,8 +10,9 @@ from comfy_api.latest import io
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..core.files import write_atomically
+from ..core.files import tidy, write_atomically
 from ..core.lora.interchange import write
+from ..core.runs.run import Run
 from .schema import LoraSocket, PolicySocket, plain_name, schema
 
 FORMATS = ["ComfyUI", "diffusers (PEFT)"]
@@ -40,7 +43,7 @@ class SaveTreeLoraNode(io.ComfyNode):
             "TreeRPOSaveLora",
             "Save Tree LoRA",
             description="Saves the policy's LoRA into models/loras, where every LoRA loader finds it. Saving again "
-            "replaces the file of the same run.",
+            "replaces the file of the same run; a file of anyone else stays, and a free name is taken.",
             search_aliases=["export lora"],
             is_output_node=True,
             inputs=[
@@ -71,9 +74,17 @@ class SaveTreeLoraNode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name):
+        try:
+            return bool(lora_name is None or target(lora_name))  # None: connected, known when it runs
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
     def execute(cls, policy, lora_name, prompts="", format=FORMATS[0]) -> io.NodeOutput:
-        path = target(lora_name)
-        refuse_foreign(path, policy.run.folder.name)
+        wanted = target(lora_name)
+        path = free(wanted, policy.run)
+        tidy(path.parent)
         metadata = {
             **policy.run.metadata(),
             "treerpo.prompts_blake2b": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
@@ -84,6 +95,8 @@ class SaveTreeLoraNode(io.ComfyNode):
         else:
             write(path, lora, "diffusers", metadata)
         text = f"{path.name}: {policy.run.iteration} iterations of run '{policy.run.folder.name}'"
+        if path != wanted:
+            text += f". {wanted.name} is another run's or somebody else's, and stays as it is."
         return io.NodeOutput(str(path), ui={"text": (text,)})
 
 
@@ -92,17 +105,23 @@ def target(lora_name: str) -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0]) / f"{name}.safetensors"
 
 
-def refuse_foreign(path: Path, run: str) -> None:
-    """Only a file this run saved before may be replaced."""
-    if not path.exists():
-        return
+def free(wanted: Path, run: Run) -> Path:
+    """The file to save to: the wanted one, or name_2, name_3 ... where that is not this run's own.
+
+    A training that has ended must not be lost over a name.
+    """
+    numbers = itertools.chain([wanted], (wanted.with_stem(f"{wanted.stem}_{n}") for n in itertools.count(2)))
+    return next(path for path in numbers if not path.exists() or is_own(path, run))
+
+
+def is_own(path: Path, run: Run) -> bool:
+    """Whether the run has saved this file. A name is not enough: a run of the same name may have begun anew."""
     try:
         with safe_open(path, "pt") as file:
-            owner = (file.metadata() or {}).get("treerpo.run")
+            metadata = file.metadata() or {}
     except Exception:  # not a safetensors file: certainly not ours
-        owner = None
-    if owner != run:
-        raise ValueError(
-            f"models/loras/{path.name} exists and was not saved by run '{run}': choose another name, so that nothing "
-            "is lost."
-        )
+        return False
+    if "treerpo.id" in metadata:
+        return metadata["treerpo.id"] == run.id
+    last = json.loads(metadata.get("treerpo.last", "null"))  # before there were ids: a row of this run's history
+    return metadata.get("treerpo.run") == run.folder.name and bool(last) and last in run.metrics

@@ -258,9 +258,10 @@ def update_policy(
     batch = MicroBatch(micro_batch) if micro_batch else tree.micro_batch
     optimizer = run.adamw(learning_rate, weight_decay=weight_decay)
     shape = sampled.forest.leaves.shape[1:]
-    with policy.policy.session(
+    session = policy.policy.session(
         tree.positive, tree.negative, tree.cfg, shape=shape, memory_batch=batch.size or None
-    ) as velocity:
+    )
+    with run.training(), session as velocity:
         row = learn(
             velocity,
             sampled,

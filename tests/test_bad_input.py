@@ -1,8 +1,15 @@
 """Bad input gets one clear sentence in the user's words, and loses nothing: no run, no file, no other node's model."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from graph import Graph
+
+from core.files import HERE
 
 
 @pytest.fixture
@@ -32,13 +39,79 @@ def test_a_file_of_someone_else_is_not_replaced(graph):
     (graph.folder / "loras").mkdir()
     precious = graph.folder / "loras/precious.safetensors"
     precious.write_bytes(b"somebody's work")
-    refused("was not saved by run 'test'", graph.call, "SaveLora", policy=policy, lora_name="precious")
+    assert saved_as(graph, policy, "precious") == "precious_2.safetensors"
     assert precious.read_bytes() == b"somebody's work"
-    graph.call("SaveLora", policy=policy, lora_name="mine")
-    graph.call("SaveLora", policy=policy, lora_name="mine")  # our own may be replaced
-    refused(
-        "was not saved by run 'other'", graph.call, "SaveLora", policy=graph.policy(run_name="other"), lora_name="mine"
-    )
+    assert saved_as(graph, policy, "mine") == saved_as(graph, policy, "mine") == "mine.safetensors"  # our own
+    other = graph.policy(run_name="other")
+    assert saved_as(graph, other, "mine") == saved_as(graph, other, "mine") == "mine_2.safetensors"
+
+
+def saved_as(graph, policy, name) -> str:
+    return Path(graph.call("SaveLora", policy=policy, lora_name=name)[0]).name
+
+
+def test_a_run_begun_anew_under_an_old_name_does_not_replace_the_old_ones_lora(graph):
+    old = graph.policy()
+    graph.iteration(old)
+    file = graph.folder / "loras" / saved_as(graph, old, "mine")
+    before = file.read_bytes()
+    old.run.folder.rename(graph.folder / "moved away")
+    graph.forget()
+    new = graph.policy()
+    graph.iteration(new)
+    assert saved_as(graph, new, "mine") == "mine_2.safetensors" and file.read_bytes() == before
+    graph.forget()
+    assert saved_as(graph, graph.policy(), "mine") == "mine_2.safetensors"
+
+
+def test_a_run_trained_further_elsewhere_is_read_anew(graph):
+    """Another process has gone on; queueing here goes on from there, and nothing of it is overwritten."""
+    policy = graph.policy()
+    graph.iteration(policy)
+    here, runs = policy.run, graph.pack.nodes.runs
+    graph.forget()
+    for _ in range(2):
+        graph.iteration(graph.policy())  # elsewhere
+    runs._RUNS[here.folder] = here
+    assert here.iteration == 1
+    with pytest.raises(ValueError, match="trained on elsewhere, to iteration 3, while this one was at 1: queue again"):
+        graph.iteration(policy)  # a graph that is under way
+    graph.iteration(graph.policy())
+    assert here.iteration == 4 and [row["iteration"] for row in here.metrics] == [0, 1, 2, 3]
+
+
+def test_a_run_that_went_two_ways_is_refused_and_both_are_kept(graph):
+    policy = graph.policy()
+    graph.iteration(policy)
+    here, runs = policy.run, graph.pack.nodes.runs
+    shutil.copytree(here.folder, graph.folder / "copy")
+    for _ in range(2):
+        graph.iteration(policy)
+    shutil.rmtree(here.folder)
+    shutil.copytree(graph.folder / "copy", here.folder)
+    graph.forget()
+    graph.iteration(graph.policy(), update=dict(learning_rate=2e-3))  # the copy goes on another way
+    graph.iteration(graph.policy(), text="a green cross on a gray background")
+    runs._RUNS[here.folder] = here
+    refused("gone two ways after iteration 1: this one is at iteration 3, its folder at 3", graph.policy)
+    assert graph.policy(run_name="test (kept at 3)").run.metrics == here.metrics
+    assert graph.policy().run.metrics != here.metrics and graph.policy().run.iteration == 3
+
+
+def test_a_killed_save_leaves_nothing_for_ever(graph):
+    loras = graph.folder / "loras"
+    loras.mkdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (loras / f".mine.safetensors.{HERE}-{gone.pid}.tmp").write_bytes(b"half")
+    saved_as(graph, graph.policy(), "another")
+    assert [path.name for path in loras.iterdir()] == ["another.safetensors"]
+
+
+def test_a_lora_name_that_cannot_be_is_told_when_it_is_queued(graph):
+    node = graph.nodes["TreeRPOSaveLora"]
+    assert node.validate_inputs(lora_name="fine") is True and node.validate_inputs(lora_name=None) is True
+    assert "cannot be a LoRA name" in node.validate_inputs(lora_name="a/b")
 
 
 def test_sampling(graph):

@@ -394,6 +394,7 @@ class Run:
         """Keep what only memory has under a name of its own; the sentence that says so."""
         name = f"{self.folder.name} (kept at {self.iteration})"
         kept = Run(self.folder.with_name(name), self.adapters, self.config)
+        kept.id = hashlib.blake2b(f"{self.id} {name}".encode(), digest_size=8).hexdigest()
         kept.metrics, kept.iteration, kept.extra = list(self.metrics), self.iteration, dict(self.extra)
         kept.optimizer, kept._saved_optimizer = self.optimizer, self._saved_optimizer
         kept._ema, kept._saved_ema = self._ema, self._saved_ema

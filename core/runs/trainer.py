@@ -138,10 +138,14 @@ class Trainer:
             )
 
     def train(self, iterations: int, report: Callable[[Event], None] = lambda event: None) -> str:
-        """Go on until the run has `iterations` in all;
+        """Go on until the run has `iterations` in all; a sentence on how it ended.
 
-        a sentence on how it ended. The run is saved on every way out.
+        The run is saved on every way out, and nobody else can train it meanwhile (Run.training).
         """
+        with self.run.training():
+            return self._train(iterations, report)
+
+    def _train(self, iterations: int, report: Callable[[Event], None]) -> str:
         try:
             if self._due():
                 self._assess()
