@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -105,11 +106,14 @@ def test_comparing_known_values():
 
 
 def test_the_limit_is_students():
-    # t quantiles of the one-sided chance of 2 standard errors, by scipy.stats.t.isf(norm.sf(2) / candidates, images -
-    # 1)
-    for images, candidates, exact in [(8, 1, 2.4288), (16, 1, 2.1812), (16, 10, 3.3320), (64, 50, 3.4820)]:
-        assert limit(2, images, candidates) == pytest.approx(exact, rel=0.01)
+    """t quantiles of the one-sided chance of 2 standard errors; for one degree of freedom that is a Cauchy's, in closed
+    form: cot(pi p).
+    """
+    for images, candidates, exact in [(4, 30, 11.2228), (8, 1, 2.4288), (16, 1, 2.1812), (16, 10, 3.3320)]:
+        assert limit(2, images, candidates) == pytest.approx(exact, abs=1e-4)
     assert limit(2, 10**9, 1) == pytest.approx(2)
+    chance = NormalDist().cdf(-2) / 5
+    assert limit(2, 2, 5) == pytest.approx(1 / math.tan(math.pi * chance))
 
 
 def test_a_reward_that_is_exploited_is_seen_and_the_way_back_named():

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree import grown
 
+from core.lora.ema import Ema
 from core.method.advantage import backup
 from core.method.memory import MicroBatch
 from core.method.noise import NoiseSchedule
@@ -194,6 +195,16 @@ class Stop(BaseException):
     """As ComfyUI's interrupt, which is no Exception."""
 
 
+def test_the_average_moves_on_with_every_step_that_is_taken_and_no_other():
+    forest, velocity, advantages = case()
+    optimizer, ema = torch.optim.AdamW(velocity.parameters(), lr=0.05), Ema(velocity.parameters(), 0.5)
+    update(velocity, forest, advantages, optimizer, WIDE, inner_updates=3, ema=ema)
+    assert ema.steps == 3 and not torch.equal(ema.shadow[0], velocity.delta.float())
+    update(velocity, forest, [torch.zeros_like(a) for a in advantages], optimizer, WIDE, ema=ema)  # nothing to learn
+    update(velocity, forest, [torch.full_like(a, torch.nan) for a in advantages], optimizer, WIDE, ema=ema)
+    assert ema.steps == 3
+
+
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("moment", range(1, 14))
 def test_an_update_that_is_stopped_at_any_moment_leaves_policy_and_optimizer_as_they_were(moment, steps_before):
@@ -205,8 +216,9 @@ def test_an_update_that_is_stopped_at_any_moment_leaves_policy_and_optimizer_as_
     optimizer = torch.optim.AdamW(velocity.parameters(), lr=0.05)
     if steps_before:
         update(velocity, forest, advantages, optimizer, WIDE, inner_updates=steps_before)
+    ema = Ema(velocity.parameters(), 0.5)
     parameters = [p.detach().clone() for p in velocity.parameters()]
-    state = str(optimizer.state_dict())
+    state, average = str(optimizer.state_dict()), str(ema.state_dict())
     count = 0
 
     def check():
@@ -224,7 +236,9 @@ def test_an_update_that_is_stopped_at_any_moment_leaves_policy_and_optimizer_as_
 
         optimizer.step = step
     with pytest.raises(Stop):
-        update(velocity, forest, advantages, optimizer, WIDE, inner_updates=3, micro_batch=MicroBatch(4), check=check)
+        sliced = dict(micro_batch=MicroBatch(4), check=check)
+        update(velocity, forest, advantages, optimizer, WIDE, inner_updates=3, ema=ema, **sliced)
+    assert str(ema.state_dict()) == average
     assert all(torch.equal(a, b) for a, b in zip(parameters, velocity.parameters()))
     assert str(optimizer.state_dict()) == state
     assert all(p.grad is None for p in velocity.parameters())

@@ -158,7 +158,6 @@ def learn(
     only_good: bool = False,
     history: list[dict] = (),
     images: Tensor | None = None,
-    ema=None,
     ranks: Ranks = ALONE,
     **options,
 ) -> dict[str, float]:
@@ -167,7 +166,7 @@ def learn(
 
     only_good: LayerTuning-RL imitates a prompt's best image only if it is as good as the best ones were on average over
     `history`, the rows of the iterations before. images: [P_own, C, H, W], for the objective's target "images".
-    ema: the adapters' moving average (core.lora.ema.Ema), or None. options: as method.update.update.
+    options: as method.update.update.
     """
     row = {
         **credit.rewards,
@@ -193,8 +192,6 @@ def learn(
     metrics = update(
         velocity, forest, credit.layers, optimizer, objective, images=images, allowed=allowed, ranks=ranks, **options
     )
-    if ema is not None:
-        ema.update()
     row |= {
         "frac_reward_zero_std": float(credit.flat.float().mean()),
         **metrics,

@@ -248,14 +248,15 @@ def update(
     *,
     max_grad_norm: float = 1.0,
     inner_updates: int = 1,
+    ema=None,
     ranks: Ranks = ALONE,
     **options,
 ) -> dict[str, float]:
     """`inner_updates` optimizer steps on the same trees; metrics of the last one, `ratio_first` of the first.
 
-    Whatever ends it early, an error or an interrupt at any moment, leaves parameters and optimizer as they were before.
-    A gradient that is not finite changes nothing: the step is skipped and counted in `skipped`. options: as
-    policy_gradient.
+    Whatever ends it early, an error or an interrupt at any moment, leaves parameters, optimizer and average as they
+    were before. A gradient that is not finite changes nothing: the step is skipped and counted in `skipped`. ema: the
+    parameters' moving average (core.lora.ema.Ema), moved on by every step that is taken. options: as policy_gradient.
     """
     parameters = list(velocity.parameters())
     before = velocity.forwards
@@ -273,8 +274,10 @@ def update(
                     torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
                 )
                 if math.isfinite(metrics["grad_norm"]):
-                    restore = restore or restore_point(parameters, optimizer)
+                    restore = restore or restore_point(parameters, optimizer, ema)
                     optimizer.step()
+                    if ema is not None:
+                        ema.update()
                 else:
                     skipped += 1
     except BaseException:
@@ -291,8 +294,10 @@ def update(
     }
 
 
-def restore_point(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A function that puts parameters and optimizer back to what they are now. The copies lie in main memory."""
+def restore_point(
+    parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, ema=None
+) -> Callable[[], None]:
+    """A function that puts parameters, optimizer and average back to what they are now; copies in main memory."""
 
     def copied(value):
         if torch.is_tensor(value):
@@ -302,11 +307,14 @@ def restore_point(parameters: list[torch.nn.Parameter], optimizer: torch.optim.O
         return copy.deepcopy(value)
 
     values, state = copied(dict(enumerate(parameters))), copied(optimizer.state_dict())
+    average = ema.state_dict() if ema is not None else None
 
     def restore() -> None:
         with torch.no_grad():
             for number, parameter in enumerate(parameters):
                 parameter.copy_(values[number])
         optimizer.load_state_dict(state)
+        if ema is not None:
+            ema.load_state_dict(average)
 
     return restore
