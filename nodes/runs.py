@@ -5,7 +5,7 @@ from pathlib import Path
 import folder_paths
 import torch
 
-from ..core.hosts.comfy import ComfyPolicy, refuse_other_than_flow
+from ..core.hosts.comfy import ComfyPolicy, patched, refuse_other_than_flow
 from ..core.lora.adapters import choose_layers
 from ..core.runs.run import Run, adapter_settings, describe, list_checkpoints, refuse_other_settings
 from .schema import plain_name
@@ -28,7 +28,7 @@ def open_run(
     refuse_other_than_flow(model)
     folder = run_folder(name)
     layers = choose_layers(model.model.diffusion_model, targets)
-    config = adapter_settings(rank, alpha, targets, dtype, seed, base_model(model), layers)
+    config = adapter_settings(rank, alpha, targets, dtype, seed, base_model(model), layers, patched(model))
     run = _RUNS.get(folder)
     if run is not None and run.iteration > 0 and not run.was_deleted():
         refuse_other_settings(name, run.config, config)

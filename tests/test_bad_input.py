@@ -98,6 +98,31 @@ def test_a_run_that_went_two_ways_is_refused_and_both_are_kept(graph):
     assert graph.policy().run.metrics != here.metrics and graph.policy().run.iteration == 3
 
 
+def test_another_lora_under_the_policy_is_another_base_model(graph):
+    """Other patches on the MODEL's weights are told, by name; the same ones again are the same run."""
+    import comfy.sd
+
+    def under(strength):
+        with torch.inference_mode():
+            graph.model = comfy.sd.load_lora_for_models(plain, None, dict(lora), strength, 0)[0]
+
+    policy, plain = graph.policy(run_name="lora"), graph.model
+    graph.iteration(policy)
+    lora = policy.run.lora()
+    under(1.0)
+    graph.iteration(graph.policy())
+    under(1.0)
+    graph.forget()
+    assert graph.policy().run.iteration == 1
+    for change in (lambda: under(0.5), lambda: setattr(graph, "model", plain)):
+        change()
+        refused(
+            r"begun with other settings \(model_patches '\d+ weights, \w+' -> '(\d+ weights, \w+|none)'", graph.policy
+        )
+        graph.forget()
+        refused("begun with other settings", graph.policy)
+
+
 def test_a_killed_save_leaves_nothing_for_ever(graph):
     loras = graph.folder / "loras"
     loras.mkdir()

@@ -4,6 +4,7 @@ ComfyUI runs nodes in inference mode, shares one network among all clones of a M
 in place. A session gets exact gradients out of it all the same and leaves the network as it was, on every way out.
 """
 
+import hashlib
 import math
 from contextlib import ExitStack, contextmanager, nullcontext
 
@@ -470,6 +471,28 @@ def _use_differentiable_attention(transformer_options: dict) -> None:
         transformer_options.setdefault(
             "optimized_attention_override", lambda _, *args, **kwargs: attention.attention_pytorch(*args, **kwargs)
         )
+
+
+def patched(model) -> str:
+    """What a MODEL's weights are patched with, such as LoRAs: 'none', or how many weights and a digest of the patches.
+
+    The digest is of names, strengths and the tensors' sizes and sums, so it is the same after a restart.
+    """
+    parts = [f"{key} {_described(model.patches[key])}" for key in sorted(model.patches, key=str)]
+    parts += sorted(str(name) for name in getattr(model, "injections", {}))  # bypass loaders
+    digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
+    return f"{len(parts)} weights, {digest}" if parts else "none"
+
+
+def _described(value) -> str:
+    """Everything that is fixed of a patch, as text."""
+    if torch.is_tensor(value):
+        return f"{tuple(value.shape)} {float(value.double().sum()):.6e}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_described, value))}]"
+    if hasattr(value, "weights"):  # comfy.weight_adapter
+        return f"{type(value).__name__} {_described(value.weights)}"
+    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__
 
 
 def refuse_other_than_flow(model) -> None:

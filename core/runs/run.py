@@ -306,7 +306,7 @@ class Run:
         return [
             checkpoint
             for checkpoint in list_checkpoints(self.folder)
-            if checkpoint.settings == own and (self._saved is None or checkpoint.run in (None, self.id))
+            if checkpoint.settings.items() <= own.items() and (self._saved is None or checkpoint.run in (None, self.id))
         ]
 
     def restore(self, where: int | str | Path) -> None:
@@ -659,6 +659,7 @@ def refuse_other_settings(name: str, saved: dict, wanted: dict) -> None:
 
     one sentence names those that differ.
     """
+    saved = {"model_patches": wanted.get("model_patches"), **saved}  # before 0.1.0 that was not known
     differing = [key for key in without_trainer(wanted) if saved.get(key) != wanted[key]]
     if differing:
         changes = ", ".join(f"{key} {saved.get(key)!r} -> {wanted[key]!r}" for key in differing)
@@ -687,8 +688,13 @@ def finite(row: dict) -> dict:
     return {key: value for key, value in row.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
 
-def adapter_settings(rank: int, alpha: float, targets: str, dtype: str, seed: int, base_model: str, layers) -> dict:
-    """What a run is begun with and cannot change; layers: the names of the adapted modules."""
+def adapter_settings(
+    rank: int, alpha: float, targets: str, dtype: str, seed: int, base_model: str, layers, patches: str = "none"
+) -> dict:
+    """What a run is begun with and cannot change.
+
+    layers: names of the adapted modules. patches: what else lies on the base model's weights, such as another LoRA.
+    """
     adapted = hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()
     return {
         "rank": rank,
@@ -697,6 +703,7 @@ def adapter_settings(rank: int, alpha: float, targets: str, dtype: str, seed: in
         "dtype": dtype,
         "seed": seed,
         "base_model": base_model,
+        "model_patches": patches,
         "adapted": adapted,
     }
 
