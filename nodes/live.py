@@ -1,6 +1,7 @@
 """What is seen of a run while it goes on: bar, status line, dashboard; all by ComfyUI's own means."""
 
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import comfy.model_management
@@ -55,6 +56,10 @@ class Live:
         sheet = plot.score_sheet(event.images, event.total, event.prompts, f"iteration {self.run.iteration}", columns=9)
         for name, picture in ((f"samples/{self.run.iteration:06d}.png", sheet), ("dashboard.png", self.picture())):
             write_picture(self.run.folder / name, picture)
+        kept = max(self.run.config["trainer"]["keep_last"], 1)  # as many as checkpoints
+        for old in sorted((self.run.folder / "samples").glob("[0-9]*.png"), key=lambda file: file.stem)[:-kept]:
+            with suppress(OSError):
+                old.unlink()
 
     def picture(self):
         best = worst = None
@@ -68,9 +73,20 @@ class Live:
     def sample(self, i: int):
         return Sample(self.event.images[i], float(self.event.total[i]), self.event.prompts[i])
 
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    @contextmanager
+    def to_its_end(self):
+        """However the training inside ends, the node says how, and no longer how much is left."""
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, comfy.model_management.InterruptProcessingException)
+            what = "Stopped" if stopped else "Ended by an error"
+            saved = ", saved; Run goes on" if self.run.iteration else ""
+            send_text(f"{what} at {self.run.iteration} of {self.iterations}{saved}.", self.node_id)
+            raise
+        finally:
+            if self.writer is not None:
+                self.writer.close()
 
 
 def memory() -> int | None:

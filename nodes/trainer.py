@@ -225,10 +225,9 @@ class TrainerNode(io.ComfyNode):
                 )
             live = Live(cls.hidden.unique_id, run, iterations, tensorboard)
             trainer.progress = live.progress
-            status = "; ".join(
-                [trainer.train(iterations, live.report), *(f"changed: {change}" for change in trainer.changes)]
-            )
-            live.close()
+            with live.to_its_end():
+                ended = trainer.train(iterations, live.report)
+            status = "; ".join([ended, *(f"changed: {change}" for change in trainer.changes)])
         picture = plot.to_tensor(live.picture())
         history = "".join(json.dumps(row) + "\n" for row in run.metrics)
         loss = {"loss": [row["loss"] for row in run.metrics if "loss" in row]}

@@ -136,6 +136,31 @@ def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, mon
     assert stopped > 2
 
 
+@pytest.mark.parametrize("error", ["Stopped", "Ended by an error"])
+def test_a_run_that_is_stopped_says_so_and_no_longer_how_much_is_left(flux, monkeypatch, error):
+    import comfy.model_management
+
+    kind = comfy.model_management.InterruptProcessingException if error == "Stopped" else OSError
+    said, policy = [], flux.policy()
+
+    class Ends(Reward):
+        name, calls = "ends", 0
+
+        def score(self, images, prompts):
+            self.calls += 1
+            if self.calls == 3:
+                raise kind("now")
+            return images.mean((1, 2, 3))
+
+    monkeypatch.setattr(flux.pack.nodes.live, "send_text", lambda text, node_id: said.append(text))
+    with pytest.raises(kind):
+        flux.train(policy, 20, reward=Ends(), keep_every=1, keep_last=1)
+    assert said[-1] == f"{error} at 2 of 20, saved; Run goes on." and "left" in said[-2]
+    assert [path.name for path in (policy.run.folder / "samples").iterdir()] == ["000002.png"]  # as many as checkpoints
+    assert [path.name for path in (policy.run.folder / "checkpoints").iterdir()] == ["000002"]
+    assert not (policy.run.folder / "training.lock").exists()
+
+
 class Broken(Reward):
     """Foreground size, but not a number for some calls or images."""
 
