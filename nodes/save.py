@@ -97,7 +97,17 @@ class SaveTreeLoraNode(io.ComfyNode):
         text = f"{path.name}: {policy.run.iteration} iterations of run '{policy.run.folder.name}'"
         if path != wanted:
             text += f". {wanted.name} is another run's or somebody else's, and stays as it is."
-        return io.NodeOutput(str(path), ui={"text": (text,)})
+        return io.NodeOutput(str(path), ui={"text": ("\n".join(filter(None, (text, merging(policy.policy.model)))),)})
+
+
+def merging(model) -> str:
+    """What to know about loading the LoRA onto this base: ComfyUI's Load LoRA merges, in the weights' own precision."""
+    if any(weight.dtype.itemsize == 1 for weight in model.model.diffusion_model.parameters()):
+        return (
+            "The base model's weights are fp8: Load LoRA merges into them and rounds most of a light LoRA away. Load "
+            "it with Load LoRA (Bypass), which is exact, or onto the bf16 base."
+        )
+    return ""
 
 
 def target(lora_name: str) -> Path:

@@ -123,6 +123,13 @@ def test_another_lora_under_the_policy_is_another_base_model(graph):
         refused("begun with other settings", graph.policy)
 
 
+def test_saving_says_what_merging_into_fp8_costs(graph):
+    node, policy = graph.nodes["TreeRPOSaveLora"], graph.policy()
+    assert "fp8" not in node.execute(policy, "plain").ui["text"][0]
+    policy.policy.model.model.diffusion_model.to(torch.float8_e4m3fn)
+    assert "Load LoRA (Bypass)" in node.execute(policy, "quantised").ui["text"][0]
+
+
 def test_a_killed_save_leaves_nothing_for_ever(graph):
     loras = graph.folder / "loras"
     loras.mkdir()
