@@ -353,6 +353,19 @@ def test_a_kill_at_any_file_operation_changes_nothing(links, through, tmp_path, 
     assert had_best
 
 
+@pytest.mark.parametrize("to", ["somewhere", "nowhere"])
+def test_a_best_that_is_a_link_is_replaced_and_what_it_leads_to_stays(folder, to):
+    run = train(open_run(folder), until=1)
+    run.keep(0, best=True)
+    elsewhere = folder.parent / "somewhere"
+    (folder / "best").rename(elsewhere)
+    (folder / "best").symlink_to(folder.parent / to)
+    run.record(learn(run))
+    run.keep(0, best=True)
+    assert not (folder / "best").is_symlink() and read_state(folder / "best/state.pt")["iteration"] == 2
+    assert read_state(elsewhere / "state.pt")["iteration"] == 1 and hidden(folder) == []
+
+
 @pytest.mark.parametrize("killed", ["before the new best is there", "while the old best is removed"])
 def test_the_best_survives_a_kill_while_it_is_replaced(folder, killed, monkeypatch):
     run = train(open_run(folder), until=2)
@@ -656,6 +669,11 @@ def test_damaged_states_are_refused_in_one_sentence_and_run_no_code(folder):
         "no keys": saved({"format": 2}),
         "wrong kinds": saved({**state, "iteration": "3"}),
         "text weights": saved({**state, "adapters": {"a": "b"}}),
+        "optimizer list": saved({**state, "optimizer": [1]}),
+        "text extra": saved({**state, "extra": "best"}),
+        "rows of numbers": saved({**state, "metrics": "1\n2"}),
+        "random state": saved({**state, "rng": 5}),
+        "not finite": saved({**state, "adapters": {key: value / 0 for key, value in state["adapters"].items()}}),
     }
     for name, data in cases.items():
         corrupt(folder / "state.pt", data)

@@ -48,7 +48,8 @@ class Lock:
                 raise Taken(self._sentence(owner))
             if owner:
                 log.warning("Run '%s' was left by process %s, which is gone.", self.path.parent.name, owner.get("pid"))
-            _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": now()})
+            with suppress(OSError):  # a full disk: the system's lock holds without words
+                _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "since": now()})
         except BaseException:
             file.close()
             raise

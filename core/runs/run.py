@@ -38,6 +38,7 @@ log = logging.getLogger("treerpo")
 FORMAT = 2  # 1 had no ema, extra and rng
 FILES = ("state.pt", "adapter.safetensors")  # of a checkpoint
 KINDS = {"iteration": int, "adapters": dict, "metrics": list, "config": dict}  # what every state.pt has
+MAYBE = {"optimizer": dict, "ema": dict, "extra": dict, "due": dict, "id": str, "rng": Tensor}  # or None, or not at all
 
 
 class DamagedCheckpoint(ValueError):
@@ -545,12 +546,13 @@ class Run:
             new.mkdir(parents=True)
             for name in FILES:
                 link_or_copy(self.folder / name, new / name)
-            if target.exists():
-                os.replace(
-                    target, old
-                )  # a folder cannot be replaced in one step; _tidy puts it back after a kill right here
+            if target.exists() or target.is_symlink():
+                # a folder cannot be replaced in one step; _tidy puts it back after a kill right here
+                os.replace(target, old)
             os.replace(new, target)
-            if old.exists():
+            if old.is_symlink():
+                old.unlink()
+            elif old.exists():
                 shutil.rmtree(old)
         except OSError as error:
             self._tidy()
@@ -589,9 +591,13 @@ def read_state(path: Path) -> dict:
         if version <= FORMAT and not (
             all(isinstance(state[key], kind) for key, kind in KINDS.items())
             and "optimizer" in state
+            and all(isinstance(state.get(key), (kind, type(None))) for key, kind in MAYBE.items())
+            and all(isinstance(row, dict) for row in state["metrics"])
             and all(isinstance(tensor, Tensor) for tensor in state["adapters"].values())
         ):
             raise TypeError("not the state of a run")
+        if version <= FORMAT and not all(tensor.isfinite().all() for tensor in state["adapters"].values()):
+            raise ValueError("its LoRA has numbers that are not finite")
     except (MemoryError, PermissionError):
         raise
     except Exception as error:  # torch and zipfile raise many kinds here: truncated, refused pickle, missing key
