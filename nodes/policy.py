@@ -143,6 +143,15 @@ class PolicyNode(io.ComfyNode):
                         "stays as it is.",
                     )
                 ),
+                expert(
+                    io.Boolean.Input(
+                        "recover",
+                        default=False,
+                        optional=True,
+                        tooltip="If the run's newest state is damaged: go back to its newest whole checkpoint. The "
+                        "damaged file is kept. Off = stop, and say which checkpoint is whole.",
+                    )
+                ),
             ],
             outputs=[PolicySocket.Output(display_name="policy")],
         )
@@ -169,6 +178,7 @@ class PolicyNode(io.ComfyNode):
         init_seed=0,
         resume=BY_NAME,
         begin_from=NOTHING,
+        recover=False,
     ) -> io.NodeOutput:
         if targets == "pattern" and not pattern.strip():
             raise ValueError(
@@ -186,5 +196,6 @@ class PolicyNode(io.ComfyNode):
                 dtype=adapter_dtype,
                 seed=init_seed,
                 begin_from=checkpoint_folder(begin_from),
+                recover=recover,
             )
             return io.NodeOutput(LivePolicy(ComfyPolicy(model, run.adapters, checkpointing), run))

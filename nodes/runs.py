@@ -19,11 +19,21 @@ _RUNS: dict[Path, Run] = {}
 
 
 def open_run(
-    name: str, model, *, rank: int, alpha: float, targets: str, dtype: str, seed: int, begin_from: Path | None = None
+    name: str,
+    model,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str,
+    dtype: str,
+    seed: int,
+    begin_from: Path | None = None,
+    recover: bool = False,
 ) -> Run:
     """The run of this name: from memory, else from disk, else new. Other settings than the run's own are refused.
 
     begin_from: a checkpoint's folder, of this run or another, that a new run takes over as its own beginning.
+    recover: go back to the newest whole checkpoint where the newest state is damaged.
     """
     refuse_other_than_flow(model)
     folder = run_folder(name)
@@ -39,7 +49,7 @@ def open_run(
             raise
         return run
     run = _RUNS[folder] = Run.open(
-        folder, ComfyPolicy.new_adapters(model, rank, alpha, targets, DTYPES[dtype], seed), config
+        folder, ComfyPolicy.new_adapters(model, rank, alpha, targets, DTYPES[dtype], seed), config, recover=recover
     )
     if begin_from is not None and run.iteration == 0:
         run.restore(begin_from)

@@ -734,14 +734,15 @@ def test_a_damaged_state_names_the_newest_checkpoint_that_is_whole(folder, throu
     for newest in (5, 4, 3):
         with pytest.raises(
             DamagedCheckpoint,
-            match=f"TreeRPO's; the checkpoint of iteration {newest} is whole: choose .+ @ {newest}. under begin_from "
+            match=f"TreeRPO's; the checkpoint of iteration {newest} is whole: switch on recover to go back to it, or "
+            f"choose .+ @ {newest}. under begin_from "
             "and a new run name.$",
         ):
             open_run(folder)
         corrupt(folder / f"checkpoints/{newest:06d}/state.pt", b"\0" * 1000)
     with pytest.raises(
         DamagedCheckpoint,
-        match=f"the checkpoint of iteration {best} is whole: choose .+ @ best. under begin_from and a new run name.$",
+        match=f"the checkpoint of iteration {best} is whole: switch on recover to go back to it, or choose .+ @ best. under begin_from and a new run name.$",
     ):
         open_run(folder)
     with pytest.raises(
@@ -749,6 +750,10 @@ def test_a_damaged_state_names_the_newest_checkpoint_that_is_whole(folder, throu
         match="/checkpoints/000004/state.pt cannot be read .+ choose .+ @ best. under begin_from and a new run name.$",
     ):
         open_run(folder, resume_from=4)
+    recovered = folder.parent / "recovered"
+    shutil.copytree(folder, recovered)
+    run = Run.open(recovered, new_adapters(), CONFIG, recover=True)
+    assert run.iteration == best and (recovered / "state.damaged.pt").read_bytes() == damaged
     run = open_run(folder, resume_from="best")
     assert (folder / "state.damaged.pt").read_bytes() == damaged, "nothing is deleted"
     assert bits(train(open_run(folder))) == through and run.iteration <= 5

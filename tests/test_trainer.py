@@ -417,7 +417,8 @@ def test_a_damaged_run_offers_an_older_checkpoint(flux):
     flux.forget()
     with pytest.raises(
         ValueError,
-        match="the checkpoint of iteration 3 is whole: choose 'hurt @ 3' under begin_from and a new run name",
+        match="the checkpoint of iteration 3 is whole: switch on recover to go back to it, or choose 'hurt @ 3' under "
+        "begin_from and a new run name",
     ):
         flux.policy("hurt")
     assert flux.policy("new", begin_from="hurt @ 3").run.iteration == 3

@@ -92,11 +92,13 @@ class Run:
         self._lock, self._training = Lock(self.folder), 0
 
     @classmethod
-    def open(cls, folder, adapters, config: dict, resume_from: int | str | Path | None = None) -> "Run":
+    def open(
+        cls, folder, adapters, config: dict, resume_from: int | str | Path | None = None, recover: bool = False
+    ) -> "Run":
         """Begin a run in `folder`, or continue the one that is there. Other settings than the run's own are refused.
 
-        resume_from: a checkpoint to go back to, as `restore` takes it. A newest state that is damaged is then kept as
-        state.damaged.pt.
+        resume_from: a checkpoint to go back to, as `restore` takes it. recover: go back to the newest whole checkpoint
+        if the newest state is damaged. A damaged state is then kept as state.damaged.pt.
         """
         run = cls(folder, adapters, config)
         newest = run.folder / "state.pt"
@@ -106,6 +108,8 @@ class Run:
                 run._take(run._read(run.folder))
                 run._mend()
             except DamagedCheckpoint:
+                whole = run._whole(run.folder) if recover and resume_from is None else None
+                resume_from = whole.path if whole is not None else resume_from
                 if resume_from is None:
                     raise
                 with replacing(run.folder / "state.damaged.pt") as temporary:
@@ -464,19 +468,28 @@ class Run:
 
     def _way_out(self, damaged: Path) -> str:
         """What to do about a damaged state."""
-        for other in [*self.checkpoints(), describe(self.folder / "best")]:
-            with suppress(ValueError):
-                if other is not None and other.path != damaged and read_state(other.path / "state.pt"):
-                    name = f"{self.folder.name} @ {'best' if other.path.name == 'best' else other.iteration}"
-                    return (
-                        f"the checkpoint of iteration {other.iteration} is whole: choose '{name}' under begin_from "
-                        "and a new run name"
-                    )
+        other = self._whole(damaged)
+        if other is not None:
+            name = f"{self.folder.name} @ {'best' if other.path.name == 'best' else other.iteration}"
+            recover = "switch on recover to go back to it, or " if damaged == self.folder else ""
+            return (
+                f"the checkpoint of iteration {other.iteration} is whole: {recover}choose '{name}' under begin_from "
+                "and a "
+                "new run name"
+            )
         return (
             "move it away to begin again, or choose another run name"
             if damaged == self.folder
             else "choose another one"
         )
+
+    def _whole(self, damaged: Path) -> Checkpoint | None:
+        """The newest checkpoint that can be read; best/ where there is no other."""
+        for other in [*self.checkpoints(), describe(self.folder / "best")]:
+            with suppress(ValueError):
+                if other is not None and other.path != damaged and read_state(other.path / "state.pt"):
+                    return other
+        return None
 
     def _take(self, state: dict) -> None:
         """Become what was saved. Raises ValueError, and changes nothing, if it is of another model."""
