@@ -107,7 +107,7 @@ class Demo:
     def draw(self, texts: list[str], seed: int, steps: int) -> Tensor:
         """Pictures [B, H, W, 3] of prompts, as a KSampler (euler, simple) with this seed draws them as one batch."""
         straight = TreeShape(branching=1, depth=1, window="fixed")
-        with self.host.session(texts) as velocity:
+        with self.host.session(texts, None) as velocity:
             drawn = root_noise(self.latent, seed, 0, [0], len(texts))
             forest = grow(
                 velocity,

@@ -447,7 +447,7 @@ def test_missing_picks_are_named_and_no_opinion_trains_nothing_of_that_prompt(gr
         by_hand(graph, policy, "-\n9")
     table, rewards = by_hand(graph, policy, "-\n3")
     assert rewards.values["person"].isfinite().tolist() == [False] * 4 + [True] * 4
-    assert policy.run.iteration == 1 and policy.run.metrics[0]["frac_reward_zero_std"] == 0.5
+    assert policy.run.iteration == 1 and policy.run.metrics[0]["skipped_groups"] == 1
     fallback = graph.call("Measure", measure="brightness", direction="more")[0]
     by_hand(graph, policy, "", fallback=fallback)
     table, rewards = by_hand(graph, policy, "-\n-", fallback=fallback)

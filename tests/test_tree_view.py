@@ -7,6 +7,7 @@ public ground.
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_works_without_advantages_leaves_and_scores(graph, made, monkeypatch):
 def test_bad_input_is_one_sentence(graph, made):
     rewards = made["rewards"]
     fewer = type(rewards)({"size": torch.zeros(4)}, {"size": 1.0}, False, rewards.prompts[:4], rewards.images[:4])
-    other = type(made["advantages"])([torch.zeros(2), torch.zeros(4)], {}, torch.zeros(4), torch.zeros(1), None)
+    other = replace(made["advantages"], layers=[torch.zeros(2), torch.zeros(4)])
     for change, sentence in [
         ({"leaf": 17}, "There is no leaf 17: this tree has the leaves 1 to 16"),
         ({"rewards": fewer}, "for 4 images, but the tree has 16 leaves"),

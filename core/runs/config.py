@@ -33,14 +33,10 @@ class ModelConfig:
     # embedded/flux, embedded/sd3, a .safetensors file as ComfyUI loads it, or the folder of a diffusers pipeline
     source: str = ""
     name: str = ""  # what the run's files call it; empty = made from the source. A run goes on only under the same name
-    conditioning: str = (
-        ""  # the prompts' text features, as the Trainer node writes them; empty = the source's own text encoders
-    )
+    conditioning: str = ""  # file with the prompts' text features, from the Trainer node; empty = the source's encoders
     vae: str = ""  # a VAE's file or folder; empty = the source's own
     dtype: str = "float32"  # of the base model: float32 | bfloat16 | float16
-    checkpointing: bool = (
-        False  # recompute each block in the backward pass: far less memory, a third slower updates, exact either way
-    )
+    checkpointing: bool = False  # recompute blocks in the backward pass: far less memory, a third slower, exact
 
 
 @dataclass
@@ -49,9 +45,7 @@ class AdapterConfig:
 
     rank: int = 32  # higher = can change more, needs more memory
     alpha: float = 64.0  # its strength is alpha / rank
-    targets: str = (
-        "attention"  # attention | attention+mlp | all linear | a regular expression over ComfyUI's layer names
-    )
+    targets: str = "attention"  # attention | attention+mlp | all linear | a regular expression over layer names
     dtype: str = "float32"  # float32 | bfloat16
     seed: int = 0  # of its first values
 
@@ -101,9 +95,7 @@ class RunConfig:
     name: str = "run"  # for messages
     folder: str = "."  # where its files are; a run that is there is continued
     iterations: int = 100  # in all, earlier sessions included
-    raw_rewards: bool = (
-        False  # several rewards: add them up as they are, instead of comparing each within its group first
-    )
+    raw_rewards: bool = False  # several rewards: add them up as they are, not each compared within its group first
 
 
 @dataclass
