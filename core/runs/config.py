@@ -30,8 +30,7 @@ FILL_IN = "fill in"  # what the Trainer node writes where it does not know
 class ModelConfig:
     """The base model."""
 
-    # embedded/flux, embedded/sd3, a .safetensors file as ComfyUI loads it, or the folder of a diffusers pipeline
-    source: str = ""
+    source: str = ""  # embedded/flux, embedded/sd3, a .safetensors file of ComfyUI's, or a diffusers pipeline's folder
     name: str = ""  # what the run's files call it; empty = made from the source. A run goes on only under the same name
     conditioning: str = ""  # file with the prompts' text features, from the Trainer node; empty = the source's encoders
     vae: str = ""  # a VAE's file or folder; empty = the source's own
@@ -69,9 +68,7 @@ class SamplingConfig:
     height: int = 1024  # pixels, a multiple of 16
     steps: int = 10  # sampling steps while training
     scheduler: str = "simple"  # simple = ComfyUI's | pipeline = that of the pipeline's folder
-    sigmas: list = field(
-        default_factory=list
-    )  # instead of steps and scheduler: the noise levels themselves, falling to 0
+    sigmas: list = field(default_factory=list)  # instead of steps and scheduler: the noise levels, falling to 0
     cfg: float = 1.0  # classifier-free guidance; 1 = off, half the cost
     guidance: float = 3.5  # FLUX's own guidance
     negative: str = ""  # negative prompt, where cfg is not 1
