@@ -426,7 +426,7 @@ def explain(answer, graph):
 def load_graph(path):
     """Read a workflow in API format: {node id: {class_type, inputs, _meta}}."""
     try:
-        graph = json.loads(Path(path).read_text("utf-8"))
+        graph = json.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise Problem(f"Cannot read the workflow {path}: {error.strerror}.") from None
     except ValueError as error:

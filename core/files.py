@@ -1,4 +1,6 @@
-"""Files that are whole or not there: atomic writes, additions that are undone, second names for the same content."""
+"""Files that are whole or not there: atomic writes, additions that are undone, second names for the same content; and
+the one reader of texts that people bring.
+"""
 
 import hashlib
 import io
@@ -119,3 +121,30 @@ def write_picture(path: Path, picture) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def read_text(path: Path, kind: str = "file", largest: int = 50_000_000) -> str:
+    """The text of a UTF-8 file of at most `largest` bytes, without its byte order mark.
+
+    kind: what the file is to the user. Raises ValueError in one sentence for whatever else it is.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no {kind} {path}: check its folder and name.")
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(largest + 1)
+    except OSError as error:
+        raise ValueError(f"The {kind} {path} cannot be read ({error.strerror}): check that you may open it.") from error
+    if len(raw) > largest:
+        raise ValueError(
+            f"The {kind} {path.name} is larger than {largest // 1_000_000} MB: split it, or keep only the prompts."
+        )
+    try:
+        text = raw.decode("utf-8-sig")
+        wrong = text.find("\0")  # UTF-16 without its mark reads as UTF-8 with zeros
+        line = text.count("\n", 0, wrong) + 1 if wrong >= 0 else 0
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+    if line:
+        raise ValueError(f"Line {line} of {path.name} is not UTF-8 text: save the file with the encoding UTF-8.")
+    return text

@@ -84,6 +84,7 @@ class AdvantagesNode(io.ComfyNode):
                         "decode and score all "
                         "leaves of this tree, and nothing else."
                     )
+            check_prompts(rewards.prompts, len(forest.prompts))
             check_rewards(
                 rewards.values, len(forest.prompts)
             )  # a person is looking: a reward that says nothing at all is an error here
@@ -94,3 +95,15 @@ class AdvantagesNode(io.ComfyNode):
             picture = plot.tree_picture(forest, layers, total, rewards.images, rewards.prompts)
         image = plot.to_tensor(picture)
         return io.NodeOutput(TreeCredit(earned, layers, picture), image, ui=ui.PreviewImage(image, cls=cls))
+
+
+def check_prompts(texts: list[str], trees: int) -> None:
+    """The images of one prompt's trees were scored for one prompt, and no list of prompts was taken for a prompt."""
+    size = len(texts) // trees
+    own = [set(texts[first * size : (first + 1) * size]) for first in range(trees)]
+    together = trees > 1 and len(set(texts)) == 1 and "\n" in texts[0]
+    if together or any(len(prompts) > 1 for prompts in own):
+        raise ValueError(
+            f"The images were scored for other prompts than those of the tree, which has {trees}: connect the output "
+            "prompts of Tree Prompts straight to the node that scores them."
+        )

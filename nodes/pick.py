@@ -26,8 +26,9 @@ from ..core.rewards.human import (
 )
 from ..core.rewards.measure import encoded
 from ..core.rewards.picks import Picks, described, load_waiting, same_group, save_waiting
+from ..core.runs.prompts import PromptText, note_on, share
 from . import browser
-from .reward import Scored, spread, table
+from .reward import Scored, one_line, table
 from .schema import PolicySocket, RewardSocket, ScoresSocket, expert, schema
 
 POLL = 0.1  # seconds between two looks for an interrupt
@@ -70,7 +71,9 @@ class Broker:
         with self._lock:
             self._pending[question.id] = pending
         browser.send("treerpo.pick", pending.public())
-        browser.send_text(f"Waiting for your pick: '{question.prompt[:60]}', {len(question.images)} images.", node_id)
+        browser.send_text(
+            f"Waiting for your pick: '{one_line(question.prompt)}', {len(question.images)} images.", node_id
+        )
         by = "interrupt"
         try:
             while not pending.answered.wait(POLL):
@@ -289,8 +292,8 @@ class PickWinnerNode(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="One prompt per line. With several, the images are taken in equal parts: the first "
-                    "part belongs to the first prompt, and so on.",
+                    tooltip="One prompt, line breaks and all. From Tree Prompts: several prompts, and the images are "
+                    "taken in equal parts, in order. From Image Folder: one per image.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -335,7 +338,7 @@ class PickWinnerNode(io.ComfyNode):
         with torch.inference_mode(False), torch.no_grad():
             every = [image.clone() for batch in images for image in batch]
             reward = human(cls.hidden.unique_id, how[0], seconds[0], fallback[0], policy[0], replay[0])
-            groups = grouped(every, [text.strip() for text in prompts], reward.iteration())
+            groups = grouped(every, prompts, [len(batch) for batch in images], reward.iteration())
             if mode[0] == "live":
                 for number, group in enumerate(groups, 1):
                     group.scores, group.answer = reward.choose(
@@ -353,7 +356,7 @@ class PickWinnerNode(io.ComfyNode):
             sheet = stacked_sheets(groups)
         blocked = ExecutionBlocker(None)
         if status:
-            outputs, text = (blocked, blocked), status
+            outputs, text = (blocked, blocked), "\n".join(filter(None, [note_on(prompts), status]))
         else:
             found = Scored(
                 {reward.name: torch.cat([group.scores for group in groups])},
@@ -382,14 +385,14 @@ class PickWinnerNode(io.ComfyNode):
         return io.NodeOutput(*outputs, sheet, text, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": (text,)})
 
 
-def grouped(images: list, texts: list[str], iteration: int | None) -> list[Group]:
+def grouped(images: list, texts: list[str], batches: list[int], iteration: int | None) -> list[Group]:
     """The images of each prompt:
 
-    equal parts by the prompts' lines, or, with one text per image, neighbours of the same text.
+    equal parts by the prompts of one text, or, with several texts, neighbours of the same prompt.
     """
-    per_image = spread(texts, len(images))
-    lines = len([line for line in texts[0].splitlines() if line.strip()]) or 1
-    size = len(images) // lines if len(texts) == 1 else len(images)
+    per_image = share(texts, batches)
+    several = len(texts) == 1 and isinstance(texts[0], PromptText)
+    size = len(images) // (len(texts[0].prompts) if several else 1)
     edges = [i for i in range(len(images)) if i % size == 0 or per_image[i] != per_image[i - 1]] + [len(images)]
     parts = [(per_image[first], images[first:last]) for first, last in zip(edges, edges[1:])]
     return [Group(prompt, part, described(prompt, part, iteration)) for prompt, part in parts]
@@ -486,7 +489,7 @@ def request(groups: list[Group], found: list, note: str) -> str:
         else f"Waiting: {len(missing)} of {len(groups)} prompts still have no pick."
     ]
     lines += [
-        f"Group {number}, id {group.about['id']}: {len(group.images)} images for '{group.prompt[:60]}'"
+        f"Group {number}, id {group.about['id']}: {len(group.images)} images for '{one_line(group.prompt)}'"
         for number, group in missing
     ]
     lines.append(

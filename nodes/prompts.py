@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..core.hosts.comfy_host import batch, encode
-from ..core.runs.prompts import parse, read, split
+from ..core.runs.prompts import PromptText, collect, listed, read, split
 from .schema import PolicySocket, PromptsSocket, expert, schema
 
 TEXT_FILES = (".txt", ".jsonl", ".csv")
@@ -23,13 +23,15 @@ class PromptsNode(io.ComfyNode):
             "each iteration takes the "
             "next prompts of the list.",
             search_aliases=["prompt list", "batch prompts"],
+            is_input_list=True,
             inputs=[
                 io.Clip.Input("clip"),
                 io.String.Input(
                     "text",
                     multiline=True,
                     default="a red circle on a white background",
-                    tooltip="One prompt per line. Empty lines are skipped.",
+                    tooltip="One prompt per line. Empty lines and lines that begin with '# ' are skipped. Of a list "
+                    "of texts, such as Image Folder's, each is one prompt.",
                 ),
                 io.Int.Input(
                     "per_iteration",
@@ -52,14 +54,15 @@ class PromptsNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, text, per_iteration, policy=None) -> io.NodeOutput:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
+    def execute(cls, clip, text, per_iteration, policy=(None,)) -> io.NodeOutput:
+        prompts, _ = listed(text)
+        if not prompts:
             raise ValueError("The prompt list is empty: write at least one prompt, one per line.")
-        count = min(per_iteration or len(lines), len(lines))
-        first = policy.run.iteration * count if policy is not None else 0
-        chosen = [lines[(first + j) % len(lines)] for j in range(count)]
-        return io.NodeOutput(batch([encode(clip, line) for line in chosen]), "\n".join(chosen))
+        count = min(per_iteration[0] or len(prompts), len(prompts))
+        first = policy[0].run.iteration * count if policy[0] is not None else 0
+        chosen = [prompts[(first + j) % len(prompts)] for j in range(count)]
+        positive = batch([encode(clip[0], prompt) for prompt in chosen])
+        return io.NodeOutput(positive, PromptText("\n".join(chosen), chosen))
 
 
 class PromptListNode(io.ComfyNode):
@@ -72,12 +75,14 @@ class PromptListNode(io.ComfyNode):
             "ComfyUI's input folder. Some can be held out: "
             "they are never trained on, and show whether learning carries over.",
             search_aliases=["dataset", "prompts", "held-out"],
+            is_input_list=True,
             inputs=[
                 io.String.Input(
                     "text",
                     multiline=True,
                     default="a red circle on a white background\na blue square on a black background",
-                    tooltip="One prompt per line. Lines that begin with '# ' are comments.",
+                    tooltip="One prompt per line. Lines that begin with '# ' are comments. Of a list of texts, such as "
+                    "Image Folder's, each is one prompt.",
                 ),
                 io.Combo.Input(
                     "file",
@@ -85,7 +90,7 @@ class PromptListNode(io.ComfyNode):
                     default=NO_FILE,
                     optional=True,
                     tooltip="A file in the input folder instead: .txt has a prompt per line, .jsonl and .csv a field "
-                    "called prompt, text or caption.",
+                    "called prompt, positive, text or caption.",
                 ),
                 io.Float.Input(
                     "held_out",
@@ -120,24 +125,21 @@ class PromptListNode(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, text, file=NO_FILE, held_out=0.0, split_seed=0):
-        path = prompt_path(file)
-        return [
-            text,
-            str(path),
-            path.stat().st_mtime if path is not None and path.is_file() else 0,
-            held_out,
-            split_seed,
-        ]
+    def fingerprint_inputs(cls, text, file=(NO_FILE,), held_out=(0.0,), split_seed=(0,)):
+        path = prompt_path(file[0])
+        changed = path.stat().st_mtime if path is not None and path.is_file() else 0
+        return [list(text), str(path), changed, held_out[0], split_seed[0]]
 
     @classmethod
-    def execute(cls, text, file=NO_FILE, held_out=0.0, split_seed=0) -> io.NodeOutput:
-        path = prompt_path(file)
-        prompts = split(read(path) if path is not None else parse(text), held_out, split_seed)
+    def execute(cls, text, file=(NO_FILE,), held_out=(0.0,), split_seed=(0,)) -> io.NodeOutput:
+        path = prompt_path(file[0])
+        prompts = split(read(path) if path is not None else collect(text), held_out[0], split_seed[0])
         summary = f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out" + (
             f", {prompts.duplicates} duplicates left out" if prompts.duplicates else ""
         )
-        return io.NodeOutput(prompts, summary, "\n".join([*prompts.train, *prompts.held_out]), ui={"text": (summary,)})
+        summary = "\n".join([summary, *prompts.notes])
+        every = [*prompts.train, *prompts.held_out]
+        return io.NodeOutput(prompts, summary, PromptText("\n".join(every), every), ui={"text": (summary,)})
 
 
 def prompt_files() -> list[str]:

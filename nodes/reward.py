@@ -4,18 +4,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import folder_paths
-import node_helpers
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image, ImageOps
 
+from ..core.files import read_text
 from ..core.method.advantage import group_z, total_reward
 from ..core.pictures import plot
+from ..core.pictures.reading import pictures_in, read_picture
 from ..core.rewards.combine import Scores, combine, scores
+from ..core.runs.prompts import PromptText, note_on, share
 from .schema import RewardSocket, ScoresSocket, expert, growing, grown, schema
 
 MOST_REWARDS = 16
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass
@@ -122,14 +122,26 @@ class ImageFolderNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder, prompt, limit) -> io.NodeOutput:
-        files = [file for file in sorted(picture_folder(folder).iterdir()) if file.suffix.lower() in PICTURES][:limit]
-        if not files:
+        found, not_read = pictures_in(picture_folder(folder))
+        if not found:
             raise ValueError(f"There is no picture in '{folder or 'the input folder'}'.")
-        texts = [file.with_suffix(".txt") for file in files]
-        prompts = [
-            text.read_text("utf-8", errors="replace").strip() if text.is_file() else prompt.strip() for text in texts
-        ]
-        return io.NodeOutput([load_picture(file) for file in files], [file.name for file in files], prompts)
+        files = found[:limit]
+        summary = f"{len(files)} pictures" + (
+            f", {len(found) - limit} more left out: raise limit" if len(found) > limit else ""
+        )
+        if not_read:
+            names = ", ".join(file.name for file in not_read[:3]) + (" ..." if len(not_read) > 3 else "")
+            summary += f"\n{len(not_read)} pictures of a kind that is not read left out: {names}"
+        captions = [caption(file, prompt) for file in files]
+        images = [read_picture(file) for file in files]
+        return io.NodeOutput(images, [file.name for file in files], captions, ui={"text": (summary,)})
+
+
+def caption(picture: Path, otherwise: str) -> PromptText:
+    """The prompt of a picture: the whole text of the file beside it, or the node's, line breaks and all."""
+    file = picture.with_suffix(".txt")
+    text = (read_text(file, "text of a picture") if file.is_file() else otherwise).strip()
+    return PromptText(text, [text])
 
 
 def picture_folder(text: str) -> Path:
@@ -146,18 +158,6 @@ def picture_folder(text: str) -> Path:
     if not folder.is_dir():
         raise ValueError(f"There is no folder '{'/'.join(inside)}' in ComfyUI's {Path(base).name} folder.")
     return folder
-
-
-def load_picture(file: Path) -> torch.Tensor:
-    """[1, H, W, 3] in 0..1, upright, on white where it was transparent."""
-    try:
-        picture = node_helpers.pillow(ImageOps.exif_transpose, node_helpers.pillow(Image.open, file))
-        if picture.mode in ("RGBA", "LA", "P"):
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return plot.to_tensor(picture)
-    except OSError as error:
-        raise ValueError(f"The picture {file.name} cannot be read ({error}): remove it from the folder.") from error
 
 
 class ScoreImagesNode(io.ComfyNode):
@@ -179,8 +179,8 @@ class ScoreImagesNode(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="One prompt per line. With several, the images are taken in equal "
-                    "parts: the first part belongs to the first prompt, and so on.",
+                    tooltip="One prompt, line breaks and all. From Tree Prompts: several prompts, and the images are "
+                    "taken in equal parts, in order. From Image Folder: one per image.",
                 ),
                 io.Int.Input(
                     "best_n",
@@ -221,7 +221,7 @@ class ScoreImagesNode(io.ComfyNode):
         with torch.inference_mode(False), torch.no_grad():
             every = [image.clone() for batch in images for image in batch]
             stacked = torch.stack(every) if len({image.shape for image in every}) == 1 else every
-            per_image = spread([text.strip() for text in prompts], len(every))
+            per_image = share(prompts, [len(batch) for batch in images])
             found = scores(reward, stacked, per_image)
         total = total_reward(found.values, found.weights)
         order = ranking(found, total, per_image)
@@ -229,28 +229,15 @@ class ScoreImagesNode(io.ComfyNode):
         text = table(found.values, per_image, labels)
         sheet = plot.to_tensor(plot.score_sheet(every, total, per_image, reward.name, labels=labels))
         best = [every[i][None] for group in order for i in group[: best_n[0]]]
+        shown = "\n".join(filter(None, [note_on(prompts), text]))
         return io.NodeOutput(
             Scored(found.values, found.weights, found.raw, per_image, stacked),
             text,
             sheet,
             best,
             [i for group in order for i in group],
-            ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": (text,)},
+            ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": (shown,)},
         )
-
-
-def spread(texts: list[str], count: int) -> list[str]:
-    """One prompt per image: as many texts as images, or the lines of one text, each for an equal part of the images."""
-    if len(texts) == count and count > 1:
-        return texts
-    lines = [line.strip() for line in texts[0].splitlines() if line.strip()] or [""]
-    if len(texts) > 1 or count % len(lines):
-        raise ValueError(
-            f"{count} images cannot be shared out evenly over {max(len(texts), len(lines))} prompts: give one prompt "
-            "per line, each with as "
-            "many images."
-        )
-    return [line for line in lines for _ in range(count // len(lines))]
 
 
 def ranking(found: Scores, total: torch.Tensor, prompts: list[str]) -> list[list[int]]:
@@ -274,6 +261,11 @@ def ranking(found: Scores, total: torch.Tensor, prompts: list[str]) -> list[list
     return ranked
 
 
+def one_line(prompt: str) -> str:
+    """The beginning of a prompt, for a line of a table."""
+    return " ".join(prompt.split())[:60]
+
+
 def table(values: dict[str, torch.Tensor], prompts: list[str], names: list[str] | None = None) -> str:
     """Scores per image, best first, and their mean and spread."""
     rows = []
@@ -289,7 +281,7 @@ def table(values: dict[str, torch.Tensor], prompts: list[str], names: list[str] 
             f"{order[0]}){missing}"
         )
         rows += [
-            f"{plot.score_text(float(found[i])):>9}  {names[i] if names else f'image {i:3d}'}  {prompts[i][:60]}"
+            f"{plot.score_text(float(found[i])):>9}  {names[i] if names else f'image {i:3d}'}  {one_line(prompts[i])}"
             for i in order
         ]
     return "\n".join(rows)

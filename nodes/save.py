@@ -46,6 +46,7 @@ class SaveTreeLoraNode(io.ComfyNode):
             "replaces the file of the same run; a file of anyone else stays, and a free name is taken.",
             search_aliases=["export lora"],
             is_output_node=True,
+            is_input_list=True,
             inputs=[
                 PolicySocket.Input("policy"),
                 io.String.Input(
@@ -76,18 +77,19 @@ class SaveTreeLoraNode(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_name):
         try:
-            return bool(lora_name is None or target(lora_name))  # None: connected, known when it runs
+            return all(name is None or target(name) for name in lora_name)  # None: connected, known when it runs
         except ValueError as error:
             return str(error)
 
     @classmethod
-    def execute(cls, policy, lora_name, prompts="", format=FORMATS[0]) -> io.NodeOutput:
+    def execute(cls, policy, lora_name, prompts=("",), format=FORMATS[:1]) -> io.NodeOutput:
+        policy, lora_name, format = policy[0], lora_name[0], format[0]
         wanted = target(lora_name)
         path = free(wanted, policy.run)
         tidy(path.parent)
         metadata = {
             **policy.run.metadata(),
-            "treerpo.prompts_blake2b": hashlib.blake2b(prompts.encode(), digest_size=16).hexdigest(),
+            "treerpo.prompts_blake2b": hashlib.blake2b("\n".join(prompts).encode(), digest_size=16).hexdigest(),
         }
         lora = policy.run.lora(averaged=True)
         if format == FORMATS[0]:  # as it is: the policy may be of a model that interchange does not know

@@ -195,7 +195,8 @@ def path_text(forest, rewards, total: torch.Tensor, advantages, chosen: int) -> 
         else "no score"
     )
     lines = [
-        f'leaf {chosen + 1} of {len(total)}: prompt {prompt + 1} of {len(forest.prompts)}, "{rewards.prompts[chosen]}"',
+        f'leaf {chosen + 1} of {len(total)}: prompt {prompt + 1} of {len(forest.prompts)}, "'
+        f'{" ".join(rewards.prompts[chosen].split())}"',
         scored,
     ]
     if len(rewards.values) > 1:

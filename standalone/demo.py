@@ -29,7 +29,7 @@ from core.method.rollout import grow
 from core.method.tree import TreeShape
 from core.pictures import plot
 from core.rewards.measure import Measure
-from core.runs.prompts import PromptList
+from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
 from core.runs.trainer import Event, Settings, Trainer
 
@@ -42,10 +42,6 @@ def graph(name: str) -> dict[str, dict]:
     """Inputs of every node of a shipped graph, by the node's title."""
     nodes = json.loads((REPO / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
     return {node["_meta"]["title"]: node["inputs"] for node in nodes.values()}
-
-
-def lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 class Demo:

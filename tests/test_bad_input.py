@@ -125,9 +125,9 @@ def test_another_lora_under_the_policy_is_another_base_model(graph):
 
 def test_saving_says_what_merging_into_fp8_costs(graph):
     node, policy = graph.nodes["TreeRPOSaveLora"], graph.policy()
-    assert "fp8" not in node.execute(policy, "plain").ui["text"][0]
+    assert "fp8" not in node.execute([policy], ["plain"]).ui["text"][0]
     policy.policy.model.model.diffusion_model.to(torch.float8_e4m3fn)
-    assert "Load LoRA (Bypass)" in node.execute(policy, "quantised").ui["text"][0]
+    assert "Load LoRA (Bypass)" in node.execute([policy], ["quantised"]).ui["text"][0]
 
 
 def test_a_killed_save_leaves_nothing_for_ever(graph):
@@ -142,8 +142,8 @@ def test_a_killed_save_leaves_nothing_for_ever(graph):
 
 def test_a_lora_name_that_cannot_be_is_told_when_it_is_queued(graph):
     node = graph.nodes["TreeRPOSaveLora"]
-    assert node.validate_inputs(lora_name="fine") is True and node.validate_inputs(lora_name=None) is True
-    assert "cannot be a LoRA name" in node.validate_inputs(lora_name="a/b")
+    assert node.validate_inputs(lora_name=["fine"]) is True and node.validate_inputs(lora_name=[None]) is True
+    assert "cannot be a LoRA name" in node.validate_inputs(lora_name=["a/b"])
 
 
 def test_sampling(graph):

@@ -15,6 +15,7 @@ MORE = {  # file: what it may import besides
     "launch.py": {"standalone"},
     "pictures/plot.py": PICTURES,
     "pictures/dashboard.py": PICTURES,
+    "pictures/reading.py": PICTURES,
     "rewards/measure.py": PICTURES,
     "rewards/server.py": PICTURES,
     "rewards/pixels.py": PICTURES | {"numpy"},

@@ -81,8 +81,9 @@ def tree_picture(forest, layers: list[Tensor], scores: Tensor, images: Tensor, p
     for panel in range(shown):
         first = panel * per_prompt
         _draw_group(picture, draw, forest, layers, scores, images, panel, panel * panel_height, thumb, peak)
+        mean = score_text(float(scores[first : first + per_prompt].nanmean()))
         title = (
-            f"{prompts[first]}   mean {score_text(float(scores[first : first + per_prompt].nanmean()))}   steps "
+            f"{' '.join(prompts[first].split())}   mean {mean}   steps "
             f"{forest.start + 1} to {forest.start + forest.depth} branch"
         )
         draw.text((10, panel * panel_height + 8), title, fill=INK, font=font(14))
@@ -212,7 +213,7 @@ def numbered_sheet(images, levels=(), title: str = "", side: int = 384, enlarge:
 
 def shortened(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
     """As much of the text as fits into `width` pixels."""
-    short = text.replace("\n", " ")
+    short = text = " ".join(text.split())
     while short and draw.textlength(short, font(size)) > width:
         short = short[:-2]
     return short if len(short) == len(text) else f"{short}.."

@@ -20,7 +20,7 @@ from pathlib import Path
 from ..method.noise import NoiseSchedule
 from ..method.objective import Objective
 from ..method.tree import TreeShape
-from .prompts import PromptList, read, split
+from .prompts import PromptList, PromptText, collect, read, split
 from .trainer import Settings
 
 FILL_IN = "fill in"  # what the Trainer node writes where it does not know
@@ -129,7 +129,10 @@ class Config:
         prompts = self.prompts
         if prompts.file:
             return split(read(self.path(prompts.file)), prompts.hold_out, prompts.split_seed)
-        return PromptList(list(dict.fromkeys(prompts.train)), list(dict.fromkeys(prompts.held_out)))
+        train, held_out = (
+            collect([PromptText("", given)]).train if given else [] for given in (prompts.train, prompts.held_out)
+        )
+        return PromptList(train, held_out)
 
 
 SECTIONS = {f.name: f for f in dataclasses.fields(Config) if f.name != "home"}
