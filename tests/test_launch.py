@@ -265,3 +265,10 @@ def test_convert_asks_for_the_network_where_a_file_does_not_tell(tmp_path, caplo
     assert launch.main(command) == 1 and "say which it is" in caplog.text and not target.exists()
     assert launch.main([*command, "--network", "sd3"]) == 0
     assert all(key.startswith("diffusion_model.joint_blocks.0.x_block.attn.qkv.") for key in load_file(target))
+
+
+def test_the_old_command_still_works():
+    done = subprocess.run(
+        [sys.executable, "-m", "core.launch", "train", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--config" in done.stdout
