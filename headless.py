@@ -406,7 +406,7 @@ class Client:
 
 
 def title(node):
-    return node.get("_meta", {}).get("title") or node.get("class_type", "?")
+    return (node.get("_meta") or {}).get("title") or node.get("class_type", "?")
 
 
 def explain(answer, graph):
@@ -424,17 +424,25 @@ def explain(answer, graph):
 
 
 def load_graph(path):
-    """Read a workflow in API format: {node id: {class_type, inputs, _meta}}."""
+    """Read a workflow in API format: {node id: {class_type, inputs, _meta}}, or {"prompt": that} as it is queued.
+
+    Windows' editors begin a file with a byte order mark, and some write it in UTF-16: both are read.
+    """
     try:
-        graph = json.loads(Path(path).read_text("utf-8-sig"))
+        graph = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise Problem(f"Cannot read the workflow {path}: {error.strerror}.") from None
     except ValueError as error:
         raise Problem(f"{path} is not JSON: {error}.") from None
+    except RecursionError:
+        raise Problem(f"{path} is not a workflow: it is nested too deeply.") from None
+    if isinstance(graph, dict) and isinstance(graph.get("prompt"), dict) and "class_type" not in graph["prompt"]:
+        graph = graph["prompt"]
     if isinstance(graph, dict) and "nodes" in graph and "links" in graph:
         raise Problem(f"{path} is an editor workflow; in ComfyUI use Workflow > Export (API) and give that file.")
     if not isinstance(graph, dict) or not all(
-        isinstance(node, dict) and "class_type" in node for node in graph.values()
+        isinstance(node, dict) and "class_type" in node and isinstance(node.get("inputs"), dict)
+        for node in graph.values()
     ):
         raise Problem(f"{path} is not a workflow in ComfyUI's API format.")
     return graph

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import folder_paths
 
+MARKUP = dict.fromkeys(map(ord, '<>&"'))  # for str.translate: taken out
+
 
 def server():
     """ComfyUI's server; there is none in tests and scripts."""
@@ -17,9 +19,12 @@ def send(event: str, data: dict) -> None:
 
 
 def send_text(text: str, node_id) -> None:
-    """A status line under the node."""
+    """A status line under the node, of our own words and numbers: no prompt, no name of a file, a server or a reward.
+
+    ComfyUI 0.3.64's frontend shows it as HTML, so what could be markup does not get through either.
+    """
     if node_id is not None and server() is not None:
-        server().send_progress_text(text, node_id)
+        server().send_progress_text(text.translate(MARKUP), node_id)
 
 
 def temporary(subfolder: str, names: list[str], kept: int) -> tuple[Path, list[dict]]:

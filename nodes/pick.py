@@ -1,5 +1,6 @@
 """A person as the reward: asked in the browser while a run waits, or between two runs by what stands in a widget."""
 
+import json
 import threading
 import time
 from dataclasses import dataclass, field
@@ -71,9 +72,7 @@ class Broker:
         with self._lock:
             self._pending[question.id] = pending
         browser.send("treerpo.pick", pending.public())
-        browser.send_text(
-            f"Waiting for your pick: '{one_line(question.prompt)}', {len(question.images)} images.", node_id
-        )
+        browser.send_text(f"Waiting for your pick among {len(question.images)} images.", node_id)
         by = "interrupt"
         try:
             while not pending.answered.wait(POLL):
@@ -155,9 +154,11 @@ def add_routes(instance) -> None:
         ):
             return refused(400, f"Send the pick as application/json of at most {LARGEST} bytes.")
         try:
-            body = await request.json()
+            body = json.loads(await request.read())
             name, text = body["id"], body["answer"]
-        except (ValueError, KeyError, TypeError):
+        except web.HTTPException:  # a status of its own, such as too large once it is unpacked
+            raise
+        except Exception:  # what a body can be wrong in is aiohttp's and json's: packing, encoding, nesting, types
             name = text = None
         if not (isinstance(name, str) and isinstance(text, str)):
             return refused(400, 'Send the pick as JSON with two texts, such as {"id": "a1b2c3d4e5", "answer": "3"}.')

@@ -185,7 +185,7 @@ class PolicyNode(io.ComfyNode):
                 "Targets are set to 'pattern', but the pattern is empty: write a regular expression over module names."
             )
         if resume != BY_NAME and not (run_folder(resume) / "state.pt").exists():
-            raise ValueError(f"There is no run '{resume}' any more: choose another one under resume, or {BY_NAME}.")
+            raise ValueError(f"There is no run '{resume}': choose another one under resume, or {BY_NAME}.")
         with torch.inference_mode(False):
             run = open_run(
                 run_name if resume == BY_NAME else resume,

@@ -3,6 +3,7 @@
 one loader per model, the measured ones, and a server's. ComfyUI moves their weights to the GPU and back.
 """
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,8 @@ def weight_path(choice: str) -> Path | None:
     name, _, file = choice.partition("/")
     if ".." in Path(file).parts or Path(file).is_absolute():
         return None
-    return next((place / file for place in folders().get(name, ()) if (place / file).is_file()), None)
+    with contextlib.suppress(OSError):  # a name that no file can have
+        return next((place / file for place in folders().get(name, ()) if (place / file).is_file()), None)
 
 
 def find_or_fetch(choice: str, official: Official, download: bool) -> Path:
@@ -136,7 +138,7 @@ def find_or_fetch(choice: str, official: Official, download: bool) -> Path:
     if path is not None and not (own and download):
         return path
     if not own:
-        raise ValueError(f"There is no file models/{choice} any more: choose another one.")
+        raise ValueError(f"There is no file models/{choice}: choose another one.")
     target = path or folders()["rewards"][0] / official.file
     if not download:
         raise ValueError(

@@ -60,7 +60,14 @@ def known_runs() -> list[str]:
     """Names of the runs on the disk, the newest first."""
     folder = Path(folder_paths.get_output_directory()) / "treerpo"
     states = sorted(folder.glob("*/state.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.parent.name for path in states]
+    return [path.parent.name for path in states if _is_plain(path.parent.name)]
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        return plain_name(name, "run") == name
+    except ValueError:  # made by hand, or by an older version
+        return False
 
 
 def known_checkpoints() -> list[str]:
@@ -87,7 +94,7 @@ def checkpoint_folder(choice: str) -> Path | None:
         which
     ) or folder / "checkpoints" / f"{int(which) if which.isdecimal() else -1:06d}"
     if not (place / "state.pt").is_file():
-        raise ValueError(f"There is no checkpoint '{choice}' any more: choose another one under begin_from.")
+        raise ValueError(f"There is no checkpoint '{choice}': choose another one under begin_from.")
     return place
 
 

@@ -17,6 +17,12 @@ PromptsSocket = io.Custom("TREERPO_PROMPTS")  # core.runs.prompts.PromptList
 ObjectiveSocket = io.Custom("TREERPO_OBJECTIVE")  # (core.method.objective.Objective, only_good)
 LoraSocket = io.Custom("LORA_MODEL")  # core's type: dict of tensors
 
+DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
+}  # Windows has no files of these names, whatever follows after a dot
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and signs that show nothing
+LONGEST_NAME = 200  # bytes, of the 255 that file systems take: endings and temporary names are added
+
 _KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
 
@@ -40,9 +46,20 @@ def expert(field: io.Input) -> io.Input:
 def plain_name(text: str, what: str) -> str:
     """`text` as a file or folder name, or a ValueError: it may not lead anywhere else."""
     name = text.strip()
+    beginning = name.partition(".")[0].rstrip().upper()
     if not name or name in (".", "..") or any(c in name for c in '/\\:*?"<>|'):
-        raise ValueError(f"'{text}' cannot be a {what} name: use a plain name without slashes or any of :*?\"<>|.")
-    return name
+        why = 'use a plain name without slashes or any of :*?"<>|'
+    elif not name.replace("\u3000", " ").isprintable() or any(c in name for c in BLANK):
+        why = "it has signs that cannot be seen, such as tabs or marks of direction: type it anew"
+    elif beginning in DEVICES:
+        why = f"{beginning} is a device on Windows: choose another name"
+    elif name.startswith(".") or name.endswith("."):
+        why = "a dot at its beginning hides it, one at its end is lost on Windows: leave it out"
+    elif len(name.encode()) > LONGEST_NAME:
+        why = f"it has {len(name.encode())} bytes, and {LONGEST_NAME} is the most: choose a shorter one"
+    else:
+        return name
+    raise ValueError(f"{name[:40]!r} cannot be a {what} name: {why}.")
 
 
 def growing(kind, name: str, prefix: str, most: int) -> io.Input | list[io.Input]:

@@ -34,6 +34,52 @@ def test_names(graph):
     assert not list(graph.folder.rglob("*evil*"))
 
 
+@pytest.mark.parametrize(
+    "bad, why",
+    [
+        ("x" * 300, "300 bytes"),
+        ("é" * 150, "300 bytes"),
+        ("a\0b", "cannot be seen"),
+        ("a\tb", "cannot be seen"),
+        ("a\nb", "cannot be seen"),
+        ("gpj.\u202eexe", "cannot be seen"),
+        ("a\u200bb", "cannot be seen"),
+        ("a\u2066b", "cannot be seen"),
+        ("a\ufeffb", "cannot be seen"),
+        ("a\u3164b", "cannot be seen"),
+        ("a\ud800b", "cannot be seen"),
+        ("CON", "device on Windows"),
+        ("nul.txt", "device on Windows"),
+        ("Com1 .x", "device on Windows"),
+        ("lpt²", "device on Windows"),
+        ("run.", "a dot"),
+        (".run", "a dot"),
+    ],
+)
+def test_names_that_some_system_cannot_have_or_nobody_can_see(graph, bad, why):
+    refused(f"cannot be a run name: .*{why}", graph.policy, run_name=bad)
+    refused(f"cannot be a LoRA name: .*{why}", graph.call, "SaveLora", policy=graph.policy(), lora_name=bad)
+
+
+@pytest.mark.parametrize("good", ["my first run", "größer 2.0", "猫\u3000一", "🦊 run", "console", "com10", "x" * 200])
+def test_names_that_every_system_can_have(pack, good):
+    assert pack.nodes.schema.plain_name(f" {good} ", "run") == good
+
+
+def test_a_folder_with_a_name_of_another_kind_does_not_break_the_nodes(graph, pack):
+    graph.iteration(graph.policy())
+    runs = graph.folder / "output/treerpo"
+    (runs / "test").rename(runs / "old.")
+    assert pack.nodes.runs.known_runs() == [] and pack.nodes.runs.known_checkpoints() == []
+
+
+def test_what_never_was_is_not_said_to_be_gone(graph):
+    refused("^There is no run 'never': choose", graph.policy, resume="never")
+    refused("^There is no checkpoint 'never @ 3': choose", graph.policy, begin_from="never @ 3")
+    for file in ("rewards/never.pt", "rewards/a\0b.pt", "rewards/" + "x" * 300):
+        refused("^There is no file models/rewards/.*: choose", graph.call, "ImageReward", file=file)
+
+
 def test_a_file_of_someone_else_is_not_replaced(graph):
     policy = graph.policy()
     (graph.folder / "loras").mkdir()

@@ -26,7 +26,7 @@ def run(judge_at, reward_at, count=8, images=16, seed=0, noise=0.01, **settings_
     judge_at and reward_at: mean score by the evaluation's number.
     """
     rng = random.Random(seed)
-    watch, level = Watch("HPSv2.1", **settings_of_watch), [rng.gauss(0, 0.1) for _ in range(images)]
+    watch, level = Watch(**settings_of_watch), [rng.gauss(0, 0.1) for _ in range(images)]
     for n in range(count):
         watch.evaluate(
             Evaluation(
@@ -122,7 +122,7 @@ def test_a_reward_that_is_exploited_is_seen_and_the_way_back_named():
     assert watch.rollback in (30, 40) and verdict.endswith(f"Roll back to iteration {watch.rollback}?")
     assert (
         "exploiting the reward" in verdict
-        and "judge HPSv2.1 fell from" in verdict
+        and "while the judge fell from" in verdict
         and "over 16 images" in verdict
         and "\n" not in verdict
     )
@@ -179,7 +179,7 @@ def test_too_few_images_are_no_evidence():
 
 
 def test_scores_that_are_not_numbers_are_left_out():
-    watch = Watch("CLIP")
+    watch = Watch()
     for n in range(5):
         watch.evaluate(
             Evaluation(
@@ -189,7 +189,7 @@ def test_scores_that_are_not_numbers_are_left_out():
             )
         )
     assert "over 7 images" in watch.verdict()
-    silent = Watch("CLIP")
+    silent = Watch()
     for n in range(5):
         silent.evaluate(Evaluation(n, [math.nan] * 8, [math.nan] * 8))
     assert silent.verdict() is None
@@ -254,7 +254,7 @@ def test_other_prompts_begin_the_comparison_anew():
     st.integers(1, 7),
 )
 def test_a_restart_changes_nothing(scores, kl, cut):
-    whole, first = Watch("j", kl_limit=0.1), Watch("j", kl_limit=0.1)
+    whole, first = Watch(kl_limit=0.1), Watch(kl_limit=0.1)
     for watch in (whole, first):
         for n, (judge, measured) in enumerate(scores[:cut]):
             watch.evaluate(Evaluation(n, judge[::-1], judge, diversity=measured))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from core import patterns
 from core.lora import interchange
 from core.lora.adapters import Adapters
 from core.lora.interchange import comfy_form, comfy_pairs, convert, diffusers_form, form_of, read, write
@@ -280,6 +281,86 @@ def test_prefixes_and_endings_of_diffusers_files(prefix, endings):
     close(deltas(to_diffusers(with_alpha)), expected)
 
 
+@given(some_layers(), st.sampled_from([1.0, 0.5]))
+def test_onetrainers_names(layers, scale):
+    """diffusers' modules with underscores, an alpha each."""
+    network, ranks = layers
+    theirs, peft = {}, to_diffusers(comfy_state(ranks, 1.0))
+    for key, tensor in peft.items():
+        module, _, ending = key.removeprefix("transformer.").rpartition(".lora_")
+        stem = f"lora_transformer_{module.replace('.', '_')}"
+        theirs[f"{stem}.lora_{'down' if ending.startswith('A') else 'up'}.weight"] = tensor
+        theirs[f"{stem}.alpha"] = torch.tensor(scale * (len(tensor) if ending.startswith("A") else tensor.shape[1]))
+    assert form_of(theirs) == "OneTrainer"
+    found = deltas(to_comfy(theirs, network=network))
+    close(found, {key: delta * scale for key, delta in deltas(to_comfy(peft, network=network)).items()})
+
+
+XLABS = {  # XLabs' module: (ComfyUI's, which rows of it are trained)
+    "double_blocks.0.processor.qkv_lora1": ("double_blocks.0.img_attn.qkv", 3),
+    "double_blocks.0.processor.qkv_lora2": ("double_blocks.0.txt_attn.qkv", 3),
+    "double_blocks.18.processor.proj_lora1": ("double_blocks.18.img_attn.proj", 1),
+    "double_blocks.18.processor.proj_lora2": ("double_blocks.18.txt_attn.proj", 1),
+    "single_blocks.4.processor.qkv_lora": ("single_blocks.4.linear1", 3),
+    "single_blocks.4.processor.proj_lora": ("single_blocks.4.linear2", 1),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_xlabs_names(prefix):
+    theirs, expected = {}, {}
+    for i, (name, (module, parts)) in enumerate(XLABS.items()):
+        up, down = torch.randn(parts * WIDTH, 2 + i), torch.randn(2 + i, WIDTH)
+        theirs |= {f"{prefix}{name}.up.weight": up, f"{prefix}{name}.down.weight": down}
+        delta = up.double() @ down.double()
+        rest = torch.zeros(4 * WIDTH * module.endswith("linear1"), WIDTH, dtype=torch.float64)  # the MLP
+        expected[f"diffusion_model.{module}"] = torch.cat([delta, rest])
+    assert form_of(theirs) == "XLabs"
+    close(deltas(to_comfy(theirs)), expected)
+    same(to_diffusers(to_comfy(theirs)), to_diffusers(theirs))
+
+
+def test_xlabs_names_are_what_comfyui_takes_them_for(comfy):
+    """Its converter for USO, whose LoRAs have XLabs' names."""
+    convert_uso_lora = getattr(pytest.importorskip("comfy.lora_convert"), "convert_uso_lora", None)
+    if convert_uso_lora is None:
+        pytest.skip("this ComfyUI does not know USO's LoRAs")
+    for name, (module, _) in XLABS.items():
+        (key,) = convert_uso_lora({f"{name}.up.weight": torch.ones(1)})
+        assert key == f"diffusion_model.{module.replace('linear1', 'linear1_qkv')}.lora_up.weight"
+
+
+def test_a_tensor_of_someone_else_does_not_fail_the_whole_file(tmp_path, caplog):
+    state = comfy_state({"double_blocks.0.img_attn.qkv": 2, "single_blocks.0.linear1": 2}, 1.0)
+    more = {"bundle_emb.fox.string_to_params.clip_l": torch.ones(2, 8), "step": torch.tensor(3)}
+    same(to_comfy({**more, **state}), state)
+    assert "2 tensors of this file are left out ('bundle_emb.fox.string_to_params.clip_l', ...)" in caplog.text
+    save_file({**more, **state}, tmp_path / "in.safetensors")
+    assert "(comfyui, 2 layers)" in (
+        said := convert(tmp_path / "in.safetensors", tmp_path / "a.safetensors", "comfyui")
+    )
+    assert said.endswith("; 2 left out that are no LoRA ('bundle_emb.fox.string_to_params.clip_l', ...)")
+    with pytest.raises(ValueError, match="holds no LoRA of a diffusion model"):
+        comfy_pairs(more)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "diffusion_model.double_blocks.0.img_attn.qkv.diff_b",
+        "transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector",
+        "lora_unet_double_blocks_0_img_attn_qkv.lokr_w1",
+        "lora_transformer_transformer_blocks_0_attn_to_q.dora_scale",
+        "double_blocks.0.processor.qkv_lora1.scale",
+        "double_blocks.0.img_attn.norm.query_norm.set_weight",
+    ],
+)
+def test_what_belongs_to_a_layer_is_never_left_out(key):
+    state = comfy_state({"double_blocks.0.img_attn.qkv": 2}, 1.0)
+    with pytest.raises(ValueError, match="is no part of a plain LoRA"):
+        comfy_pairs({**state, key: torch.ones(1)})
+
+
 def test_kohyas_names_and_peft_pairs_under_comfyuis_names():
     state = comfy_state({module: 2 for module in LAYERS["flux"]}, 2.0)
     kohya = {}
@@ -407,6 +488,21 @@ def test_the_only_name_that_both_worlds_share_is_told_by_its_prefix():
         ),
         (lambda s: {**s, "diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(1)}, "DoRA"),
         (
+            lambda s: {"double_blocks.0.processor.qkv_lora1.up.weight": torch.ones(8, 1), **s},
+            "img_attn.qkv' is no layer of FLUX or SD3 as the rest of this file .XLabs.",
+        ),
+        (
+            lambda s: {
+                "double_blocks.0.processor.qkv_lora1.up.weight": torch.ones(8, 1),
+                "double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(1, 4),
+            },
+            "has 8 rows for q, k and v together",
+        ),
+        (
+            lambda s: {"lora_transformer_blocks_0.lora_up.weight": torch.ones(1, 1)},
+            "lora_transformer_blocks_0' is no layer of FLUX or SD3 as OneTrainer names them",
+        ),
+        (
             lambda s: {k: t for k, t in s.items() if "lora_up" not in k},
             "no up weight for the layer 'double_blocks.0.img_attn.qkv'",
         ),
@@ -475,6 +571,32 @@ def test_files_keep_their_metadata(tmp_path):
     assert header["treerpo.run"] == "mine" and interchange.ADAPTER_METADATA not in header
     with pytest.raises(ValueError, match="choose one of comfyui, diffusers"):
         write(tmp_path / "c.safetensors", state, "kohya")
+
+
+@pytest.mark.parametrize(
+    "pattern, words",
+    [(r"(\w+\.?)+!", "longer than 2 s"), ("(", "no expression that can be used"), ("(" * 9999, "can be used")],
+)
+def test_an_expression_in_a_file_cannot_stop_everything(monkeypatch, pattern, words):
+    monkeypatch.setattr(patterns, "SECONDS", 2.0)
+    with pytest.raises(ValueError, match=words):
+        interchange.peft_alpha({"alpha_pattern": {pattern: 2.0}}, "single_transformer_blocks.10.attn.to_q" * 2, 4)
+    assert interchange.peft_alpha({"alpha_pattern": {r"single_.*\.to_(q|k)": 2.0}}, "single_blocks.1.to_q", 4) == 2
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "[" * 100000,
+        "[1]",
+        '{"transformer.alpha_pattern": [1]}',
+        '{"transformer.alpha_pattern": {"to_q": "much"}}',
+        '{"transformer.lora_alpha": {}}',
+    ],
+)
+def test_metadata_that_is_none_gets_a_sentence(metadata):
+    with pytest.raises(ValueError, match="lora_adapter_metadata cannot be read .*strength is not known"):
+        interchange.peft_config({interchange.ADAPTER_METADATA: metadata})
 
 
 def test_convert_says_what_it_did_and_replaces_nothing(tmp_path):

@@ -173,6 +173,21 @@ def test_mistakes_are_told_in_one_sentence(changes, words):
         ("model: [", "run.yaml is not YAML, line"),
         ("- a", "run.yaml must be lines such as"),
         ("", "model: source is missing"),
+        ("[" * 20000, "run.yaml is nested too deeply"),
+        ("a: " + "{a: " * 20000, "run.yaml is nested too deeply"),
+        ("model: {source: 2026-99-99}", "run.yaml is not YAML"),
+        ("model: {source: " + "9" * 9000 + "}", "run.yaml is not YAML"),
+        ("adapter: {alpha: " + "9" * 400 + "}", "adapter: alpha must be a number"),
+        (
+            "\n".join(["a: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])
+            + "\nmodel: *a29",
+            "run.yaml has no 'a'",
+        ),
+        (
+            "model:\n  name:\n"
+            + "".join(f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(30)),
+            "model: name must be text, not",
+        ),
     ],
 )
 def test_a_file_that_is_no_run_is_refused(text, words, tmp_path):

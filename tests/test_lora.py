@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.lora.adapters import TARGETS, Adapters, LoRA
+from core import patterns
+from core.lora.adapters import TARGETS, Adapters, LoRA, choose_layers
 
 FLUX_NAMES = [
     "img_in",
@@ -269,3 +270,24 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(spoil, words):
     with pytest.raises(ValueError, match=words):
         adapters.load_state_dict(wrong)
     assert all(torch.equal(before[key], tensor) for key, tensor in adapters.state_dict().items())
+
+
+@pytest.mark.parametrize("pattern", [r"(\w+\.?)+!$", r"^(\w|\w\w|[a-z_.0-9])+!"])
+def test_a_pattern_that_would_take_for_ever_ends(pattern, monkeypatch):
+    """Python's re lets nothing else run meanwhile: the whole server would stand still."""
+    monkeypatch.setattr(patterns, "SECONDS", 2.0)
+    with pytest.raises(ValueError, match="longer than 2 s.*layers here are, for example: double_blocks.0.img_attn"):
+        choose_layers(named(["double_blocks.0.img_attn.a_long_name_of_a_layer_with_many_letters"]), pattern)
+
+
+@pytest.mark.parametrize("pattern", ["(", "(" * 9999, "a{99999999999999999999}", "a{" + "9" * 9999 + "}", "[a-"])
+def test_a_pattern_that_is_none_gets_a_sentence(pattern):
+    with pytest.raises(ValueError, match="not a regular expression that can be used") as caught:
+        choose_layers(named(["img_in"]), pattern)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_pattern_is_searched_in_every_name():
+    names = ["double_blocks.0.img_attn.qkv", "double_blocks.1.img_attn.qkv", "single_blocks.0.linear1"]
+    assert list(choose_layers(named(names), r"double_blocks\.[01]\.|linear")) == names
+    assert list(choose_layers(named(names), r"1$|blocks\.1")) == names[1:]

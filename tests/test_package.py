@@ -28,11 +28,12 @@ MORE = {  # file: what it may import besides
 BELOW = {  # part of core: the parts it may import
     "launch": set(),  # an old name
     "files": set(),
+    "patterns": set(),
     "model": set(),
     "method": {"model"},
-    "lora": {"files"},
+    "lora": {"files", "patterns"},
     "pictures": {"method"},
-    "rewards": {"files", "method", "pictures"},
+    "rewards": {"files", "method", "patterns", "pictures"},
     "runs": {"files", "lora", "method", "model", "pictures", "rewards"},
     "hosts": {"lora", "method", "model"},
 }

@@ -1,5 +1,7 @@
 """A person's choice as the reward: what an answer means, the book of picks, both nodes, and the way over HTTP."""
 
+import asyncio
+import gzip
 import json
 import shutil
 import sys
@@ -340,6 +342,9 @@ class Messages:
     def send_sync(self, event, data):
         self.sent.append((event, data))
 
+    def send_progress_text(self, text, node_id):
+        self.sent.append(("progress text", text))
+
     def of(self, event):
         return [data for name, data in self.sent if name == event]
 
@@ -499,6 +504,22 @@ def test_live_waits_and_goes_on(graph, messages, pack):
         rewards.values["person"], torch.cat([choice_scores([parse(text, 4)]) for text in ("2", "3")])
     )
     assert [done["by"] for done in messages.of("treerpo.pick_done")] == ["person", "person"]
+
+
+def test_nothing_from_outside_is_in_the_text_under_a_node(pack, messages):
+    """ComfyUI 0.3.64 shows that text as HTML: a prompt in it would be a script in the browser."""
+    prompt = "a fox<img src=x onerror=alert(1)>"
+    broker = pack.nodes.pick.BROKER
+    reward = pack.nodes.pick.human("7", "best", 0, None, None, replay=False)
+    with Answering(broker.questions, broker.answer) as person:
+        reward.choose(images(), prompt)
+    assert person.asked[0]["prompt"] == prompt, "the page itself asks with the prompt"
+    assert messages.of("progress text") == ["Waiting for your pick among 4 images.", ""]
+
+
+def test_what_could_be_markup_does_not_get_under_a_node(pack, messages):
+    pack.nodes.browser.send_text('1 < 2 & "x" <a href="http://e"onclick=x>, the model\'s', "7")
+    assert messages.of("progress text") == ["1  2  x a href=http://eonclick=x, the model's"]
 
 
 def test_nobody_answers_in_time(graph, messages):
@@ -675,6 +696,47 @@ def refused(call):
 def rows(server, name):
     path = server.base / "output/treerpo" / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+AWKWARD = {
+    "no JSON": (b"{", {}),
+    "not text": (b"\xff\xfe\x00", {}),
+    "nested": (b"[" * 16000, {}),
+    "nested inside": (b'{"id": ' + b"[" * 16000, {}),
+    "numbers": (b'{"id": 1e999, "answer": 1}', {}),
+    "a number of many digits": (b'{"id": ' + b"9" * 9000 + b', "answer": "1"}', {}),
+    "half a letter": (b'{"id": "\\ud800", "answer": "\\ud800"}', {}),
+    "a list": (b"[]", {}),
+    "null": (b"null", {}),
+    "empty": (b"", {}),
+    "an encoding that is none": (b"{}", {"Content-Type": "application/json; charset=bogus"}),
+    "an encoding of bytes": (b"{}", {"Content-Type": "application/json; charset=hex"}),
+    "not packed": (b"{}", {"Content-Encoding": "gzip"}),
+    "packed, too large": (gzip.compress(b" " * 5_000_000), {"Content-Encoding": "gzip"}),
+    "an id nobody asks": (b'{"id": "\\u0000", "answer": "1"}', {}),
+}
+
+
+@pytest.mark.parametrize("what", AWKWARD)
+def test_no_post_makes_the_server_stumble(pack, what):
+    from aiohttp import web
+    from aiohttp.test_utils import TestClient, TestServer
+
+    class Instance:
+        routes = web.RouteTableDef()
+
+    async def status():
+        pack.nodes.pick.add_routes(Instance)
+        app = web.Application()
+        app.add_routes(Instance.routes)
+        body, headers = AWKWARD[what]
+        async with TestClient(TestServer(app)) as client:
+            answer = await client.post(
+                "/treerpo/pick", data=body, headers={"Content-Type": "application/json", **headers}
+            )
+            return answer.status
+
+    assert 400 <= asyncio.run(status()) < 500
 
 
 def test_http_two_runs_train_as_the_same_scores_given_by_hand(comfyui_server, client, pack, tmp_path):

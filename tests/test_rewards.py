@@ -3,6 +3,7 @@
 pixels, batches, prompts, combinations. The official scores are in test_rewards_golden.py.
 """
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -174,6 +175,41 @@ def test_a_group_wise_reward_sees_whole_groups():
     images = torch.arange(1, 7).view(6, 1, 1, 1).expand(6, 4, 4, 3) / 10
     found = scores(GroupWise(), images, ["a"] * 4 + ["b"] * 2, chunk=2)
     assert found.values["judge"].tolist() == [0, 0, 0, 1, 0, 1]
+
+
+class Gives(Reward):
+    name = "mine"
+
+    def __init__(self, given):
+        self.given = given
+
+    def score(self, images, prompts):
+        return self.given
+
+
+@pytest.mark.parametrize("given", [[0.5, 2], (0.5, 2), np.array([0.5, 2.0]), [torch.tensor(0.5), torch.tensor(2.0)]])
+def test_a_reward_may_give_a_list_of_numbers(given):
+    assert scores(Gives(given), torch.zeros(2, 4, 4, 3), ["a", "b"]).values["mine"].tolist() == [0.5, 2]
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (None, "gave None for 2 images: its score"),
+        ("good", "gave 'good' for 2 images"),
+        ([0.5, None], "gave .0.5, None. for 2 images"),
+        (["a", "b"], "gave .'a', 'b'. for 2 images"),
+        ([[1], [1, 2]], "for 2 images"),
+        ([10**400, 1], "for 2 images"),
+        ({"a": 1}, "for 2 images"),
+        ([1.0], "one per image"),
+        (3.0, "one per image"),
+        ([[1.0, 2.0]], "one per image"),
+    ],
+)
+def test_a_reward_that_gives_no_numbers_is_named(given, sentence):
+    with pytest.raises(ValueError, match=f"The reward 'mine' .*{sentence}"):
+        scores(Gives(given), torch.zeros(2, 4, 4, 3), ["a", "b"])
 
 
 def test_a_reward_that_gives_too_few_scores_is_refused():

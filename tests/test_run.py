@@ -651,3 +651,34 @@ def test_the_pack_is_linked_not_copied(tmp_path):
     for _ in range(2):  # a kept base directory has the link already
         headless.link_folder(source, link)
     assert (link / "a.py").is_file() and (os.name == "nt" or Path(os.readlink(link)) == source)
+
+
+NODES = {"1": {"class_type": "TreeRPOTinyModel", "inputs": {"model": "flux"}}}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("wrapped", [NODES, {"prompt": NODES}, {"client_id": "x", "prompt": NODES, "extra_data": {}}])
+def test_a_workflow_loads_as_editors_and_clients_write_it(tmp_path, encoding, wrapped):
+    (tmp_path / "flow.json").write_bytes(json.dumps(wrapped).encode(encoding))
+    assert headless.load_graph(tmp_path / "flow.json") == NODES
+
+
+def test_a_node_may_have_the_id_prompt(tmp_path):
+    (tmp_path / "flow.json").write_text(json.dumps({"prompt": NODES["1"]}))
+    assert headless.load_graph(tmp_path / "flow.json") == {"prompt": NODES["1"]}
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("[" * 100000, "nested too deeply"),
+        ('{"1": {"class_type": "A"}}', "not a workflow in ComfyUI's API format"),
+        ('{"prompt": "a cat"}', "not a workflow in ComfyUI's API format"),
+        ('{"prompt": {"nodes": [], "links": []}}', "is an editor workflow"),
+        ("\xff\xfe", "is not JSON"),
+    ],
+)
+def test_what_is_no_workflow_is_said(tmp_path, text, sentence):
+    (tmp_path / "flow.json").write_text(text, "utf-8")
+    with pytest.raises(run.Problem, match=sentence):
+        headless.load_graph(tmp_path / "flow.json")

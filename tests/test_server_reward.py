@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from core import patterns
 from core.rewards import combine, server
 from core.rewards.server import DEFAULT_INSTRUCTION, GROUP_INSTRUCTION, ServerReward
 
@@ -120,6 +121,19 @@ def drips(handler, question):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.05)
+
+
+def drips_of(start, piece):
+    """Begins an answer and never gets to its end: a piece every moment, for five seconds."""
+
+    def act(handler, question):
+        handler.wfile.write(start)
+        for _ in range(100):
+            handler.wfile.write(piece)
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+    return act
 
 
 @pytest.fixture
@@ -254,6 +268,24 @@ def test_only_finite_numbers_are_scores(scripted, value, caplog):
     assert "no score for 1 of 3 images" in line and ("not finite" in line or "is not a number" in line)
 
 
+@pytest.mark.parametrize(
+    "protocol, answer",
+    [
+        ("scores", lambda deep: {"scores": [deep]}),
+        ("scores", lambda deep: {"scores": {"a": [deep]}}),
+        ("chat", lambda deep: {"choices": [{"message": {"content": {"text": deep}}}]}),
+    ],
+)
+def test_an_answer_that_json_can_read_but_nobody_can_print(scripted, monkeypatch, protocol, answer):
+    """How deep json reads differs between versions of Python, and from how deep it writes."""
+    deep = []
+    for _ in range(100000):
+        deep = [deep]
+    monkeypatch.setattr(server, "_post", lambda *arguments: answer(deep))
+    with pytest.raises(RuntimeError, match="nested too deeply: this is not a reward server"):
+        ask(scripted, protocol=protocol)
+
+
 def test_null_is_no_score_and_no_fault(scripted, caplog):
     found = ask(scripted, gives({"scores": [None, 2, None]}), images=3)
     assert found[1] == 2 and found[0] != found[0] and found[2] != found[2]
@@ -319,6 +351,15 @@ PAGE = "<!DOCTYPE html><html><head><title>Welcome\nto nginx</title></head>" + "x
         (gives({"scores": [float("nan")]}), 1, "score nan is not finite"),
         (sleeps(3.0), 3, r"did not answer within 0.3 s: raise the timeout, or check the server. \(tried 3 times\)"),
         (drips, 3, "did not answer within 0.3 s"),
+        (drips_of(b"HTTP/1.1 2", b"0"), 3, "did not answer within 0.3 s"),
+        (drips_of(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"), 3, "did not answer within 0.3 s"),
+        (drips_of(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), 3, "did not answer within 0.3 s"),
+        (drips_of(b"HTTP/1.1 500 Oh\r\n\r\n", b"x"), 3, "did not answer within 0.3 s"),
+        (
+            drips_of(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+            3,
+            "did not answer within 0.3 s",
+        ),
         (gives({"scores": [1]}, length=500), 3, r"broke in the middle of the answer. \(tried 3 times\)"),
         (breaks_a_chunk, 3, r"broke in the middle of the answer. \(tried 3 times\)"),
         (hangs_up, 3, r"cannot be reached \(.*\): check that the server runs. \(tried 3 times\)"),
@@ -511,6 +552,9 @@ def test_the_last_match_counts(scripted, text, score):
     [
         (says("A fine fox. 4 out of 5"), "does not occur in the judge's answer: …A fine fox. 4 out of 5$"),
         (says(None), "does not occur in the judge's answer: …nothing"),
+        (says(4), "judge's answer is 4, which is no text"),
+        (says({"text": "Final Score: 4"}), "judge's answer is .*, which is no text"),
+        (says([{"type": "text", "text": 4}, "Final Score: 4", None]), "does not occur"),
         (says("Final Score: " + "9" * 400), "is not finite"),
         (gives({"choices": []}), "not a chat completion"),
         (gives({"scores": [1]}), "not a chat completion"),
@@ -537,6 +581,12 @@ def test_other_numbers_count_only_if_the_pattern_says_so(scripted):
         chat(scripted, says("it is good"), pattern=r"(good|bad)")
 
 
+def test_a_pattern_that_would_take_for_ever_ends(scripted, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 2.0)
+    with pytest.raises(RuntimeError, match="cannot be used with the judge's answer .*longer than 2 s"):
+        chat(scripted, says("a" * 60 + "!"), pattern=r"((a+)+)$")
+
+
 def test_a_judge_of_whole_groups(scripted):
     answer = says("The first wins.\nFinal Score: 5\nFinal Score: 2\nFinal Score: 3")
     assert chat(scripted, answer, images=3, group=True) == [5, 2, 3]
@@ -557,6 +607,7 @@ KEY = "sk-very-secret-0123456789"
 
 def test_the_key_is_sent_and_never_told(scripted, monkeypatch, caplog):
     monkeypatch.setenv("MY_API_KEY", f" {KEY}\n")
+    monkeypatch.setenv("TREERPO_KEYS", f"127.0.0.1:{scripted.server_address[1]}=MY_API_KEY")
     settings = dict(key_variable="MY_API_KEY", images=2, batch=1)
     assert ask(scripted, **settings) == pytest.approx(LIGHTS[:2])
     assert scripted.seen[0][1]["Authorization"] == f"Bearer {KEY}"
@@ -595,11 +646,83 @@ def test_the_key_is_sent_and_never_told(scripted, monkeypatch, caplog):
     ],
 )
 def test_what_is_wrong_with_a_key_is_said_without_it(monkeypatch, variable, value, sentence):
+    monkeypatch.setenv("TREERPO_KEYS", "127.0.0.1:1=SECRET_API_KEY")
     if value:
         monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=sentence) as error:
         ServerReward("http://127.0.0.1:1/", key_variable=variable)
     assert "secret" not in str(error.value).lower() and error.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "table, address",
+    [
+        ("", "https://judge.example/"),
+        ("judge.example=MY_API_KEY", "https://evil.example/"),
+        ("judge.example=MY_API_KEY", "https://judge.example.evil.example/"),
+        ("judge.example=MY_API_KEY", "https://evil.example/judge.example"),
+        ("judge.example=MY_API_KEY", "https://judge.example:8443/"),
+        ("judge.example:8443=MY_API_KEY", "https://judge.example/"),
+        ("judge.example=OTHER_API_KEY, evil.example=THEIR_API_KEY", "https://judge.example/"),
+        ("127.0.0.1:8000=MY_API_KEY", "http://127.0.0.1:8001/"),
+        ("127.0.0.1:8000=MY_API_KEY", "http://localhost:8000/"),
+        ("judge.example=MY_API_KEY", "https://[::1]:8000/"),
+    ],
+)
+@pytest.mark.parametrize("is_set", [True, False])
+def test_a_graph_sends_no_key_to_a_host_that_the_user_has_not_tied_it_to(monkeypatch, table, address, is_set):
+    """The sentence says what to write where, and is the same whether or not there is such a key."""
+    monkeypatch.setenv("TREERPO_KEYS", table)
+    if is_set:
+        monkeypatch.setenv("MY_API_KEY", KEY)
+    host = address.split("/")[2]
+    with pytest.raises(ValueError, match=re.escape(f"add {host}=MY_API_KEY to the environment variable TREERPO_KEYS")):
+        ServerReward(address, key_variable="MY_API_KEY")
+
+
+@pytest.mark.parametrize(
+    "table, address",
+    [
+        ("judge.example=MY_API_KEY", "https://judge.example/v1"),
+        ("judge.example=MY_API_KEY", "https://JUDGE.example:443/"),
+        ("a.example=OTHER_API_KEY;Judge.Example:8443=MY_API_KEY", "https://judge.example:8443/"),
+        ("judge.example=OTHER_API_KEY\n judge.example=MY_API_KEY ,", "https://judge.example/"),
+        ("[::1]:8000=MY_API_KEY", "http://[::1]:8000/"),
+        ("127.0.0.1=MY_API_KEY", "http://127.0.0.1/"),
+    ],
+)
+def test_a_key_goes_to_the_host_it_is_tied_to(monkeypatch, table, address):
+    monkeypatch.setenv("TREERPO_KEYS", table)
+    monkeypatch.setenv("MY_API_KEY", KEY)
+    assert ServerReward(address, key_variable="MY_API_KEY")._key() == KEY
+
+
+def test_a_key_stays_where_it_was_when_the_address_changes_afterwards(scripted, monkeypatch):
+    monkeypatch.setenv("TREERPO_KEYS", "judge.example=MY_API_KEY")
+    monkeypatch.setenv("MY_API_KEY", KEY)
+    reward = ServerReward("https://judge.example/", key_variable="MY_API_KEY")
+    reward.address = scripted.address
+    with pytest.raises(ValueError, match="No key goes to 127.0.0.1"):
+        reward.score(pictures()[:1], [""])
+    assert scripted.seen == []
+
+
+def test_a_key_leaves_the_machine_only_by_https(monkeypatch):
+    monkeypatch.setenv("TREERPO_KEYS", "judge.example=MY_API_KEY, 10.0.0.2:8000=MY_API_KEY")
+    monkeypatch.setenv("MY_API_KEY", KEY)
+    for address in ("http://judge.example/", "http://10.0.0.2:8000/"):
+        with pytest.raises(ValueError, match="only encrypted.*https://"):
+            ServerReward(address, key_variable="MY_API_KEY")
+
+
+@pytest.mark.parametrize(
+    "table", [KEY, f"judge.example={KEY}", "=MY_API_KEY", "https://h=MY_API_KEY", "h/v1=MY_API_KEY", "h:x=MY_API_KEY"]
+)
+def test_a_table_of_keys_that_cannot_be_read_is_not_repeated(monkeypatch, table):
+    monkeypatch.setenv("TREERPO_KEYS", table)
+    with pytest.raises(ValueError, match="TREERPO_KEYS must hold pairs") as error:
+        ServerReward("https://judge.example/", key_variable="MY_API_KEY")
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -615,6 +738,7 @@ def test_what_is_wrong_with_a_key_is_said_without_it(monkeypatch, variable, valu
         ("http://h:99999/", "cannot be read"),
         ("http://[::1/", "cannot be read"),
         ("http://me:pass@h/", "must not hold a user name"),
+        ("http://@h/", "must not hold a user name"),
         ("http://h/a b", "neither spaces"),
         ("http://hä/", "neither spaces"),
         ("http://h/\x01x", "neither spaces"),
@@ -637,6 +761,8 @@ def test_addresses_that_are_refused(address, sentence):
         (dict(batch=0), "batch and workers"),
         (dict(workers=0), "batch and workers"),
         (dict(protocol="chat", pattern="(x"), "not a regular expression"),
+        (dict(protocol="chat", pattern="(" * 9999), "not a regular expression"),
+        (dict(protocol="chat", pattern="(a{99999999999999999999})"), "not a regular expression"),
         (dict(protocol="chat", pattern="x"), "has no group"),
     ],
 )

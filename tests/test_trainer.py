@@ -240,17 +240,21 @@ class Judge(Reward):
         return 1 - self.reward.score(images, prompts)
 
 
-def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux):
+def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux, monkeypatch):
+    said = []
+    monkeypatch.setattr(flux.pack.nodes.live, "send_text", lambda text, node_id: said.append(text))
     size = flux.call("Measure", measure="foreground size", direction="more")[0]
     text = "\n".join(
         f"a {colour} {shape} on a white background"
         for colour in ("red", "blue", "green")
         for shape in ("circle", "square", "cross")
     )
+    judge = Judge(size)
+    judge.name = "<b>the judge's own name</b>"
     settings = dict(
         text=text,
         held_out=6,
-        judge=Judge(size),
+        judge=judge,
         evaluate_every=2,
         per_iteration=2,
         learning_rate=3e-3,
@@ -260,6 +264,7 @@ def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux):
     policy = flux.policy()
     status = flux.train(policy, 40, **settings)[-1]
     assert status.startswith("Paused after iteration") and "judge" in status and "Roll back to iteration" in status
+    assert "the judge fell" in said[-1] and "own name" not in "".join(said), "the text under the node may be HTML"
     paused = policy.run.iteration
     assert paused < 40 and (policy.run.folder / "best" / "state.pt").exists()
     assert [row["iteration"] + 1 for row in policy.run.metrics if "eval/judge" in row] == list(range(2, paused + 1, 2))

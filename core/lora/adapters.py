@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..patterns import search
+
 # Presets: a layer is adapted where the pattern is found in its name, as ComfyUI or diffusers name it. FLUX's single
 # blocks
 # fuse attention and MLP into one layer each (linear1, linear2), so "attention" has to take them whole.
@@ -197,16 +199,19 @@ def choose_layers(root: nn.Module, targets: str) -> dict[str, nn.Module]:
         and isinstance(getattr(layer, "out_features", None), int)
     }
     examples = ", ".join(list(linear)[:: max(1, len(linear) // 5)][:5]) or "none"
-    try:
-        pattern = re.compile(TARGETS.get(targets, targets))
-    except re.error as error:
-        raise ValueError(
-            f"The target pattern '{targets}' is not a regular expression ({error}); layers here are, for example: "
-            f"{examples}."
-        ) from None
-    chosen = {name: layer for name, layer in linear.items() if pattern.search(name)}
+    if targets in TARGETS:
+        chosen = {name: layer for name, layer in linear.items() if re.search(TARGETS[targets], name)}
+    else:
+        try:
+            _, found = search(targets, list(linear))
+        except ValueError as error:
+            raise ValueError(
+                f"The target pattern '{targets[:60]}' is not a regular expression that can be used ({error}); layers "
+                f"here are, for example: {examples}."
+            ) from None
+        chosen = {name: linear[name] for name, matches in zip(linear, found) if matches.count}
     if not chosen:
         raise ValueError(
-            f"The target pattern '{targets}' matches no Linear layer; layers here are, for example: {examples}."
+            f"The target pattern '{targets[:60]}' matches no Linear layer; layers here are, for example: {examples}."
         )
     return chosen

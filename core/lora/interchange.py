@@ -30,16 +30,27 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..files import write_atomically
-from .layer_names import comfy_name, diffusers_names, from_underscores, networks_of, parts_of, swapped
+from ..patterns import search
+from .layer_names import (
+    comfy_name,
+    diffusers_from_underscores,
+    diffusers_names,
+    from_underscores,
+    networks_of,
+    parts_of,
+    swapped,
+    xlabs_parts,
+)
 
 FORMS = ("comfyui", "diffusers")
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header: the PEFT config as JSON
 NETWORK = "treerpo.network"  # ours: "flux" or "sd3", which names and sizes do not always tell
 ENDINGS = {
-    "up": (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight"),
-    "down": (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight"),
+    "up": (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", ".up.weight"),
+    "down": (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".down.weight"),
     "alpha": (".alpha",),
 }
+KOHYA, ONETRAINER = "lora_unet_", "lora_transformer_"  # before the names with underscores in their files
 PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|transformer\.|base_model\.model\.)+")
 TEXT_ENCODER = re.compile(r"^(text_encoders?(_\d)?\.|lora_te\d?_)")
 BLOCK = re.compile(r"^(\w+_blocks)\.(\d+)\.")
@@ -76,8 +87,20 @@ def comfy_pairs(
     form = form_of(state)
     pairs = read_pairs(state, peft_config(header))
     if form == "kohya":
-        pairs = {from_underscores(module.removeprefix("lora_unet_")): pair for module, pair in pairs.items()}
+        pairs = {from_underscores(module.removeprefix(KOHYA)): pair for module, pair in pairs.items()}
+    elif form == "OneTrainer":
+        pairs = {diffusers_from_underscores(module.removeprefix(ONETRAINER)): pair for module, pair in pairs.items()}
+        form = "diffusers"
+    elif form == "XLabs":
+        pairs, form, network = from_xlabs(pairs), "diffusers", "flux"
     network = find_network(pairs, form, network or (header or {}).get(NETWORK))
+    strangers = foreign(state)
+    if strangers:
+        logging.warning(
+            "TreeRPO: %d tensors of this file are left out ('%s', ...): they belong to no layer and are no LoRA.",
+            len(strangers),
+            strangers[0],
+        )
     text = [key for key in state if TEXT_ENCODER.match(key)]
     if text:
         logging.warning(
@@ -196,25 +219,71 @@ def folded(pair: Pair) -> Tensor:
     return narrow if torch.equal(narrow.to(wide.dtype), wide) else wide
 
 
+def from_xlabs(pairs: dict[str, Pair]) -> dict[str, Pair]:
+    """Pairs by XLabs' names as pairs by diffusers': q, k and v are the rows of one, with the same down."""
+    result = {}
+    for module, pair in pairs.items():
+        names = xlabs_parts(module)
+        if len(pair.up) % len(names):
+            raise ValueError(
+                f"The LoRA of '{module}' has {len(pair.up)} rows for q, k and v together: the file is damaged."
+            )
+        result |= {name: pair._replace(up=up) for name, up in zip(names, pair.up.chunk(len(names)))}
+    return result
+
+
+def foreign(state: dict[str, Tensor]) -> list[str]:
+    """The tensors that are no part of any LoRA and belong to no layer, such as an embedding trained along.
+
+    What belongs to a layer and is no part of a plain LoRA is not among them: without it the file would mean another
+    thing.
+    """
+    return [key for key in state if not TEXT_ENCODER.match(key) and role_of(key) is None and not of_a_layer(key)]
+
+
+def of_a_layer(key: str) -> bool:
+    """Whether a tensor's name begins with that of a layer of FLUX or SD3, in any naming."""
+    parts = PREFIX.sub("", key).split(".")
+    beginnings = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(
+        parts_of(name)
+        or xlabs_parts(name)
+        or comfy_name(name, "flux")
+        or comfy_name(name, "sd3")
+        or from_underscores(name.removeprefix(KOHYA))
+        or diffusers_from_underscores(name.removeprefix(ONETRAINER))
+        for name in beginnings
+    )
+
+
+def lora_keys(state: dict[str, Tensor]) -> list[str]:
+    """The keys that are converted: no text encoder's, and nothing `foreign`."""
+    strangers = set(foreign(state))
+    return [key for key in state if not TEXT_ENCODER.match(key) and key not in strangers]
+
+
 # what a file holds
 
 
 def form_of(state: dict[str, Tensor]) -> str:
-    """ "comfyui", "diffusers", or "kohya" (lora_unet_...;
-
-    ComfyUI's modules with underscores). Raises ValueError for a LoRA of another model.
+    """ "comfyui", "diffusers", "kohya" (lora_unet_...; ComfyUI's modules with underscores), "OneTrainer"
+    (lora_transformer_...; diffusers' with underscores) or "XLabs" (FLUX's blocks.0.processor...). Raises ValueError for
+    a LoRA of another model.
     """
-    modules = list(dict.fromkeys(module_and_role(key)[0] for key in state if not TEXT_ENCODER.match(key)))
+    modules = list(dict.fromkeys(module_and_role(key)[0] for key in lora_keys(state)))
     if not modules:
         raise ValueError(
             "This file holds no LoRA of a diffusion model."
-            if not state
+            if not any(map(TEXT_ENCODER.match, state))
             else "This LoRA is one of the text encoders only: nothing can be converted."
         )
-    if modules[0].startswith("lora_unet_"):
-        strangers = {
-            "kohya": [module for module in modules if from_underscores(module.removeprefix("lora_unet_")) is None]
-        }
+    if modules[0].startswith(KOHYA):
+        strangers = {"kohya": [module for module in modules if from_underscores(module.removeprefix(KOHYA)) is None]}
+    elif modules[0].startswith(ONETRAINER):
+        flat = {module: diffusers_from_underscores(module.removeprefix(ONETRAINER)) for module in modules}
+        strangers = {"OneTrainer": [module for module, name in flat.items() if name is None]}
+    elif any(map(xlabs_parts, modules)):
+        strangers = {"XLabs": [module for module in modules if not xlabs_parts(module)]}
     else:
         strangers = {
             "comfyui": [module for module in modules if not parts_of(module)],
@@ -225,7 +294,7 @@ def form_of(state: dict[str, Tensor]) -> str:
     form, strange = min(strangers.items(), key=lambda item: len(item[1]))
     if strange:
         names = (
-            "ComfyUI or diffusers names them"
+            f"{'ComfyUI or diffusers' if form in FORMS else form} names them"
             if len(strange) == len(modules)
             else f"the rest of this file ({form}) names them"
         )
@@ -238,13 +307,19 @@ def form_of(state: dict[str, Tensor]) -> str:
 
 def module_and_role(key: str) -> tuple[str, str]:
     """The layer a tensor belongs to, without prefixes, and what it is there: "up", "down" or "alpha"."""
-    for role, endings in ENDINGS.items():
-        for ending in endings:
-            if key.endswith(ending):
-                return PREFIX.sub("", key.removesuffix(ending)), role
+    found = role_of(key)
+    if found is not None:
+        return PREFIX.sub("", key.removesuffix(found[1])), found[0]
     raise ValueError(
         f"The tensor '{key}' is no part of a plain LoRA (an up, a down and an alpha per layer): "
         "DoRA, LoKr, LoHa and trained biases cannot be converted."
+    )
+
+
+def role_of(key: str) -> tuple[str, str] | None:
+    """What a tensor is in a LoRA, and the ending of its name that says so."""
+    return next(
+        ((role, ending) for role, endings in ENDINGS.items() for ending in endings if key.endswith(ending)), None
     )
 
 
@@ -254,10 +329,9 @@ def read_pairs(state: dict[str, Tensor], config: dict) -> dict[str, Pair]:
     config: of peft_config; alpha keys come before it, and with neither alpha = rank.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        if not TEXT_ENCODER.match(key):
-            module, role = module_and_role(key)
-            tensors.setdefault(module, {})[role] = tensor
+    for key in lora_keys(state):
+        module, role = module_and_role(key)
+        tensors.setdefault(module, {})[role] = state[key]
     pairs = {}
     for module, found in tensors.items():
         absent = [role for role in ("up", "down") if role not in found]
@@ -352,10 +426,13 @@ def peft_config(header: dict[str, str] | None) -> dict:
     """The transformer's PEFT config from a file's header; {} where there is none."""
     try:
         config = json.loads((header or {}).get(ADAPTER_METADATA) or "{}")
-        return {
+        config = {
             key.removeprefix("transformer."): value for key, value in config.items() if key.startswith("transformer.")
         }
-    except (ValueError, AttributeError) as error:
+        for alpha in (config.get("lora_alpha", 1), *(config.get("alpha_pattern") or {}).values()):
+            float(alpha)
+        return config
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"The file's {ADAPTER_METADATA} cannot be read ({error}): without it the LoRA's strength is not known."
         ) from None
@@ -364,9 +441,22 @@ def peft_config(header: dict[str, str] | None) -> dict:
 def peft_alpha(config: dict, module: str, rank: int) -> float:
     """The alpha that gives the strength PEFT would give this layer."""
     patterns = config.get("alpha_pattern") or {}
-    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    matching = (value for key, value in patterns.items() if _names(key, module))
     alpha = float(next(matching, config.get("lora_alpha", rank)))
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _names(key: str, module: str) -> bool:
+    """Whether a key of PEFT's patterns, a regular expression, names this layer."""
+    pattern = rf"^(.*\.)?({key})$"
+    if re.fullmatch(r"[\w.^-]*", key):  # a plain name, as diffusers writes it: it needs no time
+        return bool(re.search(pattern, module))
+    try:
+        return search(pattern, [module])[1][0].count > 0
+    except ValueError as error:
+        raise ValueError(
+            f"The file's alpha_pattern '{key[:60]}' is no expression that can be used ({error})."
+        ) from None
 
 
 def peft_metadata(state: dict[str, Tensor]) -> str:
@@ -441,11 +531,13 @@ def convert(source: Path, target: Path, to: str, network: str | None = None) -> 
         raise ValueError(f"{target.name} must end in .safetensors.")
     state, header = read(source)
     written = write(target, state, to, header, network)
-    before = sum(module_and_role(key)[1] == "down" for key in state if not TEXT_ENCODER.match(key))
+    before = sum(module_and_role(key)[1] == "down" for key in lora_keys(state))
     downs = [tensor for key, tensor in written.items() if module_and_role(key)[1] == "down"]
     ranks = sorted({len(down) for down in downs})
-    text = sum(bool(TEXT_ENCODER.match(key)) for key in state)
+    text, strangers = sum(bool(TEXT_ENCODER.match(key)) for key in state), foreign(state)
     return (
         f"{source.name} ({form_of(state)}, {before} layers) -> {target} ({to}, {len(downs)} layers, rank "
-        f"{', '.join(map(str, ranks))})" + (f"; {text} text encoder tensors left out" if text else "")
+        f"{', '.join(map(str, ranks))})"
+        + (f"; {text} text encoder tensors left out" if text else "")
+        + (f"; {len(strangers)} left out that are no LoRA ('{strangers[0]}', ...)" if strangers else "")
     )

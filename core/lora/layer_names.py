@@ -76,6 +76,16 @@ STACKS = {
     "joint_blocks": ("transformer_blocks", SD3_JOINT),
 }
 
+# XLabs' processors -> diffusers' modules of that block, in the order of their rows. Image is 1, text 2.
+XLABS = {
+    ("double_blocks", "qkv_lora1"): FLUX_DOUBLE["img_attn.qkv"],
+    ("double_blocks", "qkv_lora2"): FLUX_DOUBLE["txt_attn.qkv"],
+    ("double_blocks", "proj_lora1"): FLUX_DOUBLE["img_attn.proj"],
+    ("double_blocks", "proj_lora2"): FLUX_DOUBLE["txt_attn.proj"],
+    ("single_blocks", "qkv_lora"): "attn.to_q attn.to_k attn.to_v",  # of linear1 the rows without the MLP's
+    ("single_blocks", "proj_lora"): FLUX_SINGLE["linear2"],
+}
+
 
 def parts_of(module: str) -> list[str]:
     """diffusers' module(s) for one of ComfyUI's, e.g.
@@ -143,6 +153,26 @@ def from_underscores(flat: str) -> str | None:
     block = re.fullmatch(r"(double_blocks|single_blocks|joint_blocks)_(\d+)_(.+)", flat)
     inners = STACKS[block[1]][1] if block else ()
     return next((f"{block[1]}.{block[2]}.{inner}" for inner in inners if inner.replace(".", "_") == block[3]), None)
+
+
+def diffusers_from_underscores(flat: str) -> str | None:
+    """diffusers' module from its name in OneTrainer's files:
+
+    transformer_blocks_0_attn_to_q -> transformer_blocks.0.attn.to_q; None for no layer of FLUX or SD3.
+    """
+    block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)_(\d+)_(.+)", flat)
+    if block is None:
+        return next((name for name in MODULES.values() if name.replace(".", "_") == flat), None)
+    tables = [table for outer, table in STACKS.values() if outer == block[1]]
+    inners = [inner for table in tables for names in table.values() for inner in names.split()]
+    return next((f"{block[1]}.{block[2]}.{inner}" for inner in inners if inner.replace(".", "_") == block[3]), None)
+
+
+def xlabs_parts(module: str) -> list[str]:
+    """diffusers' module(s) for one of XLabs' FLUX LoRAs, double_blocks.0.processor.qkv_lora1; [] for none of them."""
+    block = re.fullmatch(r"(\w+)\.(\d+)\.processor\.(\w+)", module)
+    inners = XLABS.get((block[1], block[3]), "").split() if block else []
+    return [f"{STACKS[block[1]][0]}.{block[2]}.{inner}" for inner in inners]
 
 
 def swapped(module: str, tensor: Tensor, width: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Several reward models as one. They stay apart until the advantages: z-scored per group first, then weighted."""
 
+import reprlib
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,14 @@ def _slices(images, prompts: list[str], chunk: int, grouped: bool) -> list[slice
 
 def _checked(model, images, prompts: list[str], part: slice) -> Tensor:
     batch = images[part] if torch.is_tensor(images) else torch.stack(images[part])
-    values = model.score(batch, prompts[part]).float().cpu()
+    values = model.score(batch, prompts[part])
+    try:
+        values = torch.as_tensor(values).float().cpu()  # also a list of numbers
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(
+            f"The reward '{model.name}' gave {reprlib.repr(values)} for {len(batch)} images: its score() must return "
+            "a tensor or a list with one number per image."
+        ) from None
     if values.shape != (len(batch),):
         raise ValueError(
             f"The reward '{model.name}' gave {tuple(values.shape)} scores for {len(batch)} images: it must give one "

@@ -42,7 +42,7 @@ def read_json(path: Path | None) -> dict:
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable configuration file ({error}): download it again.") from error
     return found if isinstance(found, dict) else {}
 

@@ -158,7 +158,7 @@ def _row(line: bytes) -> dict | None:
         row = json.loads(line)
         whole = row["format"] == FORMAT and {"id", "prompt", "iteration", "answer", "by"} <= row.keys()
         return row if whole and len(base64.b64decode(row["thumbs"])) == 3 * SIDE * SIDE * row["count"] else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -179,7 +179,7 @@ def load_waiting(folder: Path, node: str) -> dict | None:
     try:
         record = json.loads((Path(folder) / "waiting.json").read_text("utf-8"))[node]
         return record if {"plain", "when", "answered", "groups"} <= record.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -187,6 +187,6 @@ def save_waiting(folder: Path, node: str, record: dict) -> None:
     path = Path(folder) / "waiting.json"
     try:
         others = dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         others = {}
     write_atomically(path, json.dumps({**others, node: record}).encode())

@@ -9,11 +9,9 @@ import concurrent.futures
 import dataclasses
 import email.utils
 import http.client
-import ipaddress
 import json
 import logging
 import math
-import os
 import re
 import ssl
 import threading
@@ -26,8 +24,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..patterns import search
 from .combine import neighbours
 from .contract import Reward
+from .deadline import Deadline
+from .keys import is_here, key_for
 from .measure import encoded
 
 log = logging.getLogger("treerpo")
@@ -40,7 +41,6 @@ FIRST_WAIT, LONGEST_WAIT = (
 )  # seconds before the first repetition, which double; at most so many, whatever Retry-After asks
 LARGEST_ANSWER = 4_000_000  # bytes
 POLL = 0.1  # seconds between two looks for an interrupt
-KEY_NAMES = re.compile(r"(\w*API_KEY|TREERPO_\w+)", re.ASCII)  # a graph from a stranger cannot ask for any other secret
 SAME_FOR_ALL = (401, 404, 405)  # no other image would fare better
 ENOUGH = 4  # requests in a row that must fail so before the rest is given up
 
@@ -83,7 +83,7 @@ class ServerReward(Reward):
     protocol: str = (
         "scores"  # "scores": images and prompts as JSON, numbers back; "chat": OpenAI-compatible chat completions
     )
-    timeout: float = 60.0  # seconds for one request
+    timeout: float = 60.0  # seconds for one request, from its beginning to the end of the answer
     retries: int = 3  # repetitions after a fault of the connection, 408, 429 or 5xx
     name: str | None = None  # None: the field's or the model's name, else "server"
     field: str = ""  # scores: which list to take when the answer holds several by name
@@ -92,7 +92,7 @@ class ServerReward(Reward):
     pattern: str = DEFAULT_PATTERN  # chat: a regular expression whose first group is the score; its last match counts
     key_variable: str = dataclasses.field(
         default="", repr=False
-    )  # name of the environment variable with the API key; "" = no key
+    )  # name of the environment variable with the API key, tied to this host in TREERPO_KEYS (keys.py); "" = no key
     batch: int = 16  # scores: images per request
     workers: int = 4  # requests at a time
     image_format: str = "png"  # "png" is exact, "jpeg" (quality 95) smaller
@@ -118,14 +118,17 @@ class ServerReward(Reward):
             raise ValueError(
                 "Server Reward needs a timeout above 0, retries of 0 or more, and a batch and workers of 1 or more."
             )
-        try:
-            groups = re.compile(self.pattern).groups
-        except re.error as error:
-            raise ValueError(f"The pattern '{self.pattern}' is not a regular expression ({error}).") from None
-        if self.protocol == "chat" and not groups:
-            raise ValueError(
-                f"The pattern '{self.pattern}' has no group: put the part that is the score in parentheses."
-            )
+        if self.protocol == "chat" and self.pattern != DEFAULT_PATTERN:
+            try:
+                groups, _ = search(self.pattern, [])
+            except ValueError as error:
+                raise ValueError(
+                    f"The pattern '{self.pattern[:60]}' is not a regular expression that can be used ({error})."
+                ) from None
+            if not groups:
+                raise ValueError(
+                    f"The pattern '{self.pattern[:60]}' has no group: put the part that is the score in parentheses."
+                )
         if self.group and self.instruction == DEFAULT_INSTRUCTION:
             self.instruction = GROUP_INSTRUCTION
         self.name = self.name or self.field or self.model.rsplit("/", 1)[-1] or "server"
@@ -223,6 +226,8 @@ class ServerReward(Reward):
                 )
             except Fault as fault:
                 last = fault
+            except RecursionError:
+                last = Fault("The server's answer is nested too deeply: this is not a reward server.", for_all=True)
             if not last.again or attempt == self.retries or stop.wait(pause(attempt, last.wait)):
                 break
         text = str(last) + (f" (tried {attempt + 1} times)" if attempt else "")
@@ -245,31 +250,8 @@ class ServerReward(Reward):
         }
 
     def _key(self) -> str:
-        """The API key.
-
-        It is read when it is needed and never kept; no message repeats the variable's name, since it may be a pasted
-        key.
-        """
-        if not self.key_variable:
-            return ""
-        if not KEY_NAMES.fullmatch(self.key_variable):
-            raise ValueError(
-                "key_variable takes the name of an environment variable that ends in API_KEY or begins with TREERPO_, "
-                "such as "
-                "OPENAI_API_KEY, never the key itself."
-            )
-        key = os.environ.get(self.key_variable, "").strip()
-        if not key:
-            raise ValueError(
-                "The environment variable named in key_variable is not set: set it to the API key before ComfyUI "
-                "starts."
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError(
-                "The API key in the environment variable named in key_variable has characters that no key has: check "
-                "its value."
-            )
-        return key
+        """The API key. It is read when it is needed and never kept."""
+        return key_for(self.address, self.key_variable)
 
 
 def _per_image(part: slice, answers: list[float | None | Fault] | Fault) -> list[tuple[int, float | None | Fault]]:
@@ -292,7 +274,7 @@ def _checked_address(address: str, chat: bool) -> str:
         raise ValueError(
             "The server's address must have neither spaces nor letters outside ASCII: write them as %20 and so on."
         )
-    if parts.username or parts.password:
+    if "@" in parts.netloc:
         raise ValueError(
             "The server's address must not hold a user name or password, for it is stored in the graph: use "
             "key_variable."
@@ -308,21 +290,11 @@ def _shown(address: str) -> str:
     return address.partition("?")[0]
 
 
-def _is_here(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        found = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return found.is_loopback or found.is_unspecified
-
-
-def _opener(address: str) -> urllib.request.OpenerDirector:
+def _opener(address: str, deadline: Deadline) -> urllib.request.OpenerDirector:
     """Knows http and https only: no files, no redirects, no stored passwords; and no proxy for this machine itself."""
     opener = urllib.request.OpenerDirector()
-    proxies = {} if _is_here(urllib.parse.urlsplit(address).hostname) else None  # None: as the environment says
-    for handler in (urllib.request.ProxyHandler(proxies), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+    proxies = {} if is_here(urllib.parse.urlsplit(address).hostname) else None  # None: as the environment says
+    for handler in (urllib.request.ProxyHandler(proxies), *deadline.handlers()):
         opener.add_handler(handler)
     return opener
 
@@ -337,20 +309,25 @@ def pause(attempt: int, asked: float = 0.0) -> float:
 
 def _post(address: str, body: bytes, headers: dict[str, str], timeout: float, key: str = "") -> dict:
     """The JSON object in the server's answer, in which the key is blotted out. Raises Fault."""
-    deadline, where = time.monotonic() + timeout, _shown(address)
-    late = f"{where} did not answer within {timeout:g} s: raise the timeout, or check the server."
-    try:
-        with _opener(address).open(
-            urllib.request.Request(address, body, headers, method="POST"), timeout=timeout
-        ) as response:
-            raw = _read(response, deadline, where, late)
-            raw = raw.replace(key.encode(), b"***") if key else raw
-            if not 200 <= response.status < 300:
-                raise _refusal(response, raw, where)
-    except TimeoutError:
-        raise Fault(late, again=True, for_all=True) from None
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
-        raise _broken(getattr(error, "reason", error), where, late) from None
+    where = _shown(address)
+    late = Fault(
+        f"{where} did not answer within {timeout:g} s: raise the timeout, or check the server.",
+        again=True,
+        for_all=True,
+    )
+    with Deadline(timeout) as deadline:
+        try:
+            request = urllib.request.Request(address, body, headers, method="POST")
+            with _opener(address, deadline).open(request, timeout=timeout) as response:
+                raw = _read(response, where)
+                raw = raw.replace(key.encode(), b"***") if key else raw
+                if not deadline.cut and not 200 <= response.status < 300:
+                    raise _refusal(response, raw, where)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            reason = getattr(error, "reason", error)
+            raise late if deadline.cut or isinstance(reason, TimeoutError) else _broken(reason, where) from None
+        if deadline.cut:  # to the reader it looks like the end of the answer
+            raise late
     try:
         answer = json.loads(raw)
     except (ValueError, RecursionError):
@@ -364,8 +341,8 @@ def _post(address: str, body: bytes, headers: dict[str, str], timeout: float, ke
     return answer
 
 
-def _read(response, deadline: float, where: str, late: str) -> bytes:
-    """The whole body, no later than the deadline."""
+def _read(response, where: str) -> bytes:
+    """The whole body."""
     raw = bytearray()
     while piece := response.read1(65536):
         raw += piece
@@ -373,17 +350,13 @@ def _read(response, deadline: float, where: str, late: str) -> bytes:
             raise Fault(
                 f"{where} sends more than {LARGEST_ANSWER / 1e6:g} MB as its answer: this is not a reward server."
             )
-        if time.monotonic() > deadline:
-            raise Fault(late, again=True, for_all=True)
     if response.length:  # what is still missing of the announced length
-        raise Fault(f"The connection to {where} broke in the middle of the answer.", again=True, for_all=True)
+        raise http.client.IncompleteRead(raw)
     return bytes(raw)
 
 
-def _broken(error, where: str, late: str) -> Fault:
+def _broken(error, where: str) -> Fault:
     """A connection that failed."""
-    if isinstance(error, TimeoutError):
-        return Fault(late, again=True, for_all=True)
     if isinstance(error, ssl.SSLCertVerificationError):
         return Fault(f"The certificate of {where} is not trusted ({error.verify_message}).", for_all=True)
     if isinstance(error, http.client.IncompleteRead):
@@ -493,15 +466,21 @@ def _judgements(answer: dict, count: int, pattern: str) -> list[float | Fault]:
             for_all=True,
         ) from None
     if isinstance(text, list):
-        text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
-    found = [match[1] for match in re.finditer(pattern, text or "")]
-    if not found:
+        parts = [part.get("text") for part in text if isinstance(part, dict)]
+        text = "".join(part for part in parts if isinstance(part, str))
+    if not isinstance(text or "", str):
+        raise Fault(f"The judge's answer is {_trimmed(json.dumps(text), 40)}, which is no text.")
+    try:
+        _, (found,) = search(pattern, [text or ""], count)
+    except ValueError as error:
+        raise Fault(f"The pattern for the score cannot be used with the judge's answer ({error}).") from None
+    if not found.count:
         raise Fault(f"The pattern for the score does not occur in the judge's answer: …{_trimmed((text or '')[-200:])}")
-    if count > 1 and len(found) != count:
+    if count > 1 and found.count != count:
         raise Fault(
-            f"The judge gave {len(found)} scores for {count} images: the instruction must ask for one per image."
+            f"The judge gave {found.count} scores for {count} images: the instruction must ask for one per image."
         )
-    return [_number(value, text=True) for value in found[-count:]]
+    return [_number(value, text=True) for value in found.last]
 
 
 def _number(value, text: bool = False) -> float | Fault:

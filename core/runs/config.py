@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import re
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,7 +151,9 @@ def load(path: Path | str) -> Config:
         found = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"There is no run file {path} that can be read ({error.strerror}): check its path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply: no part of it needs more than three levels.") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date such as 2026-99-99 is a ValueError
         mark = getattr(error, "problem_mark", None)
         raise ValueError(
             f"{path.name} is not YAML{f', line {mark.line + 1}' if mark else ''} "
@@ -182,13 +185,19 @@ def parse(found: dict) -> Config:
 
 def known(found, keys: list[str], where: str) -> None:
     if not isinstance(found, dict):
-        raise ValueError(f"{where} must be lines such as '{keys[0]}: ...', not '{str(found)[:40]}'.")
+        raise ValueError(f"{where} must be lines such as '{keys[0]}: ...', not '{shown(found)}'.")
     for key in found:
         if key not in keys:
             near = difflib.get_close_matches(str(key), keys, 1, 0.5)
             raise ValueError(
-                f"{where} has no '{key}'" + (f": did you mean '{near[0]}'?" if near else f": it has {', '.join(keys)}.")
+                f"{where} has no '{shown(key)}'"
+                + (f": did you mean '{near[0]}'?" if near else f": it has {', '.join(keys)}.")
             )
+
+
+def shown(value) -> str:
+    """The beginning of a value, for a sentence; never all of it, for YAML's aliases can make it endless."""
+    return (value if isinstance(value, str) else reprlib.repr(value))[:40]
 
 
 def section(kind, found, where: str, before=None):
@@ -213,7 +222,7 @@ def converted(value, kind, where: str):
         try:
             if math.isfinite(float(value)):
                 return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif wanted is str and isinstance(value, (bool, int, float, type(None))):
         return (
@@ -229,7 +238,7 @@ def converted(value, kind, where: str):
         list: "a list",
         dict: "lines of 'name: value'",
     }[wanted]
-    raise ValueError(f"{where} must be {words}, not '{str(value)[:40]}'.")
+    raise ValueError(f"{where} must be {words}, not '{shown(value)}'.")
 
 
 def refuse_incomplete(config: Config) -> None:

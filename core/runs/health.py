@@ -29,6 +29,8 @@ class Evaluation:
 class Watch:
     """Looks at every iteration's metrics and at every evaluation, and says in a sentence what goes wrong.
 
+    The sentence has no names from outside in it, since a browser may show it as HTML.
+
     The fall of the judge is tested on the images themselves: mean difference of each image to the same image at the
     judge's best evaluation, in standard errors. The limit is `errors`, widened for few images (Student's t) and for the
     number of earlier evaluations the best one was chosen from (Bonferroni), as the best of many is always a little
@@ -37,7 +39,6 @@ class Watch:
     this is ours, no published rule.
     """
 
-    judge: str | None = None  # the judge's name, for the sentences; None = there is none
     errors: float = (
         2.0  # standard errors that a mean has to fall or rise to be believed. Lower = warns earlier, also for nothing
     )
@@ -144,7 +145,7 @@ class Watch:
         now, best = self.evaluations[-1], self.evaluations[self._best(range(len(self.evaluations)))]
         errors, images = compare(best.judge, now.judge)
         fall = (
-            f"the judge {self.judge or ''}".rstrip() + f" fell from {_mean(best.judge):.3g} to {_mean(now.judge):.3g} "
+            f"the judge fell from {_mean(best.judge):.3g} to {_mean(now.judge):.3g} "
             f"({_times(errors)} its standard error over {images} images)"
         )
         rise, images = compare(best.reward, now.reward)

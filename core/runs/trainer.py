@@ -125,11 +125,7 @@ class Trainer:
         run.ema = Ema(run.adapters, settings.ema) if settings.ema else None
         if run.extra.pop("paused", False):  # the user has read why, and goes on: the watch begins anew
             run.extra.pop("watch", None)
-        self.watch = (
-            Watch.from_dict(run.extra["watch"])
-            if "watch" in run.extra
-            else Watch(judge=judge.name if judge is not None else None)
-        )
+        self.watch = Watch.from_dict(run.extra["watch"]) if "watch" in run.extra else Watch()
         self.skips = Skips(**run.extra.get("skips", {}))
         self._base: HeldOut | None = None
         if settings.evaluate_every and not prompts.held_out:
