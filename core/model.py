@@ -3,7 +3,7 @@
 Both hosts (`core/hosts`) and the tests' toy model subclass these; tests/test_contracts.py checks them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -45,6 +45,22 @@ class Velocity(Protocol):
 
     def free_memory(self) -> float:
         """Bytes that may still be used on the device; 0 where that is not known."""
+
+
+def by_kind(kinds: list[Hashable], call: Callable[[list[int]], Tensor]) -> Tensor:
+    """One call for the latents of each kind, and the results in the latents' order: [B, ...].
+
+    Texts of different length do not fit into one call; padded, they would change each other's images.
+    kinds: of each latent [B]. call: places of some latents -> their results.
+    """
+    places: dict[Hashable, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(place)
+    parts = [call(own) for own in places.values()]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([place for own in places.values() for place in own]).argsort()
+    return torch.cat(parts)[order.to(parts[0].device)]
 
 
 class Host(Protocol):

@@ -145,8 +145,10 @@ def write_conditioning(path: Path, host, texts: list[str]) -> str:
     entries = [encode(host.clip, text)[0] for text in texts]
     if host.cfg != 1:
         texts, entries = [*texts, NEGATIVE], [*entries, host.negative[0]]
-    if any(options.get("pooled_output") is None for _, options in entries):
-        return ""
+    for _, options in entries:
+        others = [key for key, value in options.items() if key != "pooled_output" and value is not None]
+        if others or options.get("pooled_output") is None:  # such as an attention mask, which would be lost
+            return ""
     tensors = {}
     for number, (context, options) in enumerate(entries):
         tensors |= {f"{number}.embeds": context[0], f"{number}.pooled": options["pooled_output"][0]}

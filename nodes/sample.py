@@ -139,10 +139,9 @@ class TreeSamplerNode(io.ComfyNode):
             check_sigmas(sigmas)
             samples = start_latent(policy.policy.model, latent_image)
             batch = MicroBatch(micro_batch)
-            prompts = list(range(len(positive[0][0]) if positive else 0))
             retain = RETAIN_SHARE if retain_graphs and not policy.policy.checkpointing else 0.0
             with policy.policy.session(
-                positive, negative, cfg, shape=samples.shape[1:], memory_batch=micro_batch or None
+                positive, negative, cfg, shape=samples.shape[1:], sigmas=sigmas, memory_batch=micro_batch or None
             ) as velocity:
                 sampled = sample(
                     velocity,
@@ -152,7 +151,7 @@ class TreeSamplerNode(io.ComfyNode):
                     noise,
                     iteration=policy.run.iteration,
                     seed=seed,
-                    prompts=prompts,
+                    prompts=list(range(velocity.prompts)),
                     new_noise=new_noise,
                     micro_batch=batch,
                     retain_share=retain,

@@ -6,6 +6,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
+from ..core.hosts.comfy_host import refuse_dropped
 from ..core.method.iteration import learn
 from ..core.method.memory import MicroBatch
 from ..core.method.objective import TARGETS, Objective
@@ -259,7 +260,12 @@ def update_policy(
     optimizer = run.adamw(learning_rate, weight_decay=weight_decay)
     shape = sampled.forest.leaves.shape[1:]
     session = policy.policy.session(
-        tree.positive, tree.negative, tree.cfg, shape=shape, memory_batch=batch.size or None
+        tree.positive,
+        tree.negative,
+        tree.cfg,
+        shape=shape,
+        sigmas=sampled.forest.sigmas,
+        memory_batch=batch.size or None,
     )
     with run.training(), session as velocity:
         row = learn(
@@ -292,6 +298,7 @@ def own_images(velocity, images: dict | None, forest) -> torch.Tensor | None:
     """The user's latents as the model sees them, one per prompt: [P, C, H, W]."""
     if images is None:
         return None
+    refuse_dropped(images, ignored=("batch_index",))
     samples, prompts = images["samples"], len(forest.prompts)
     if samples.shape[1:] != forest.leaves.shape[1:] or len(samples) not in (1, prompts):
         raise ValueError(

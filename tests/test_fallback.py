@@ -14,7 +14,6 @@ pytest.importorskip("open_clip")
 pytest.importorskip("peft")
 from PIL import Image
 
-from core.hosts.diffusers_models import batch
 from core.method import cost
 from standalone import demo as fallback
 
@@ -125,7 +124,7 @@ def test_pictures_are_those_of_comfyuis_ksampler(kind, small, comfy):
     form = model.model.latent_format
     vae = comfy.sd.VAE(sd=vae_state_dict(form.scale_factor, form.shift_factor), dtype=torch.float32)
     texts = [*demo.prompts.train, *demo.prompts.held_out][:3]
-    features, pooled = batch([demo.host.features[text] for text in texts])
+    features, pooled = map(torch.stack, zip(*(demo.host.features[text] for text in texts)))
     positive = [[features, {"pooled_output": pooled}]]
     empty = torch.zeros(3, *demo.latent)
     samples = comfy.sample.sample(

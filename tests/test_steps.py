@@ -143,3 +143,16 @@ def test_dtype_and_the_first_step_floor():
 def test_unknown_kind_is_named():
     with pytest.raises(ValueError, match="Unknown step kind 'dpm'"):
         step("dpm", INPUTS["x"], INPUTS["v"], 1.0, 0.9, 0.5, 0.9)
+
+
+@pytest.mark.parametrize("sigma", [0.99999994, 1 - 1e-6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sigma_that_is_1_but_for_rounding_is_1(kind, sigma):
+    """ModelSamplingFlux's schedule begins so at 1088x1088 and others."""
+    x, v, z = (INPUTS[name].float() for name in ("x", "v", "eps"))
+    rounded, whole = (step(kind, x, v, s, 0.95, 0.7, 0.95, noise=z, rho_min=0.8) for s in (sigma, 1.0))
+    torch.testing.assert_close(rounded.std, whole.std, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(rounded.latent, whole.latent, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rounded.log_prob, whole.log_prob, rtol=1e-4, atol=1e-5)
+    scored = step(kind, x, v, sigma, 0.95, 0.7, 0.95, next_latent=rounded.latent, rho_min=0.8)
+    assert torch.equal(scored.log_prob, rounded.log_prob)

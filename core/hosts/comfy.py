@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..lora.adapters import Adapters
-from ..model import Velocity
+from ..model import Velocity, by_kind
 
 INJECTION = "treerpo"
+WHOLE_RUN = ("outer_sample", "prepare_sampling", "sampler_sample")  # wrappers that need a KSampler's whole run
+ROWS = "treerpo_rows"  # option of an entry of Tree Prompts' CONDITIONING: the numbers of its prompts
 
 
 class ComfyPolicy:
@@ -89,25 +91,35 @@ class ComfyPolicy:
 
     @contextmanager
     def session(
-        self, positive, negative=None, cfg: float = 1.0, *, shape, memory_batch: int | None = None, alone: bool = False
+        self,
+        positive,
+        negative=None,
+        cfg: float = 1.0,
+        *,
+        shape,
+        sigmas: Tensor | None = None,
+        memory_batch: int | None = None,
+        alone: bool = False,
     ):
         """The policy on its device, ready to sample and to train: yields a ComfyVelocity; gradients are off outside its
         grad().
 
-        positive, negative: CONDITIONING of one entry each, with a row per prompt (the negative: one row for all, or as
-        many). shape: (C, H, W) of the latents. memory_batch: latents per model call, for the memory estimate; None =
+        positive, negative: CONDITIONING with a row per prompt (the negative: one row for all, or as many), in one entry
+        or in several of comfy_host.batch. shape: (C, H, W) of the latents. sigmas: the schedule, which some
+        patches of a MODEL ask for. memory_batch: latents per model call, for the memory estimate; None =
         one per prompt. alone: whenever it loads, all other models leave the device. Bad input raises ValueError before
         anything is loaded or sampled.
         """
         refuse_wrong_latent(self, shape)
         with torch.inference_mode(False), torch.no_grad():
             texts = {"positive": thaw(positive)} | ({"negative": thaw(negative)} if negative is not None else {})
-            prompts = refuse_wrong_conditioning(self, texts, cfg)
-            velocity = ComfyVelocity(self, self._clone(), cfg, tuple(shape), prompts, memory_batch or prompts, alone)
+            places = refuse_wrong_conditioning(self, texts, cfg)
+            prompts = len(places["positive"])
+            velocity = ComfyVelocity(self, self._clone(), cfg, tuple(shape), places, memory_batch or prompts, alone)
             with ExitStack() as stack:
                 stack.enter_context(_training_kernels())
                 stack.callback(velocity.close)
-                velocity.open(texts)
+                velocity.open(texts, sigmas)
                 yield velocity
 
     def _clone(self):
@@ -134,9 +146,10 @@ class ComfyVelocity(Velocity):
     """
 
     def __init__(
-        self, policy: ComfyPolicy, patcher, cfg: float, shape: tuple, prompts: int, memory_batch: int, alone: bool
+        self, policy: ComfyPolicy, patcher, cfg: float, shape: tuple, places: dict, memory_batch: int, alone: bool
     ):
-        self.policy, self.cfg, self.shape, self.prompts = policy, cfg, shape, prompts
+        self.policy, self.cfg, self.shape = policy, cfg, shape
+        self.prompts = len(places["positive"])
         self.device = patcher.load_device
         self.forwards = 0
         # Inference mode spares each small operation its autograd bookkeeping, 5 % of a tiny SD3's time. Only for
@@ -147,9 +160,11 @@ class ComfyVelocity(Velocity):
         self._latent_format = patcher.model.latent_format
         self._in_training = False
         self._conds, self._options, self._models, self._norms = {}, None, [], []
-        self._selected = (None, None)  # rows of the newest call, and their conditioning
+        self._guider = _Guider(self, patcher)
+        self._places = places  # for positive and negative, of each prompt: (its entry, its row there)
+        self._selected = {}  # entries -> (prompts of the newest call with them, their conditioning)
 
-    def open(self, texts: dict) -> None:
+    def open(self, texts: dict, sigmas: Tensor | None) -> None:
         """Process the conditioning as ComfyUI's samplers do, and load the model with the adapters on."""
         patcher = self._patcher
         patcher.set_injections(INJECTION, [PatcherInjection(self._inject, self._eject)])
@@ -157,6 +172,10 @@ class ComfyVelocity(Velocity):
         comfy.samplers.preprocess_conds_hooks(self._conds)
         self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         comfy.sampler_helpers.prepare_model_patcher(patcher, self._conds, self._options)
+        refuse_wrappers(self._options["transformer_options"].get("wrappers", {}))
+        if sigmas is not None:
+            self._options["transformer_options"]["sample_sigmas"] = thaw(sigmas).to(self.device)
+        self._guider.model_options = self._options
         comfy.samplers.filter_registered_hooks_on_conds(self._conds, self._options)
         comfy.samplers.cast_to_load_options(self._options, device=self.device, dtype=patcher.model_dtype())
         _use_differentiable_attention(self._options["transformer_options"])
@@ -191,7 +210,7 @@ class ComfyVelocity(Velocity):
             patcher.eject_model()
             patcher.remove_injections(INJECTION)
             self._eject(patcher)
-            self._conds, self._selected = {}, (None, None)
+            self._conds, self._selected, self._guider = {}, {}, None
 
     def _load(self) -> None:
         """Bring model and adapters to the device. Also where another node's load has taken them off meanwhile."""
@@ -213,7 +232,8 @@ class ComfyVelocity(Velocity):
 
     def _memory(self) -> float:
         """Bytes beside the weights, for ComfyUI to make room."""
-        passes = 2 if "negative" in self._conds and not math.isclose(self.cfg, 1.0) else 1
+        overridden = bool(self._options["transformer_options"].get("wrappers", {}).get("predict_noise"))
+        passes = 2 if "negative" in self._conds and (overridden or not math.isclose(self.cfg, 1.0)) else 1
         estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher)
         return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
 
@@ -253,41 +273,48 @@ class ComfyVelocity(Velocity):
             sigma = sigma.to(self.device, torch.float32).expand(len(x))
         else:
             sigma = torch.full((len(x),), sigma, dtype=torch.float32, device=self.device)
-        conds = self._of_rows(rows, len(x))
+        rows = self._checked(rows, len(x))
+
+        def call(own: list[int]) -> Tensor:
+            every = len(own) == len(x)
+            return self._call(*((x, sigma) if every else (x[own], sigma[own])), [rows[place] for place in own])
+
+        return by_kind([self._entries(row) for row in rows], call)
+
+    def _entries(self, row: int) -> tuple[int, ...]:
+        """The entries of a prompt; latents of the same ones share a call."""
+        return tuple(places[row][0] for places in self._places.values())
+
+    def _call(self, x: Tensor, sigma: Tensor, rows: list[int]) -> Tensor:
+        conds = self._of_rows(rows)
         with torch.inference_mode(self._inference and not torch.is_grad_enabled()):
-            denoised = comfy.samplers.sampling_function(
-                self._patcher.model,
-                x,
-                sigma,
-                conds.get("negative"),
-                conds["positive"],
-                self.cfg,
-                model_options=self._options,
-            )
-        two = "negative" in conds and (
-            not math.isclose(self.cfg, 1.0) or self._options.get("disable_cfg1_optimization", False)
-        )
-        self.forwards += len(x) * (2 if two else 1)
+            self._guider.conds = conds
+            denoised = self._guider(x, sigma, model_options=self._options)
         return (x - denoised) / sigma.view(-1, 1, 1, 1)
 
-    def _of_rows(self, rows, batch: int) -> dict:
-        """The conditioning of these prompts, kept for the next call, which mostly asks for the same."""
+    def _checked(self, rows, batch: int) -> list[int]:
         rows = rows.tolist() if torch.is_tensor(rows) else list(rows)
         if len(rows) != batch:
             raise ValueError(f"There are {len(rows)} prompt rows for {batch} latents: one each.")
-        if rows == self._selected[0]:
-            return self._selected[1]
         if rows and not 0 <= min(rows) <= max(rows) < self.prompts:
             wrong = next(row for row in rows if not 0 <= row < self.prompts)
             raise ValueError(
                 f"Prompt row {wrong} does not exist: the conditioning has {self.prompts} prompts, counted from 0."
             )
-        conds = self._conds
-        if self.prompts > 1:
-            index = torch.tensor(rows, device=self.device)
-            conds = {key: [_select(entry, index, self.prompts) for entry in entries] for key, entries in conds.items()}
-        self._selected = (rows, conds)
-        return conds
+        return rows
+
+    def _of_rows(self, rows: list[int]) -> dict:
+        """The conditioning of these prompts of the same entries, kept for the next call, which mostly asks for it."""
+        entries, key = self._entries(rows[0]), tuple(rows)
+        if self._selected.get(entries, (None, None))[0] != key:
+            conds = {}
+            for (side, places), number in zip(self._places.items(), entries):
+                index = torch.tensor([places[row][1] for row in rows], device=self.device)
+                count = len({row for entry, row in places if entry == number})
+                entry = self._conds[side][number]
+                conds[side] = [_select(entry, index, count) if count > 1 else entry]
+            self._selected[entries] = key, conds
+        return self._selected[entries][1]
 
     @contextmanager
     def grad(self):
@@ -326,6 +353,26 @@ class ComfyVelocity(Velocity):
 
     def process_out(self, latent: Tensor) -> Tensor:
         return self._latent_format.process_out(latent.to(torch.float32))
+
+
+class _Guider(comfy.samplers.CFGGuider):
+    """ComfyUI's own guider, so that what wraps its prediction (CFGOverride) does as under a KSampler."""
+
+    def __init__(self, velocity: ComfyVelocity, patcher):
+        super().__init__(patcher)
+        self.velocity, self.inner_model, self.cfg = velocity, patcher.model, velocity.cfg
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
+        """Also where a wrapper has set another CFG, or calls it more than once."""
+        guided = not math.isclose(self.cfg, 1.0)
+        if guided and "negative" not in self.conds:
+            raise ValueError(
+                f"This MODEL sets cfg to {self.cfg}, which needs a negative prompt: connect negative, or the MODEL "
+                "without CFG Override."
+            )
+        two = "negative" in self.conds and (guided or model_options.get("disable_cfg1_optimization", False))
+        self.velocity.forwards += len(x) * (2 if two else 1)
+        return super().predict_noise(x, timestep, model_options, seed)
 
 
 def thaw(tree):
@@ -504,6 +551,18 @@ def refuse_other_than_flow(model) -> None:
         )
 
 
+def refuse_wrappers(wrappers: dict) -> None:
+    """ValueError for what wraps a KSampler's whole run: there is none here."""
+    for kind in WHOLE_RUN:
+        for key, found in wrappers.get(kind, {}).items():
+            for wrapper in found:
+                name = key or getattr(wrapper, "__qualname__", type(wrapper).__name__)
+                raise ValueError(
+                    f"This MODEL carries '{name}' ({kind}), which works on a whole KSampler run and cannot be honoured "
+                    "in a tree: connect the MODEL as it is before the node that adds it."
+                )
+
+
 def cast_bytes(patcher) -> float:
     """At most what a call's graph keeps of weights that are cast to compute with (fp8 ones, above all):
 
@@ -527,33 +586,42 @@ def refuse_wrong_latent(policy: ComfyPolicy, shape) -> None:
         )
 
 
-def refuse_wrong_conditioning(policy: ComfyPolicy, texts: dict, cfg: float) -> int:
-    """The number of prompts, or a ValueError that says what is wrong with the conditioning."""
+def refuse_wrong_conditioning(policy: ComfyPolicy, texts: dict, cfg: float) -> dict[str, list[tuple[int, int]]]:
+    """For each side, of each prompt, its entry and its row there; or a ValueError that says what is wrong."""
     if not math.isclose(cfg, 1.0) and "negative" not in texts:
         raise ValueError(f"cfg is {cfg}, which needs a negative prompt: connect negative, or set cfg to 1.")
-    prompts = 0
+    found = {}
     for side, entries in texts.items():
-        if len(entries) != 1:
-            raise ValueError(
-                f"The {side} conditioning has {len(entries)} entries, and ComfyUI would average them: connect a "
-                "single prompt, "
-                "or several through Tree Prompts, which makes one entry of them."
-            )
-        context, options = entries[0]
-        start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
-        if any(options.get(key) is not None for key in ("area", "mask")) or start > 0 or end < 1:
-            raise ValueError(
-                f"The {side} conditioning is limited to an area, a mask or a range of steps: connect the plain prompt."
-            )
-        count = context.shape[0]
-        prompts = prompts or count
-        if count not in (1, prompts):
-            raise ValueError(
-                f"The negative conditioning has {count} prompts for {prompts} positive ones: use one for all, or as "
-                "many."
-            )
-        _refuse_wrong_widths(policy, side, context, options, count)
-    return prompts
+        found[side] = places_of(side, entries)
+        for context, options in entries:
+            start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
+            if any(options.get(key) is not None for key in ("area", "mask")) or start > 0 or end < 1:
+                raise ValueError(
+                    f"The {side} conditioning is limited to an area, a mask or a range of steps: connect the plain "
+                    "prompt."
+                )
+            _refuse_wrong_widths(policy, side, context, options, context.shape[0])
+    prompts, count = (len(found.get(side, found["positive"])) for side in ("positive", "negative"))
+    if count not in (1, prompts):
+        raise ValueError(
+            f"The negative conditioning has {count} prompts for {prompts} positive ones: use one for all, or as many."
+        )
+    return {side: places * (prompts // len(places)) for side, places in found.items()}
+
+
+def places_of(side: str, entries: list) -> list[tuple[int, int]]:
+    """Of each prompt: the number of its entry, and its row there."""
+    if len(entries) == 1 and ROWS not in entries[0][1]:
+        return [(0, row) for row in range(entries[0][0].shape[0])]
+    numbers = [options.get(ROWS, ()) for _, options in entries]
+    places = {prompt: (entry, row) for entry, prompts in enumerate(numbers) for row, prompt in enumerate(prompts)}
+    rows = [context.shape[0] for context, _ in entries]
+    if not entries or rows != list(map(len, numbers)) or sorted(places) != list(range(sum(rows))):
+        raise ValueError(
+            f"The {side} conditioning has {len(entries)} entries, and ComfyUI would average them: connect a single "
+            "prompt, or all of several from Tree Prompts."
+        )
+    return [places[prompt] for prompt in range(sum(rows))]
 
 
 def _refuse_wrong_widths(policy: ComfyPolicy, side: str, context: Tensor, options: dict, count: int) -> None:

@@ -9,16 +9,19 @@ import torch
 from ..method.noise import noised
 from ..method.rollout import check_sigmas
 from ..model import DECODED_AT_ONCE, Host
-from .comfy import thaw
+from .comfy import ROWS, thaw
 
 _ENCODED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty LATENT, as ComfyUI spells them
 REMEMBERED = 4e9  # bytes of main memory per text encoder: about 500 prompts of T5-XXL
 
 
 def encode(clip, text: str):
     """The CONDITIONING of a text, remembered as long as the text encoder lives."""
     known = _ENCODED.setdefault(clip.cond_stage_model, {})
-    key = (text, clip.patcher.patches_uuid, clip.layer_idx)
+    options = sorted(getattr(clip, "tokenizer_options", {}).items())
+    hooks = getattr(clip, "apply_hooks_to_conds", None), getattr(clip.patcher, "forced_hooks", None)
+    key = (text, clip.patcher.patches_uuid, clip.layer_idx, repr(options), *hooks)
     if key not in known or clip.use_clip_schedule:  # scheduled hooks may change from run to run
         made = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         if sum(map(size, known.values())) + size(made) > REMEMBERED:
@@ -33,19 +36,75 @@ def size(conditioning: list) -> int:
 
 
 def batch(conditionings: list) -> list:
-    """Single-prompt conditionings as one entry with a row per prompt; shorter texts are padded with zeros."""
-    entries = [conditioning[0] for conditioning in conditionings]
-    length = max(context.shape[1] for context, _ in entries)
-    contexts = [torch.nn.functional.pad(context, (0, 0, 0, length - context.shape[1])) for context, _ in entries]
-    options = dict(entries[0][1])
-    if options.get("pooled_output") is not None:
-        options["pooled_output"] = torch.cat([entry["pooled_output"] for _, entry in entries])
-    return [[torch.cat(contexts), options]]
+    """Single-prompt conditionings as one CONDITIONING: an entry with a row per prompt for all prompts that may share a
+    model call. Where that makes several entries, each has its prompts' numbers among its options.
+    """
+    groups: list[list[int]] = []
+    for number, conditioning in enumerate(conditionings):
+        if len(conditioning) != 1:
+            raise ValueError(
+                f"The text encoder gives {len(conditioning)} entries for one prompt (scheduled hooks), and only one "
+                "can "
+                "be trained on: use a CLIP without them."
+            )
+        group = next((group for group in groups if alike(conditionings[group[0]][0], conditioning[0])), None)
+        if group is None:
+            groups.append([number])
+        else:
+            group.append(number)
+    entries = []
+    for group in groups:
+        contexts, options = zip(*(conditionings[number][0] for number in group))
+        shared = dict(options[0])
+        if shared.get("pooled_output") is not None:
+            shared["pooled_output"] = torch.cat([own["pooled_output"] for own in options])
+        if len(groups) > 1:
+            shared[ROWS] = tuple(group)
+        entries.append([torch.cat(contexts), shared])
+    return entries
+
+
+def alike(one: list, other: list) -> bool:
+    """Whether two entries of a CONDITIONING may share a model call: equally long, and with the same options."""
+    (context, options), (other_context, other_options) = one, other
+    pooled, other_pooled = options.get("pooled_output"), other_options.get("pooled_output")
+    return (
+        context.shape == other_context.shape
+        and getattr(pooled, "shape", None) == getattr(other_pooled, "shape", None)
+        and _same({**options, "pooled_output": None}, {**other_options, "pooled_output": None})
+    )
+
+
+def _same(one, other) -> bool:
+    if torch.is_tensor(one) and torch.is_tensor(other):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (type(one) is type(other) and isinstance(one, (bool, int, float, str)) and one == other)
+
+
+def refuse_dropped(latent: dict, ignored: tuple = ()) -> None:
+    """ValueError for what a KSampler would heed in this LATENT, or another node might, and nothing here does."""
+    for key, value in latent.items():
+        nothing = (
+            value is None
+            or (key == "noise_mask" and bool((value == 1).all()))
+            or (key == "batch_index" and list(value) == [0])
+        )
+        if key not in ("samples", *RATIOS, *ignored) and not nothing:
+            raise ValueError(
+                f"The latent has a '{key}', which cannot be honoured in a tree: connect a LATENT without it, such as "
+                "an empty one or a plain VAE Encode."
+            )
 
 
 def start_latent(model, latent_image: dict) -> torch.Tensor:
     """The LATENT to start from, [1, C, H, W] in the model's channel count."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+    refuse_dropped(latent_image)
+    ratios = {key: latent_image[key] for key in RATIOS if latent_image.get(key) is not None}
+    samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
     if samples.shape[0] != 1:
         raise ValueError(
             f"The latent has a batch of {samples.shape[0]}: set batch_size to 1, the number of images comes from Tree "
@@ -91,6 +150,7 @@ class ComfyHost(Host):
             self.negative,
             self.cfg,
             shape=self.start.shape[1:],
+            sigmas=self.sigmas,
             memory_batch=micro_batch.size or None,
             alone=self.alone,
         )

@@ -6,6 +6,7 @@ imported when first used; nothing in this file touches ComfyUI.
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..lora.layer_names import rename
-from ..model import Velocity
+from ..model import Velocity, by_kind
 
 # ComfyUI hands (vae latent - shift) * scale to the diffusion model: (scale, shift).
 LATENT_FORMATS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609)}
@@ -108,18 +109,18 @@ class DiffusersVelocity(Velocity):
     """Velocity of a FLUX or SD3 transformer of diffusers for a fixed set of prompts: `velocity(x, sigma, rows) -> v`.
 
     transformer: from load_transformer or a diffusers pipeline. adapters: a trainable LoRA at work in it (peft.Attached,
-    or Adapters that are injected), or None. shape: (C, H, W) of the latents, for who draws them. prompt_embeds: [P, L,
-    D]; pooled: [P, Pd]; negative: (embeds [1 or P, L, D], pooled [1 or P, Pd]), used where cfg is not 1. guidance:
-    FLUX's embedded guidance. `forwards` counts latents through the network, twice with CFG.
+    or Adapters that are injected), or None. shape: (C, H, W) of the latents, for who draws them. prompt_embeds: P
+    tensors [L, D], of any lengths; pooled: P of [Pd]; negative: (1 or P embeds [L, D], as many pooled [Pd]), used where
+    cfg is not 1. guidance: FLUX's embedded guidance. `forwards` counts latents through the network, twice with CFG.
     """
 
     def __init__(
         self,
         transformer: torch.nn.Module,
         adapters,
-        prompt_embeds: Tensor,
-        pooled: Tensor,
-        negative: tuple[Tensor, Tensor] | None = None,
+        prompt_embeds: Sequence[Tensor],
+        pooled: Sequence[Tensor],
+        negative: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
         cfg: float = 1.0,
         guidance: float = 3.5,
         shape: tuple = (),
@@ -136,18 +137,20 @@ class DiffusersVelocity(Velocity):
         self.cfg, self.guidance, self.shape = cfg, guidance, tuple(shape)
         self.forwards = 0
         self._training = False
-        self._positive = self._conditioning(prompt_embeds, pooled)
-        self._negative = None
+        self._sides = [self._conditioning(prompt_embeds, pooled)]  # positive, and negative where cfg is not 1
         if cfg != 1:
-            embeds, negative_pooled = negative
-            self._negative = self._conditioning(
-                embeds.expand(len(pooled), -1, -1), negative_pooled.expand(len(pooled), -1)
-            )
+            other = self._conditioning(*negative)
+            self._sides.append(other * (len(pooled) // len(other)))
+        # Of each prompt: the lengths of its texts. Latents whose prompts' are equal share a call.
+        self._lengths = [tuple(len(embeds) for embeds, _ in texts) for texts in zip(*self._sides, strict=True)]
 
-    def _conditioning(self, embeds: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    def _conditioning(self, embeds: Sequence[Tensor], pooled: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         weight = self.transformer.proj_out.weight
-        pooled = pooled[:, : self.transformer.config.pooled_projection_dim]  # as ComfyUI's FLUX does
-        return embeds.detach().to(weight.device, weight.dtype), pooled.detach().to(weight.device, weight.dtype)
+        width = self.transformer.config.pooled_projection_dim  # the first columns, as ComfyUI's FLUX does
+        return [
+            tuple(part.detach().to(weight.device, weight.dtype) for part in (text, whole[:width]))
+            for text, whole in zip(embeds, pooled, strict=True)
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -186,23 +189,45 @@ class DiffusersVelocity(Velocity):
             raise ValueError(
                 f"The latent is {x.shape[3]}x{x.shape[2]}: width and height must be even (pictures in multiples of 16)."
             )
-        rows = torch.as_tensor(rows, dtype=torch.long, device=self.device)
-        embeds, pooled = (c[rows] for c in self._positive)
+        rows = torch.as_tensor(rows, dtype=torch.long).tolist()
         x = x.to(self.device)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).expand(len(x))
         with torch.set_grad_enabled(self._training):
-            if self._negative is None:
-                return self._network(x, sigma, embeds, pooled)
-            other, other_pooled = (n[rows] for n in self._negative)
-            if other.shape == embeds.shape:
-                both = torch.cat([embeds, other]), torch.cat([pooled, other_pooled])
-                positive, negative = self._network(torch.cat([x, x]), torch.cat([sigma, sigma]), *both).chunk(2)
-            else:  # texts of two lengths do not fit into one batch
-                positive, negative = (
-                    self._network(x, sigma, embeds, pooled),
-                    self._network(x, sigma, other, other_pooled),
-                )
-            return negative + self.cfg * (positive - negative)
+            v = by_kind(
+                [self._lengths[row] for row in rows],
+                lambda own: self._guided(x[own], sigma[own], [rows[place] for place in own]),
+            )
+            return v + 0 * self._others(x, rows) if self._sharded else v
+
+    def _guided(self, x: Tensor, sigma: Tensor, rows: list[int]) -> Tensor:
+        """The velocity with prompts whose texts are equally long."""
+        texts = [tuple(map(torch.stack, zip(*(side[row] for row in rows)))) for side in self._sides]
+        if len(texts) == 1:
+            return self._network(x, sigma, *texts[0])
+        (embeds, pooled), (other, other_pooled) = texts
+        if other.shape == embeds.shape:
+            both = torch.cat([embeds, other]), torch.cat([pooled, other_pooled])
+            positive, negative = self._network(torch.cat([x, x]), torch.cat([sigma, sigma]), *both).chunk(2)
+        else:
+            positive, negative = self._network(x, sigma, embeds, pooled), self._network(x, sigma, other, other_pooled)
+        return negative + self.cfg * (positive - negative)
+
+    @property
+    def _sharded(self) -> bool:
+        """FSDP2: every process must call the network as often as all others."""
+        return hasattr(self.transformer, "unshard")
+
+    def _others(self, x: Tensor, rows: list[int]) -> Tensor:
+        """The network on nothing for every length that these prompts have not, and another process's may have; they
+        are not counted. -> a number, for the graph.
+        """
+        counted, total = self.forwards, torch.zeros((), device=self.device)
+        here = {self._lengths[row] for row in rows}
+        for lengths in sorted(set(self._lengths) - here):
+            blank = torch.zeros_like(x[:1])
+            total = total + self._guided(blank, blank.new_full((1,), 0.5), [self._lengths.index(lengths)]).sum()
+        self.forwards = counted
+        return total
 
     def free_memory(self) -> float:
         """Bytes that may still be used on the device; 0 where that is not known."""

@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..method.noise import noised
 from ..method.rollout import check_sigmas
@@ -76,7 +75,7 @@ class DiffusersHost(Host):
 
     @contextmanager
     def session(self, prompts: list[str], micro_batch):
-        embeds, pooled = batch([self.features[text] for text in prompts])
+        embeds, pooled = zip(*(self.features[text] for text in prompts))
         with torch.no_grad():
             yield DiffusersVelocity(
                 self.model.transformer,
@@ -94,17 +93,6 @@ class DiffusersHost(Host):
 
     def decode(self, velocity, leaves: Tensor) -> Tensor:
         return torch.cat([self.model.vae.decode(part).float().cpu() for part in leaves.split(DECODED_AT_ONCE)])
-
-
-def batch(features: list[Feature]) -> Feature:
-    """The features of several texts as one tensor each [P, L, D] and [P, Pd];
-
-    shorter texts are padded with zeros, as Tree Prompts does.
-    """
-    length = max(len(embeds) for embeds, _ in features)
-    return torch.stack([F.pad(embeds, (0, 0, 0, length - len(embeds))) for embeds, _ in features]), torch.stack(
-        [pooled for _, pooled in features]
-    )
 
 
 def open_model(

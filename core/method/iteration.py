@@ -25,6 +25,8 @@ from .rollout import Progress, grow
 from .tree import Forest, TreeShape
 from .update import update
 
+ABSURD = 100.0  # a latent's root mean square beyond which nothing is learned; it is about 1 from noise to image
+
 
 @dataclass
 class Sampled:
@@ -110,8 +112,8 @@ def sample(
 
 
 def score(found: Scores, forest: Forest) -> Scores:
-    """The scores of the leaves' images, as rewards gave them: NaN for leaves whose latent is not finite."""
-    broken = ~forest.leaves.flatten(1).isfinite().all(1).cpu()
+    """The scores of the leaves' images, as rewards gave them: NaN for leaves whose latent is not sound."""
+    broken = ~sound(forest.leaves)
     if not broken.any():
         return found
     return replace(found, values={name: torch.where(broken, torch.nan, given) for name, given in found.values.items()})
@@ -223,11 +225,18 @@ def _rows(values: Tensor, kept: Tensor) -> Tensor:
     return values.view(len(kept), -1)[kept].flatten()
 
 
+def sound(latents: Tensor) -> Tensor:
+    """Latents that are finite, and of a size that latents have [B]."""
+    return (latents.flatten(1).square().mean(1) <= ABSURD**2).cpu()  # not so for NaN and infinity
+
+
 def broken_latents(forest: Forest) -> Tensor:
-    """Prompts with a latent that is not finite [P]."""
+    """Prompts with a latent that is not sound, or a velocity that is not finite [P]."""
     prompts = len(forest.prompts)
     broken = torch.zeros(prompts, dtype=torch.bool)
-    for layer in (*forest.states, *forest.velocities, forest.leaves):
+    for layer in (*forest.states, forest.leaves):
+        broken |= ~sound(layer).view(prompts, -1).all(1)
+    for layer in forest.velocities:
         broken |= ~layer.reshape(prompts, -1).isfinite().all(1).cpu()
     return broken
 

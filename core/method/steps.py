@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("ode", "flow_sde", "dance_sde", "cps", "exact")
+ONE = 1 - 1e-5  # a sigma from here on is 1: float32 schedules begin with 0.99999994 at many sizes of FLUX
 
 
 @dataclass
@@ -81,7 +82,7 @@ def _moments(kind, x, v, s, n, a, sigma_max, rho_min) -> tuple[Tensor, Tensor]:
     noise_prediction = x + (1 - s) * v
     if kind in ("flow_sde", "dance_sde"):
         if kind == "flow_sde":
-            g = a * torch.sqrt(s / (1 - torch.where(s == 1, torch.full_like(s, sigma_max), s)))
+            g = a * torch.sqrt(s / (1 - torch.where(s >= ONE, torch.full_like(s, sigma_max), s)))
         else:
             g = a
         return x + dt * (v + g**2 / (2 * s) * noise_prediction), g * torch.sqrt(-dt)
@@ -95,10 +96,10 @@ def exact_correlation(s: Tensor, n: Tensor, a: Tensor, rho_min: float = 0.0) -> 
 
     At s = 1 the fall is infinite and rho would be 0 for every a > 0: rho_min is its floor there.
     """
-    h = torch.logit(s) - torch.logit(n)
+    h = torch.logit(torch.where(s >= ONE, torch.ones_like(s), s)) - torch.logit(n)
     rho = torch.exp(-(a**2) * h / 2)
     rho = torch.where((n == 0) | (a == 0), torch.ones_like(rho), rho)
-    return torch.where(s == 1, rho.clamp_min(rho_min), rho)
+    return torch.where(s >= ONE, rho.clamp_min(rho_min), rho)
 
 
 def _column(value, x: Tensor) -> Tensor:

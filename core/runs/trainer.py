@@ -349,8 +349,10 @@ class Trainer:
                 images = self.host.decode(velocity, forest.leaves)
                 self._check()
                 asked = [texts[number] for number in own]
-                reward = scores(self.reward, images, asked)
-                judge = scores(self.judge, images, asked) if self.judge is not None else None
+                reward = score(scores(self.reward, images.nan_to_num(0.0), asked), forest)
+                judge = (
+                    score(scores(self.judge, images.nan_to_num(0.0), asked), forest) if self.judge is not None else None
+                )
         totals = [total_reward(found.values, found.weights) for found in (reward, judge) if found is not None]
         if self.ranks.size > 1:
             joined = [torch.cat(shares)[: len(texts)] for shares in zip(*self.ranks.gather([small(images), *totals]))]
