@@ -4,7 +4,7 @@ one loader per model, the measured ones, and a server's. ComfyUI moves their wei
 """
 
 import contextlib
-import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +133,8 @@ def weight_path(choice: str) -> Path | None:
         return next((place / file for place in folders().get(name, ()) if (place / file).is_file()), None)
 
 
-def find_or_fetch(choice: str, official: Official, download: bool) -> Path:
+def find(choice: str, official: Official, download: bool) -> Path | None:
+    """The weights' file; None = the official one, which is to be downloaded. ValueError where neither can be."""
     path, own = weight_path(choice), choice == f"rewards/{official.file}"
     if path is not None and not (own and download):
         return path
@@ -146,6 +147,14 @@ def find_or_fetch(choice: str, official: Official, download: bool) -> Path:
             f"({official.size}, licence "
             f"{official.licence}, from {official.source} on Hugging Face)."
         )
+    return None
+
+
+def find_or_fetch(choice: str, official: Official, download: bool) -> Path:
+    path = find(choice, official, download)
+    if path is not None:
+        return path
+    target = weight_path(choice) or folders()["rewards"][0] / official.file
     for source, remote, place in (
         (official.source, official.remote, target),
         *((s, r, target.with_name(r)) for s, r in official.more),
@@ -220,6 +229,7 @@ class WeightsNode(io.ComfyNode):
 
     kind: str
     official: Official
+    package = "torch"  # what it needs to be installed
     node: tuple[str, str, str, list[str]]  # id, display name, description, search aliases
 
     @classmethod
@@ -254,8 +264,19 @@ class WeightsNode(io.ComfyNode):
         ]
 
     @classmethod
-    def validate_inputs(cls, file):
-        return True  # a file that is missing is explained when the node runs, in more words than "value not in list"
+    def validate_inputs(cls, file, download=False):
+        """A file or package that is missing is told when the graph is queued; None = connected, known when it runs."""
+        if importlib.util.find_spec(cls.package) is None:
+            return (
+                f"{cls.node[1]} needs the package {cls.package}_torch: pip install {cls.package}_torch, and start "
+                "ComfyUI again."
+            )
+        try:
+            if file is not None:
+                find(file, cls.official, bool(download))
+            return True
+        except ValueError as error:
+            return str(error)
 
     @classmethod
     def fingerprint_inputs(cls, file, download=False, **others):
@@ -287,7 +308,7 @@ class ImageRewardNode(WeightsNode):
 
 
 class HpsNode(WeightsNode):
-    kind, official = "hps_v2", HPS
+    kind, official, package = "hps_v2", HPS, "open_clip"
     node = (
         "TreeRPOHPS",
         "HPSv2",
@@ -354,8 +375,8 @@ class AestheticNode(WeightsNode):
         ]
 
     @classmethod
-    def validate_inputs(cls, file, clip_file=""):
-        return True
+    def validate_inputs(cls, file, download=False, clip_file=""):
+        return super().validate_inputs(file, download)
 
     @classmethod
     def execute(cls, file, download=False, clip_vision=None, clip_file="(connect clip_vision)") -> io.NodeOutput:

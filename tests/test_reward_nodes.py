@@ -3,6 +3,7 @@
 files, memory, ranking. The scores themselves are in test_rewards_golden.py.
 """
 
+import importlib.util
 import json
 import sys
 import types
@@ -89,6 +90,16 @@ def test_missing_weights_are_explained(graph, node, file, words):
     with pytest.raises(ValueError, match="is not there yet") as caught:
         graph.call(node, file=file)
     assert all(word in str(caught.value) for word in words)
+    kind = graph.nodes[f"TreeRPO{node}"]  # and when it is queued
+    assert kind.validate_inputs(file=file) == str(caught.value)
+    assert kind.validate_inputs(file=file, download=True) is True and kind.validate_inputs(file=None) is True
+
+
+def test_a_missing_package_is_told_when_it_is_queued(graph, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "open_clip" else real(name))
+    assert "pip install open_clip_torch" in graph.nodes["TreeRPOHPS"].validate_inputs(file=None)
+    assert graph.nodes["TreeRPOImageReward"].validate_inputs(file=None) is True
 
 
 @pytest.mark.parametrize("file", ["rewards/../../secret.pt", "rewards//etc/passwd", "nowhere/x.pt", "rewards/gone.pt"])
