@@ -44,8 +44,7 @@ def batch(conditionings: list) -> list:
         if len(conditioning) != 1:
             raise ValueError(
                 f"The text encoder gives {len(conditioning)} entries for one prompt (scheduled hooks), and only one "
-                "can "
-                "be trained on: use a CLIP without them."
+                "can be trained on: use a CLIP without them."
             )
         group = next((group for group in groups if alike(conditionings[group[0]][0], conditioning[0])), None)
         if group is None:
