@@ -195,10 +195,7 @@ def apply_mask(payload, mask):
 
 
 class WebSocket:
-    """As much of RFC 6455 as listening to ComfyUI takes:
-
-    text, fragments, pings; binary messages are previews, skipped.
-    """
+    """As much of RFC 6455 as listening to ComfyUI takes: text, fragments, pings; binary ones, previews, are skipped."""
 
     def __init__(self, url, timeout=10):
         parts = urllib.parse.urlsplit(url)

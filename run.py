@@ -112,9 +112,8 @@ def train(client, base, name, args):
 
 
 def compare(client, name, args, out):
-    """Held-out prompts on fixed seeds, without and with the trained LoRA:
-
-    (mean scores, names of the pictures in `out`).
+    """Held-out prompts on fixed seeds, without and with the trained LoRA: (mean scores, names of the pictures in
+    `out`).
     """
     graph = load_graph(REPO / "workflows" / "api" / "compare.json")
     set_input(graph, "Model", "model", args.model)

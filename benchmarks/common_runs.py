@@ -119,10 +119,8 @@ class Policy:
     """A LoRA on the embedded model inside one session: `step` is one training iteration, `evaluate` the mean reward."""
 
     def __init__(self, lab: Lab, seed: int, scale: float):
-        """scale:
-
-        standard deviation of what is added to a fresh LoRA's weights; 0 = nothing, so that it does not change the model
-        yet.
+        """scale: standard deviation of what is added to a fresh LoRA's weights; 0 = nothing, so that it does not change
+        the model yet.
         """
         import torch
         from treerpo_pack.core.hosts.comfy import ComfyPolicy

@@ -101,9 +101,8 @@ class Comfy:
         self.vae = self.random_vae() if options.vae else None
 
     def state_dict(self) -> dict:
-        """The weights in the form of a FLUX or SD3.5 file, in main memory;
-
-        made on the GPU, where a random number costs little.
+        """The weights in the form of a FLUX or SD3.5 file, in main memory; made on the GPU, where a random number costs
+        little.
         """
         import comfy.ops
         import torch
@@ -405,9 +404,8 @@ def random_module(module, device, dtype):
 
 
 def random_reward(kind: str, small: bool, device):
-    """PickScore (ViT-H/14) or CLIPScore (ViT-L/14) in full size from a file of random weights;
-
-    small: the tests' tiny one.
+    """PickScore (ViT-H/14) or CLIPScore (ViT-L/14) in full size from a file of random weights; small: the tests' tiny
+    one.
     """
     import torch
 

@@ -35,10 +35,7 @@ FASTER = {
 
 
 def phase(work):
-    """(what work() gives, {seconds, highest memory allocated and reserved});
-
-    without a GPU the process's resident set.
-    """
+    """(what work() gives, {seconds, highest memory allocated and reserved}); without a GPU the resident set."""
     import torch
 
     results = []
@@ -417,9 +414,8 @@ def main():
     engine = engine_class(options)
     print(
         f"{options.model} through {engine.name} on {host.device()}, torch {torch.__version__}: "
-        f"{about(engine, options)['parameters'] / 1e9:.3f} billion parameters, "
-        f"{options.dtype}, {options.size} px, {options.steps} steps, LoRA rank {options.rank}, checkpointing "
-        f"{options.checkpointing}"
+        f"{about(engine, options)['parameters'] / 1e9:.3f} billion parameters, {options.dtype}, {options.size} px, "
+        f"{options.steps} steps, LoRA rank {options.rank}, checkpointing {options.checkpointing}"
     )
     if options.part == "overhead":
         result = overhead(

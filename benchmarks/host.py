@@ -44,9 +44,8 @@ def graph(pack, model: str):
 
 
 class Peak:
-    """Highest memory while the block runs, above where it started:
-
-    the GPU's where there is one, else this process's resident set.
+    """Highest memory while the block runs, above where it started: the GPU's where there is one, else this process's
+    resident set.
     """
 
     def __enter__(self):

@@ -222,8 +222,7 @@ def main():
         )
     print(
         f"\non {host.device()}, torch {torch.__version__}; targets with everything on: at least 3.5x fewer forwards "
-        "than window and 5x fewer than "
-        "independent, measured within 15 % of predicted"
+        "than window and 5x fewer than independent, measured within 15 % of predicted"
     )
 
 

@@ -54,9 +54,8 @@ def tune(lab: Lab, options) -> None:
 
 
 def ratio_of(gradients, groups=None) -> float:
-    """|E g|^2 / tr var(g) from independent gradients [n, parameters], both unbiased;
-
-    with groups, both within groups, averaged.
+    """|E g|^2 / tr var(g) from independent gradients [n, parameters], both unbiased; with groups, both within groups,
+    averaged.
     """
     import torch
 
@@ -176,9 +175,8 @@ def main_part(lab: Lab, options) -> None:
 
 
 def spearman(a, b) -> float:
-    """Rank correlation of two score lists;
-
-    ties share their mean rank. A list without any order agrees with nothing but another one.
+    """Rank correlation of two score lists; ties share their mean rank. A list without any order agrees with nothing but
+    another one.
     """
     import torch
 
@@ -191,9 +189,8 @@ def spearman(a, b) -> float:
 
 
 def tail(lab: Lab, options) -> None:
-    """Leaves of the same windows with the whole tail and with a share q of it:
-
-    distance and order of their rewards, per window start.
+    """Leaves of the same windows with the whole tail and with a share q of it: distance and order of their rewards, per
+    window start.
     """
     path = options.json or RESULTS / "tail.json"
     results = read(path)

@@ -90,10 +90,9 @@ def main():
         ratio, peak = row["ratio_to_ksampler"], row["peak_bytes"]
         print(
             f"{model}: Tree Sampler / KSampler = {ratio['sampler']:.3f} (target: at most 1.05); with the live LoRA "
-            f"{ratio['policy']:.3f}; "
-            f"{row['forwards']} forwards each; peak memory {peak['sampler'] / 2**20:.0f} against "
-            f"{peak['ksampler'] / 2**20:.0f} MiB; "
-            f"live against merged LoRA, largest difference {row['max_difference']:.1e}"
+            f"{ratio['policy']:.3f}; {row['forwards']} forwards each; peak memory {peak['sampler'] / 2**20:.0f} "
+            f"against {peak['ksampler'] / 2**20:.0f} MiB; live against merged LoRA, largest difference "
+            f"{row['max_difference']:.1e}"
         )
     print(f"on {results['device']}, {options.size} px, batch {options.batch}, {options.steps} steps")
     host.save(results, options.json)

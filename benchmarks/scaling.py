@@ -189,8 +189,7 @@ def main():
         )
     print(
         f"\ncalculated for FLUX.1 at 1024 px, LoRA rank {RANK} on attention ({lora_values() / 1e6:.0f} million "
-        f"values), {FLOPS / 1e12:.0f} TFLOP/s per GPU, "
-        f"{NODE_LINK / 1e9:.0f} GB/s per GPU between machines:"
+        f"values), {FLOPS / 1e12:.0f} TFLOP/s per GPU, {NODE_LINK / 1e9:.0f} GB/s per GPU between machines:"
     )
     cases = [
         calculate(8, 8, 1, 1),

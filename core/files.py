@@ -52,9 +52,8 @@ def tidy(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path):
-    """A temporary name beside `path` to write to;
-
-    after the block it takes the place of `path`, or is removed if the block fails.
+    """A temporary name beside `path` to write to; after the block it takes the place of `path`, or is removed if the
+    block fails.
     """
     temporary = temporary_name(path)
     try:
@@ -77,9 +76,8 @@ def replacing(path: Path):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside the target, flush it to the disk, then rename:
-
-    readers see the old file or the new one.
+    """Write to a temporary name beside the target, flush it to the disk, then rename: readers see the old file or the
+    new one.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -96,9 +94,8 @@ def append(path: Path, data: bytes, size: int) -> None:
         with suppress(OSError):
             os.truncate(path, size)
         raise OSError(
-            f"Could not add to {path.name} in {path.parent}: {error.strerror or error}. The run goes on in memory; "
-            "its next save or iteration "
-            "writes what is missing."
+            f"Could not add to {path.name} in {path.parent}: {error.strerror or error}. The run goes on in memory; its "
+            "next save or iteration writes what is missing."
         ) from error
 
 

@@ -158,10 +158,7 @@ def load_classifier(path: Path | str = FOLDER / "classifier.safetensors") -> Sha
 
 
 def score(images: Tensor, index: Tensor, classifier: ShapeClassifier) -> dict[str, Tensor]:
-    """Per image:
-
-    is the shape, colour, background right, how sure the classifier is of the asked shape, and the size.
-    """
+    """Per image: is the shape, colour, background right, how sure the classifier is of the asked shape, the size."""
     if images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.movedim(-1, 1)
     shape, colour, background = labels(index.to(images.device))

@@ -81,8 +81,7 @@ class AdvantagesNode(io.ComfyNode):
                 if len(values) != len(forest.leaves):
                     raise ValueError(
                         f"Reward '{name}' scored {len(values)} images, but the tree has {len(forest.leaves)} leaves: "
-                        "decode and score all "
-                        "leaves of this tree, and nothing else."
+                        "decode and score all leaves of this tree, and nothing else."
                     )
             check_prompts(rewards.prompts, len(forest.prompts))
             check_rewards(

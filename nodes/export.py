@@ -1,6 +1,5 @@
-"""run.yaml beside a run:
-
-what the Trainer node does, written down for the trainer without ComfyUI (standalone/launch.py, docs/scaling.md).
+"""run.yaml beside a run: what the Trainer node does, written down for the trainer without ComfyUI
+(standalone/launch.py, docs/scaling.md).
 """
 
 import dataclasses
@@ -138,9 +137,8 @@ def reward_part(reward, section: str, notes: dict[str, str]) -> list[RewardConfi
 
 
 def write_conditioning(path: Path, host, texts: list[str]) -> str:
-    """The texts' features as the model gets them, in one file;
-
-    its name, or "" where they are too large or cannot be written as tensors.
+    """The texts' features as the model gets them, in one file; its name, or "" where they are too large or cannot be
+    written as tensors.
     """
     entries = [encode(host.clip, text)[0] for text in texts]
     if host.cfg != 1:

@@ -351,8 +351,7 @@ class PickWinnerNode(io.ComfyNode):
             if not status and not any(group.scores.isfinite().any() for group in groups):
                 status = (
                     "Nothing was picked and there is no fallback reward, so nothing goes on from here. For other "
-                    "images change the seed; to train on these, "
-                    "pick one."
+                    "images change the seed; to train on these, pick one."
                 )
             sheet = stacked_sheets(groups)
         blocked = ExecutionBlocker(None)
@@ -387,9 +386,8 @@ class PickWinnerNode(io.ComfyNode):
 
 
 def grouped(images: list, texts: list[str], batches: list[int], iteration: int | None) -> list[Group]:
-    """The images of each prompt:
-
-    equal parts by the prompts of one text, or, with several texts, neighbours of the same prompt.
+    """The images of each prompt: equal parts by the prompts of one text, or, with several texts, neighbours of the same
+    prompt.
     """
     per_image = share(texts, batches)
     several = len(texts) == 1 and isinstance(texts[0], PromptText)

@@ -1,6 +1,5 @@
-"""Reward models:
-
-one loader per model, the measured ones, and a server's. ComfyUI moves their weights to the GPU and back.
+"""Reward models: one loader per model, the measured ones, and a server's. ComfyUI moves their weights to the GPU and
+back.
 """
 
 import contextlib
@@ -44,9 +43,8 @@ ACTIVATIONS = 0.5
 
 @dataclass(frozen=True)
 class Official:
-    """A published weights file:
-
-    what is said about it when it is missing, and how it is fetched when the user asks for it.
+    """A published weights file: what is said about it when it is missing, and how it is fetched when the user asks for
+    it.
     """
 
     file: str  # where it is looked for, under models/rewards
@@ -107,9 +105,8 @@ def folders() -> dict[str, list[Path]]:
 
 
 def weight_files(official: Official, needed: bool = True) -> list[str]:
-    """Files to choose from, as folder/name:
-
-    the official one first, even when it is missing, then those whose names fit.
+    """Files to choose from, as folder/name: the official one first, even when it is missing, then those whose names
+    fit.
     """
     found = {
         f"{name}/{file}".replace("\\", "/")
@@ -144,8 +141,7 @@ def find(choice: str, official: Official, download: bool) -> Path | None:
     if not download:
         raise ValueError(
             f"{target.name} is not there yet: put it at models/rewards/{official.file}, or switch on 'download' "
-            f"({official.size}, licence "
-            f"{official.licence}, from {official.source} on Hugging Face)."
+            f"({official.size}, licence {official.licence}, from {official.source} on Hugging Face)."
         )
     return None
 
@@ -313,8 +309,7 @@ class HpsNode(WeightsNode):
         "TreeRPOHPS",
         "HPSv2",
         "Human Preference Score v2 or v2.1 (arXiv 2306.09341), by the file chosen. Usual values: .15 to .37. Needs "
-        "the package "
-        "open_clip_torch.",
+        "the package open_clip_torch.",
         ["hpsv2", "human preference"],
     )
 
@@ -339,8 +334,7 @@ class ClipScoreNode(WeightsNode):
         "TreeRPOCLIPScore",
         "CLIPScore",
         "How well an image matches its prompt: the cosine of CLIP's features (arXiv 2104.08718). Usual values: .2 to "
-        ".4. Takes "
-        "CLIP in transformers' or open_clip's format; the latter needs the package open_clip_torch.",
+        ".4. Takes CLIP in transformers' or open_clip's format; the latter needs the package open_clip_torch.",
         ["prompt adherence", "clip similarity"],
     )
 
@@ -351,8 +345,7 @@ class AestheticNode(WeightsNode):
         "TreeRPOAesthetic",
         "Aesthetic Score",
         "LAION's aesthetic predictor v2: how beautiful an image is, whatever the prompt. Usual values: 4 to 7.5. Sits "
-        "on "
-        "CLIP ViT-L/14: connect a CLIP_VISION, or choose the CLIP's file.",
+        "on CLIP ViT-L/14: connect a CLIP_VISION, or choose the CLIP's file.",
         ["laion", "beauty"],
     )
 

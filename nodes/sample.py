@@ -22,9 +22,8 @@ RETAIN_SHARE = 0.6  # of the free memory: decoding and scoring come between samp
 
 @dataclass
 class SampledTree:
-    """What flows along a TREE wire:
-
-    the trees, and what they were sampled with, since the update must use the very same.
+    """What flows along a TREE wire: the trees, and what they were sampled with, since the update must use the very
+    same.
     """
 
     sampled: Sampled
@@ -165,9 +164,8 @@ class TreeSamplerNode(io.ComfyNode):
 
 
 def progress(model, node_id):
-    """Progress bar with a small preview of the newest denoised prediction;
-
-    notices an interrupt before every model call.
+    """Progress bar with a small preview of the newest denoised prediction; notices an interrupt before every model
+    call.
     """
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
     bar = None

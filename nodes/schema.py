@@ -63,9 +63,8 @@ def plain_name(text: str, what: str) -> str:
 
 
 def growing(kind, name: str, prefix: str, most: int) -> io.Input | list[io.Input]:
-    """Inputs that grow as they are connected;
-
-    on ComfyUI without such inputs, `most` optional ones under the same names.
+    """Inputs that grow as they are connected; on ComfyUI without such inputs, `most` optional ones under the same
+    names.
     """
     if hasattr(io, "Autogrow"):
         return io.Autogrow.Input(

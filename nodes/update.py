@@ -303,7 +303,6 @@ def own_images(velocity, images: dict | None, forest) -> torch.Tensor | None:
     if samples.shape[1:] != forest.leaves.shape[1:] or len(samples) not in (1, prompts):
         raise ValueError(
             f"The images are {list(samples.shape)} as latents, but the leaves are {list(forest.leaves.shape[1:])} for "
-            f"{prompts} prompts: encode "
-            "images of the training size, one per prompt or one for all."
+            f"{prompts} prompts: encode images of the training size, one per prompt or one for all."
         )
     return velocity.process_in(samples).to(velocity.device).expand(prompts, -1, -1, -1)

@@ -105,9 +105,8 @@ def prepare(config: Config, ranks: Ranks, device: torch.device, check=None) -> T
 
 
 def open_run(config: Config, model, adapters, ranks: Ranks) -> Run:
-    """The run in the folder, or a new one;
-
-    the first process reads it, the others get it from there. Its settings are recorded as the Policy node does.
+    """The run in the folder, or a new one; the first process reads it, the others get it from there. Its settings are
+    recorded as the Policy node does.
     """
     adapter = config.adapter
     base = config.model.name or " ".join(({"flux": "Flux", "sd3": "SD3"}[model.kind], Path(config.model.source).name))

@@ -508,9 +508,8 @@ def test_refusals_in_a_call(model):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_casting_fp8_weights_costs_is_in_the_memory_estimate(architecture, checkpointing):
-    """Autograd keeps the weights in the form they were computed with;
-
-    without fp8, or checkpointed, there is no such copy.
+    """Autograd keeps the weights in the form they were computed with; without fp8, or checkpointed, there is no such
+    copy.
     """
 
     def kept(dtype):

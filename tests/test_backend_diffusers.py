@@ -311,9 +311,8 @@ def test_the_same_seed_grows_the_same_tree(comfy, name):
 @pytest.mark.parametrize("targets", ["all linear", "attention", r"attn\.to_v$|proj_mlp$"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_lora_in_comfyuis_form_is_the_live_policy(comfy, name, targets):
-    """Merged into ComfyUI's own network, layer by layer, the converted LoRA gives the live velocity;
-
-    no key is left over.
+    """Merged into ComfyUI's own network, layer by layer, the converted LoRA gives the live velocity; no key is left
+    over.
     """
     model, transformer, velocity = tuned(name, targets=targets)
     lora = comfy_form(
@@ -359,9 +358,8 @@ def test_bad_input_is_refused_in_words(comfy):
 @pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all linear"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_peft_computes_with_comfyuis_own_adapters(comfy, name, targets, monkeypatch):
-    """Same names, shapes and first values as in ComfyUI;
-
-    with trained values the same velocity, and the same gradient of every one of them.
+    """Same names, shapes and first values as in ComfyUI; with trained values the same velocity, and the same gradient
+    of every one of them.
     """
     import comfy.model_management
 
@@ -490,9 +488,8 @@ def test_a_vae_file_decodes_as_comfyui_does(comfy, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ["flux", "sd3.5"])
 def test_ratio_is_one_and_memory_is_as_estimated_on_a_gpu(comfy, name):
-    """A bf16 base with fp32 adapters:
-
-    before any update the log-probabilities are the rollout's, to the last bit of float32's exp.
+    """A bf16 base with fp32 adapters: before any update the log-probabilities are the rollout's, to the last bit of
+    float32's exp.
     """
     from core.method.memory import saved_bytes
     from core.method.update import policy_gradient
@@ -580,9 +577,8 @@ def pipeline_folder(folder: Path, kind: str, comfyui: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_a_pipeline_folder_draws_what_the_pipeline_draws(comfy, kind, tmp_path):
-    """Text features, sigmas, velocity and VAE of the folder, against diffusers' own pipeline from the same noise;
-
-    an untrained LoRA changes nothing.
+    """Text features, sigmas, velocity and VAE of the folder, against diffusers' own pipeline from the same noise; an
+    untrained LoRA changes nothing.
     """
     from conftest import COMFYUI
     from diffusers import DiffusionPipeline

@@ -1,6 +1,5 @@
-"""core/runs/run.py and core/lora/ema.py:
-
-a run survives kills, full disks, damaged files and rollbacks, on toy adapters.
+"""core/runs/run.py and core/lora/ema.py: a run survives kills, full disks, damaged files and rollbacks, on toy
+adapters.
 """
 
 import errno
@@ -47,10 +46,7 @@ def open_run(folder, resume_from=None, config=CONFIG) -> Run:
 
 
 def learn(run) -> dict:
-    """One update that depends on everything a resume must bring back:
-
-    weights, moments, average, extra, random state.
-    """
+    """One update that depends on everything a resume must bring back: weights, moments, average, extra, random state."""
     optimizer = run.adamw(0.05, weight_decay=0.01)
     for parameter, average in zip(run.adapters.parameters(), run.ema.shadow):
         parameter.grad = 0.1 * parameter.detach() + 0.1 * average + torch.randn(parameter.shape)
@@ -228,9 +224,8 @@ def test_metrics_jsonl_that_someone_removed_or_edited_is_written_anew(folder):
 
 
 class Disk:
-    """Counts what core.runs.run does to files;
-
-    from the `limit`-th operation on, `error` is raised instead. Writes are half done.
+    """Counts what core.runs.run does to files; from the `limit`-th operation on, `error` is raised instead. Writes are
+    half done.
     """
 
     CHANGING = ("replace", "link", "unlink", "rmdir", "mkdir", "fsync", "truncate")
@@ -313,8 +308,8 @@ def check_every_visible_file(folder):
 def test_a_kill_at_any_file_operation_changes_nothing(links, through, tmp_path, monkeypatch):
     """Killed at the n-th operation for all n; nothing after it happens either, no clean-up.
 
-    Opened again, metrics.jsonl, the LoRA and best/ are the newest state's, nothing is left behind, and it goes on to the
-    same end. With a rollback (copies) best/ may be of an iteration that the run has gone back from.
+    Opened again, metrics.jsonl, the LoRA and best/ are the newest state's, nothing is left behind, and it goes on to
+    the same end. With a rollback (copies) best/ may be of an iteration that the run has gone back from.
     """
 
     def session(folder):
@@ -397,9 +392,8 @@ def test_the_best_survives_a_kill_while_it_is_replaced(folder, killed, monkeypat
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
 def test_a_disk_that_fills_up_at_any_moment(links, through, tmp_path, monkeypatch):
-    """From the n-th operation on nothing can be written:
-
-    one sentence each time, the run learns on in memory, and saves when there is space.
+    """From the n-th operation on nothing can be written: one sentence each time, the run learns on in memory, and saves
+    when there is space.
     """
 
     def session(run, errors):
@@ -742,7 +736,8 @@ def test_a_damaged_state_names_the_newest_checkpoint_that_is_whole(folder, throu
         corrupt(folder / f"checkpoints/{newest:06d}/state.pt", b"\0" * 1000)
     with pytest.raises(
         DamagedCheckpoint,
-        match=f"the checkpoint of iteration {best} is whole: switch on recover to go back to it, or choose .+ @ best. under begin_from and a new run name.$",
+        match=f"the checkpoint of iteration {best} is whole: switch on recover to go back to it, or choose .+ @ best. "
+        "under begin_from and a new run name.$",
     ):
         open_run(folder)
     with pytest.raises(

@@ -1,6 +1,5 @@
-"""Whoever plays a part can play all of it:
-
-both hosts, their velocities, the toy and every reward, against core's Protocols.
+"""Whoever plays a part can play all of it: both hosts, their velocities, the toy and every reward, against core's
+Protocols.
 """
 
 import importlib

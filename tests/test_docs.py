@@ -48,9 +48,8 @@ def test_every_node_has_a_help_page_and_every_page_a_node():
 
 @pytest.mark.parametrize("node", NODES)
 def test_help_page_fits_its_node(node):
-    """In `code` that looks like a name, a page names this node's own inputs, outputs and options;
-
-    other nodes' inputs are *Title → input*.
+    """In `code` that looks like a name, a page names this node's own inputs, outputs and options; other nodes' inputs
+    are *Title → input*.
     """
     text = (PAGES / f"{node}.md").read_text("utf-8")
     assert text.startswith(f"# {NODES[node]['display_name']}\n")
@@ -110,9 +109,8 @@ def test_chinese_is_complete():
 
 @pytest.mark.parametrize("language", sorted(path.parent.name for path in ROOT.glob("locales/*/nodeDefs.json")))
 def test_translations_name_what_exists_and_hold_no_formatting(language):
-    """Names and descriptions are vue-i18n messages, in which {}, @ and | mean something;
-
-    tooltips are shown as they are.
+    """Names and descriptions are vue-i18n messages, in which {}, @ and | mean something; tooltips are shown as they
+    are.
     """
     for node, entry in translations(language).items():
         assert set(entry.get("inputs", {})) <= set(translated(node)), node

@@ -1,6 +1,5 @@
-"""standalone/demo.py:
-
-the demo without ComfyUI leaves what it promises, on the settings and the model of the demo with it.
+"""standalone/demo.py: the demo without ComfyUI leaves what it promises, on the settings and the model of the demo with
+it.
 """
 
 import json

@@ -356,9 +356,8 @@ def benchmark():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_micro_batches_halve_when_memory_runs_out(comfy, architecture, monkeypatch):
-    """The card is made smaller than the update needs;
-
-    the run goes on with fewer latents, and its result is that of the small micro-batch.
+    """The card is made smaller than the update needs; the run goes on with fewer latents, and its result is that of the
+    small micro-batch.
     """
     from core.method.memory import MicroBatch
     from core.method.objective import Objective
@@ -386,9 +385,8 @@ def test_micro_batches_halve_when_memory_runs_out(comfy, architecture, monkeypat
 
 
 class smaller_device:
-    """A GPU with room for two or three latents' graphs at most;
-
-    on the CPU, calls of more than three fail as a GPU does.
+    """A GPU with room for two or three latents' graphs at most; on the CPU, calls of more than three fail as a GPU
+    does.
     """
 
     def __init__(self, velocity, learn, monkeypatch):
@@ -425,9 +423,8 @@ class smaller_device:
 
 @pytest.mark.parametrize("kind", ["clipscore_hf", "pickscore", "hps_v2", "image_reward"])
 def test_rewards_in_fp16_are_those_of_the_cpu(kind, tmp_path):
-    """Tiny weights of the official form;
-
-    on a GPU float16 is the default. On the CPU bfloat16 takes its place, which is coarser.
+    """Tiny weights of the official form; on a GPU float16 is the default. On the CPU bfloat16 takes its place, which is
+    coarser.
     """
     pytest.importorskip("open_clip" if kind == "hps_v2" else "transformers")
     from golden import inputs, models

@@ -21,9 +21,8 @@ def shapes(indices, seed=0):
 
 
 def run(judge_at, reward_at, count=8, images=16, seed=0, noise=0.01, **settings_of_watch):
-    """A watch that has seen evaluations every 10 iterations;
-
-    judge_at and reward_at: mean score by the evaluation's number.
+    """A watch that has seen evaluations every 10 iterations; judge_at and reward_at: mean score by the evaluation's
+    number.
     """
     rng = random.Random(seed)
     watch, level = Watch(**settings_of_watch), [rng.gauss(0, 0.1) for _ in range(images)]

@@ -122,9 +122,8 @@ def some_layers(draw):
 
 @given(some_layers(), st.sampled_from([1.0, 2.0, 0.25, 1.5, 0.3]), st.integers(0, 99))
 def test_comfyui_to_diffusers_and_back(layers, scale, seed):
-    """Downs and ranks come back bit for bit, ups too where alpha = rank;
-
-    else alpha / rank is in the ups, exactly so for a power of two.
+    """Downs and ranks come back bit for bit, ups too where alpha = rank; else alpha / rank is in the ups, exactly so
+    for a power of two.
     """
     network, ranks = layers
     state = comfy_state(ranks, scale, seed)
@@ -787,9 +786,8 @@ def peft():
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_our_lora_is_the_same_in_diffusers(comfy, peft, tmp_path, every_key_loads, name, targets):
-    """Rank 4, alpha 8:
-
-    through load_lora_weights the velocity is that of ComfyUI's loader, which reads the diffusers form as well.
+    """Rank 4, alpha 8: through load_lora_weights the velocity is that of ComfyUI's loader, which reads the diffusers
+    form as well.
     """
     both = Both(name)
     base = both.comfy()
@@ -838,8 +836,7 @@ def test_a_peft_lora_is_the_same_in_comfyui(comfy, peft, tmp_path, every_key_loa
     base = both.diffusers()
     suffixes = (
         "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out net.0.proj net.2 norm1.linear "
-        "norm1_context.linear norm.linear proj_mlp "
-        "proj_out norm_out.linear context_embedder"
+        "norm1_context.linear norm.linear proj_mlp proj_out norm_out.linear context_embedder"
     ).split()
     torch.manual_seed(8)
     both.transformer.add_adapter(

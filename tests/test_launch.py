@@ -1,6 +1,5 @@
-"""standalone/launch.py and core/runs/config.py:
-
-run.yaml, its mistakes, and the Trainer node's runs trained without ComfyUI.
+"""standalone/launch.py and core/runs/config.py: run.yaml, its mistakes, and the Trainer node's runs trained without
+ComfyUI.
 """
 
 import os
@@ -52,9 +51,8 @@ def close(found, expected, atol=1e-4):
 
 @pytest.mark.parametrize("model", ["flux", "sd3"])
 def test_a_run_of_the_trainer_node_goes_on_without_comfyui_and_back(model, pack, tmp_path):
-    """The exported run.yaml gives the same first metrics and LoRA as the node;
-
-    a run that changes hands twice is the run that never did.
+    """The exported run.yaml gives the same first metrics and LoRA as the node; a run that changes hands twice is the
+    run that never did.
     """
     graph = Graph(pack, tmp_path, model)
     settings = dict(

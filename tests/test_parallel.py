@@ -176,9 +176,8 @@ def test_any_number_of_processes_trains_what_one_trains(count, model, tmp_path, 
 
 
 def test_a_sharded_base_model_trains_the_same(tmp_path, monkeypatch):
-    """FSDP2 as accelerate's configuration asks for it:
-
-    with KL, a skipped group, checkpointing and small micro-batches, where model calls come uneven.
+    """FSDP2 as accelerate's configuration asks for it: with KL, a skipped group, checkpointing and small micro-batches,
+    where model calls come uneven.
     """
     path = write(
         tmp_path,

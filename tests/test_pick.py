@@ -302,9 +302,8 @@ def test_a_full_disk_loses_no_answer(tmp_path):
 
 
 def test_the_same_images_of_another_device_are_known_and_others_are_not(graph):
-    """Measured on both tiny models' trees:
-
-    what a slightly different computation changes is far below ALIKE, another noise far above.
+    """Measured on both tiny models' trees: what a slightly different computation changes is far below ALIKE, another
+    noise far above.
     """
     policy = graph.policy()
 

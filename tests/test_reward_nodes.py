@@ -1,6 +1,5 @@
-"""Reward nodes in ComfyUI, in this process:
-
-files, memory, ranking. The scores themselves are in test_rewards_golden.py.
+"""Reward nodes in ComfyUI, in this process: files, memory, ranking. The scores themselves are in
+test_rewards_golden.py.
 """
 
 import importlib.util

@@ -1,6 +1,5 @@
-"""Reward models without any host:
-
-pixels, batches, prompts, combinations. The official scores are in test_rewards_golden.py.
+"""Reward models without any host: pixels, batches, prompts, combinations. The official scores are in
+test_rewards_golden.py.
 """
 
 import numpy as np

@@ -74,9 +74,8 @@ def test_the_differentiable_path_gives_the_same_scores(reward, kind):
 
 
 def test_gradients_are_those_of_finite_differences(reward, kind, monkeypatch):
-    """Without rounding to whole colours, whose gradient passes straight through, the score is smooth:
-
-    in float64 the two agree closely.
+    """Without rounding to whole colours, whose gradient passes straight through, the score is smooth: in float64 the
+    two agree closely.
     """
     from core.rewards import pixels
 

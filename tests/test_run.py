@@ -1,6 +1,5 @@
-"""run.py, environments.py and headless.py:
-
-finding ComfyUI, environments, the HTTP and websocket client, messages; no network needed.
+"""run.py, environments.py and headless.py: finding ComfyUI, environments, the HTTP and websocket client, messages; no
+network needed.
 """
 
 import base64

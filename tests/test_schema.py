@@ -18,8 +18,7 @@ SNAPSHOT = Path(__file__).parent / "data" / "schema.json"
 FROM_DISK = {"file", "clip_file", "resume", "begin_from"}  # inputs whose options are files and runs of this machine
 HOW = (
     "If this is meant, renew the snapshot: python tests/test_schema.py --write. Node ids, inputs and outputs must not "
-    "be removed or renamed; new inputs are "
-    "optional and stand last."
+    "be removed or renamed; new inputs are optional and stand last."
 )
 
 
@@ -65,9 +64,8 @@ def described_input(field) -> dict:
 
 
 def collapsed(inputs: list[dict]) -> list[dict]:
-    """On ComfyUI without growing inputs they are many optional ones, 'rewards.reward0' and so on:
-
-    shown as the growing input they stand for.
+    """On ComfyUI without growing inputs they are many optional ones, 'rewards.reward0' and so on: shown as the growing
+    input they stand for.
     """
     found = []
     for row in inputs:

@@ -202,9 +202,8 @@ def trainer(name, change={}):
 
 
 def test_the_stop_button_keeps_the_run_and_the_next_queue_run_goes_on(server):
-    """Stopped over HTTP while the Trainer works;
-
-    the model is clean, the state is there, and the end is that of an undisturbed run.
+    """Stopped over HTTP while the Trainer works; the model is clean, the state is there, and the end is that of an
+    undisturbed run.
     """
     client = run.Client(server.url)
     client.run(trainer("undisturbed", {("Trainer", "iterations"): 6}))

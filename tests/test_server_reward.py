@@ -1,6 +1,5 @@
-"""Server Reward against real HTTP servers on this machine, which answer as scripted;
-
-and the programs in its documentation.
+"""Server Reward against real HTTP servers on this machine, which answer as scripted; and the programs in its
+documentation.
 """
 
 import base64
@@ -30,10 +29,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "server_reward.md"
 
 
 class Scripted(ThreadingHTTPServer):
-    """Answers the n-th request with the n-th of `script`, and from then on with the last one;
-
-    keeps what it was asked.
-    """
+    """Answers the n-th request with the n-th of `script`, and then with the last one; keeps what it was asked."""
 
     daemon_threads = True
 

@@ -99,9 +99,8 @@ class StopHere(BaseException):
     ids=["plain", "inner updates", "evaluation"],
 )
 def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, monkeypatch, settings):
-    """ComfyUI's stop button is asked between all pieces of work:
-
-    stop at each of them once, go on, and end where an undisturbed run ends.
+    """ComfyUI's stop button is asked between all pieces of work: stop at each of them once, go on, and end where an
+    undisturbed run ends.
     """
     import comfy.model_management
 

@@ -1,7 +1,5 @@
-"""Tree View:
-
-its outputs are the chosen leaf's, what it sends to the browser is the tree, and web/treerpo.js stays small and on
-public ground.
+"""Tree View: its outputs are the chosen leaf's, what it sends to the browser is the tree, and web/treerpo.js stays
+small and on public ground.
 """
 
 import json

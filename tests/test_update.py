@@ -208,9 +208,8 @@ def test_the_average_moves_on_with_every_step_that_is_taken_and_no_other():
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("moment", range(1, 14))
 def test_an_update_that_is_stopped_at_any_moment_leaves_policy_and_optimizer_as_they_were(moment, steps_before):
-    """moment:
-
-    before the n-th slice of three inner updates of four slices each; the last ones hit inside the optimizer's step.
+    """moment: before the n-th slice of three inner updates of four slices each; the last ones hit inside the
+    optimizer's step.
     """
     forest, velocity, advantages = case()
     optimizer = torch.optim.AdamW(velocity.parameters(), lr=0.05)

@@ -1,6 +1,5 @@
-"""The shipped graphs against a running ComfyUI:
-
-every node, input, value and wire exists, and the drag-and-drop form says the same as its API twin.
+"""The shipped graphs against a running ComfyUI: every node, input, value and wire exists, and the drag-and-drop form
+says the same as its API twin.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""A velocity model small enough for exact checks in float64:
-
-v = W2 tanh(W1 [x, sigma, prompt]) with a trainable delta.
-"""
+"""A velocity model for exact checks in float64: v = W2 tanh(W1 [x, sigma, prompt]) with a trainable delta."""
 
 from contextlib import contextmanager
 

@@ -33,9 +33,9 @@ class ComfyPolicy:
     """The user's MODEL with a trainable LoRA. The MODEL is only changed between the start and the end of a session."""
 
     def __init__(self, model, adapters: Adapters, checkpointing: bool = False):
-        """model:
+        """model: a flow-matching MODEL.
 
-        a flow-matching MODEL. checkpointing: recompute each block in the backward pass; gradients stay exact.
+        checkpointing: recompute each block in the backward pass; gradients stay exact.
         """
         refuse_other_than_flow(model)
         self.model, self.adapters, self.checkpointing = model, adapters, checkpointing
@@ -189,8 +189,7 @@ class ComfyVelocity(Velocity):
         except KeyError as error:
             raise ValueError(
                 f"The conditioning has no {error}, which this {self.policy.architecture} model needs: encode the "
-                "prompt with "
-                "the text encoder that belongs to the model."
+                "prompt with the text encoder that belongs to the model."
             ) from error
         for entries in self._conds.values():
             for entry in entries:
@@ -447,10 +446,7 @@ def _select(entry: dict, index: Tensor, prompts: int) -> dict:
 
 
 def _own_input(layer, args):
-    """FLUX adds to the very tensor a LayerNorm has just saved for its backward pass:
-
-    give the norm a copy of its own.
-    """
+    """FLUX adds to the very tensor a LayerNorm has just saved for its backward: give the norm a copy of its own."""
     return (args[0].clone(), *args[1:]) if torch.is_grad_enabled() else None
 
 
@@ -546,8 +542,7 @@ def refuse_other_than_flow(model) -> None:
     if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
         raise ValueError(
             f"This MODEL ({type(model.model).__name__}) is not a flow-matching model: connect FLUX, SD3, SD3.5 or "
-            "another "
-            "flow model; SD1.5 and SDXL cannot be trained here."
+            "another flow model; SD1.5 and SDXL cannot be trained here."
         )
 
 
@@ -564,9 +559,8 @@ def refuse_wrappers(wrappers: dict) -> None:
 
 
 def cast_bytes(patcher) -> float:
-    """At most what a call's graph keeps of weights that are cast to compute with (fp8 ones, above all):
-
-    autograd holds on to the cast copies.
+    """At most what a call's graph keeps of weights that are cast to compute with (fp8 ones, above all): autograd holds
+    on to the cast copies.
     """
     computed = getattr(patcher.model, "manual_cast_dtype", None)
     return 0.0 if computed is None else patcher.model_size() * computed.itemsize / patcher.model_dtype().itemsize
@@ -581,8 +575,7 @@ def refuse_wrong_latent(policy: ComfyPolicy, shape) -> None:
     if shape[0] != policy.latent_channels:
         raise ValueError(
             f"The latent has {shape[0]} channels, but this model needs {policy.latent_channels}: use the empty latent "
-            "node "
-            f"that belongs to the model (EmptySD3LatentImage for FLUX and SD3)."
+            "node that belongs to the model (EmptySD3LatentImage for FLUX and SD3)."
         )
 
 

@@ -22,9 +22,8 @@ LATENT_FORMATS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609)}
 
 
 def load_transformer(state_dict: dict[str, Tensor], dtype=torch.float32) -> torch.nn.Module:
-    """A FLUX or SD3/3.5 state dict as ComfyUI loads it -> the frozen diffusers transformer;
-
-    every size is read from the weights.
+    """A FLUX or SD3/3.5 state dict as ComfyUI loads it -> the frozen diffusers transformer; every size is read from the
+    weights.
     """
     sd = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in state_dict.items()}
     with torch.device(

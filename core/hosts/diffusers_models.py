@@ -1,6 +1,5 @@
-"""diffusers' side of core.runs.trainer:
-
-a model from a pipeline folder, a single file or the embedded ones, with its text features and its VAE.
+"""diffusers' side of core.runs.trainer: a model from a pipeline folder, a single file or the embedded ones, with its
+text features and its VAE.
 """
 
 import json
@@ -186,8 +185,7 @@ class Precomputed:
         if missing:
             raise ValueError(
                 f"{self.path.name} has no features of {len(missing)} prompts, such as '{missing[0]}': queue the "
-                "Trainer node with them once, or take "
-                "them out of run.yaml."
+                "Trainer node with them once, or take them out of run.yaml."
             )
         return [
             (self.tensors[f"{number}.embeds"], self.tensors[f"{number}.pooled"])

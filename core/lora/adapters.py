@@ -117,8 +117,7 @@ class Adapters:
         if absent:
             raise ValueError(
                 f"This model has no layer '{absent[0]}' ({len(absent)} of {len(self.loras)} adapted layers are "
-                "absent): "
-                "the adapters belong to another model."
+                "absent): the adapters belong to another model."
             )
         for name, lora in self.loras.items():
             self._handles.append(layers[name].register_forward_hook(self._hook(lora)))

@@ -1,6 +1,5 @@
-"""Exponential moving average of the policy's adapters:
-
-the steadier policy that is looked at and saved (flow_grpo's, METHOD 7).
+"""Exponential moving average of the policy's adapters: the steadier policy that is looked at and saved (flow_grpo's,
+METHOD 7).
 """
 
 from contextlib import contextmanager

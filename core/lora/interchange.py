@@ -167,9 +167,8 @@ def split(module: str, pair: Pair) -> dict[str, Pair]:
 
 
 def fuse(module: str, parts: list[Pair | None]) -> Pair:
-    """Pairs of the diffusers modules that are one layer in ComfyUI as one pair for it;
-
-    the rows of a part without a pair are zero.
+    """Pairs of the diffusers modules that are one layer in ComfyUI as one pair for it; the rows of a part without a
+    pair are zero.
     """
     present = [part for part in parts if part is not None]
     width = present[0].down.shape[1]
@@ -179,8 +178,7 @@ def fuse(module: str, parts: list[Pair | None]) -> Pair:
         if part is not None and (part.down.shape[1] != width or i < 3 and len(part.up) != width):
             raise ValueError(
                 f"The LoRA of '{name}' is for a layer of {part.down.shape[1]} to {len(part.up)}, where {width} to "
-                f"{width} was expected: "
-                "the file is damaged, or of another model."
+                f"{width} was expected: the file is damaged, or of another model."
             )
     dtype = widest([part.down for part in present])
     downs, places = [], []  # the different downs, and which of them each part has
@@ -341,8 +339,7 @@ def read_pairs(state: dict[str, Tensor], config: dict) -> dict[str, Pair]:
         if up.dim() < 2 or down.dim() < 2 or up[0].numel() != len(down) or not len(down):
             raise ValueError(
                 f"The LoRA of '{module}' has an up of {list(up.shape)} and a down of {list(down.shape)}, which do not "
-                "fit "
-                "together: the file is damaged."
+                "fit together: the file is damaged."
             )
         alpha = float(found["alpha"]) if "alpha" in found else peft_alpha(config, module, len(down))
         pairs[module] = Pair(down.flatten(1), up.flatten(1), alpha)
@@ -400,8 +397,7 @@ def find_network(pairs: dict[str, Pair], form: str, told: str | None) -> str:
     if published in candidates and last >= blocks:
         raise ValueError(
             f"This LoRA reaches block {last}, where {'FLUX' if published == 'flux' else 'SD3'} of this size has "
-            f"{blocks} blocks from 0 on: it is of "
-            "another model, and only those of FLUX and SD3 are converted."
+            f"{blocks} blocks from 0 on: it is of another model, and only those of FLUX and SD3 are converted."
         )
     if len(candidates) == 1 or form != "diffusers":
         return min(candidates)
@@ -501,9 +497,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write(
     path: Path, state: dict[str, Tensor], form: str, header: dict[str, str] | None = None, network: str | None = None
 ) -> dict[str, Tensor]:
-    """Writes a LoRA of any known form in `form`, one of FORMS, with the header's own metadata kept;
-
-    the tensors as written. Replaces the file.
+    """Writes a LoRA of any known form in `form`, one of FORMS, with the header's own metadata kept; the tensors as
+    written. Replaces the file.
     """
     if form not in FORMS:
         raise ValueError(f"'{form}' is no LoRA form: choose one of {', '.join(FORMS)}.")

@@ -1,6 +1,5 @@
-"""Names of FLUX's and SD3's layers:
-
-as ComfyUI's files have them, and as diffusers does. Strings and tensors only; neither is imported.
+"""Names of FLUX's and SD3's layers: as ComfyUI's files have them, and as diffusers does. Strings and tensors only;
+neither is imported.
 """
 
 import re
@@ -143,9 +142,8 @@ def comfy_name(name: str, network: str) -> tuple[str, int] | None:
 
 
 def from_underscores(flat: str) -> str | None:
-    """ComfyUI's module from its name in kohya's files:
-
-    double_blocks_0_img_attn_qkv -> double_blocks.0.img_attn.qkv; None for no layer of FLUX or SD3.
+    """ComfyUI's module from its name in kohya's files: double_blocks_0_img_attn_qkv -> double_blocks.0.img_attn.qkv;
+    None for no layer of FLUX or SD3.
     """
     for module in MODULES:
         if module.replace(".", "_") == flat:
@@ -156,9 +154,8 @@ def from_underscores(flat: str) -> str | None:
 
 
 def diffusers_from_underscores(flat: str) -> str | None:
-    """diffusers' module from its name in OneTrainer's files:
-
-    transformer_blocks_0_attn_to_q -> transformer_blocks.0.attn.to_q; None for no layer of FLUX or SD3.
+    """diffusers' module from its name in OneTrainer's files: transformer_blocks_0_attn_to_q ->
+    transformer_blocks.0.attn.to_q; None for no layer of FLUX or SD3.
     """
     block = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)_(\d+)_(.+)", flat)
     if block is None:
@@ -176,9 +173,8 @@ def xlabs_parts(module: str) -> list[str]:
 
 
 def swapped(module: str, tensor: Tensor, width: int) -> Tensor:
-    """Rows (shift, scale) <-> (scale, shift) of the modulations that diffusers keeps in the other order:
-
-    those with two parts.
+    """Rows (shift, scale) <-> (scale, shift) of the modulations that diffusers keeps in the other order: those with two
+    parts.
     """
     if module.endswith("adaLN_modulation.1") and len(tensor) == 2 * width:
         return torch.cat(tensor.chunk(2)[::-1])

@@ -22,8 +22,7 @@ def check_rewards(rewards: dict[str, Tensor], prompts: int) -> None:
         if group < 2:
             raise ValueError(
                 "A group of one leaf has no advantage: raise branching, depth or trees in Tree Shape so that each "
-                "prompt has "
-                "at least 2 leaves."
+                "prompt has at least 2 leaves."
             )
         if not torch.isfinite(values).any():
             raise ValueError(

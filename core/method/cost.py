@@ -51,7 +51,6 @@ def summary(shape, steps: int) -> str:
     independent = shape.leaves * steps, shape.leaves * shape.depth
     return (
         f"{shape.leaves} images per prompt; {steps} steps: about {rollout:.0f} model forwards to sample and {update} "
-        "to learn per prompt. "
-        f"Independent images: {independent[0]} and {independent[1]}, {sum(independent) / (rollout + update):.1f}x as "
-        "many (CFG doubles both)."
+        f"to learn per prompt. Independent images: {independent[0]} and {independent[1]}, "
+        f"{sum(independent) / (rollout + update):.1f}x as many (CFG doubles both)."
     )

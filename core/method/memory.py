@@ -29,14 +29,12 @@ class MicroBatch:
                 if self.fixed:
                     raise RuntimeError(
                         f"{last - first} latents at once do not fit into the memory, and a sharded model cannot try "
-                        "fewer by itself: set "
-                        "micro_batch lower."
+                        "fewer by itself: set micro_batch lower."
                     ) from error
                 if last - first == 1:
                     raise RuntimeError(
                         "Not even one latent fits into the memory: train at a smaller size, turn on checkpointing in "
-                        "Tree Policy, or "
-                        "free memory by unloading other models."
+                        "Tree Policy, or free memory by unloading other models."
                     ) from error
                 self.size = (last - first + 1) // 2
             else:

@@ -63,9 +63,8 @@ def log_ratio(kind: str, new: Step, old_log_prob: Tensor, old_mean: Tensor | Non
 
 
 def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
-    """mean((mu - mu')^2) / (2 tau^2) per sample:
-
-    the KL of two Gaussians of one std, per latent element. 0 where tau is 0.
+    """mean((mu - mu')^2) / (2 tau^2) per sample: the KL of two Gaussians of one std, per latent element. 0 where tau is
+    0.
     """
     std = std.flatten()
     squared = ((mean - other) ** 2).flatten(1).mean(1)

@@ -48,8 +48,7 @@ class Ranks:
                 many = f"a multiple of {shares}, as FSDP needs equal shares" if self.lockstep else f"at least {shares}"
                 raise ValueError(
                     f"There are {count} {what} for {shares} shares of {self.size} processes (processes.per_prompt "
-                    f"{self.per_prompt}): "
-                    f"use {many}, or other processes."
+                    f"{self.per_prompt}): use {many}, or other processes."
                 )
 
     def prompts(self, count: int) -> list[int]:
@@ -63,10 +62,7 @@ class Ranks:
         return range(place * count // self.per_prompt, (place + 1) * count // self.per_prompt)
 
     def turns(self, count: int) -> list[int]:
-        """Equally many of `count` things for every process;
-
-        the last one is done again where they do not come out even.
-        """
+        """Equally many of `count` things for every process; the last one is done again where they do not divide."""
         each = -(-count // self.size)
         return [min(self.rank * each + j, count - 1) for j in range(each)]
 

@@ -62,8 +62,7 @@ def start(
         if not 0 <= fixed <= last:
             raise ValueError(
                 f"The window starts at step {fixed}, outside 0..{last}: {steps} sampling steps with a window of "
-                f"{width} "
-                "leave no other start, since the last two steps are never trained."
+                f"{width} leave no other start, since the last two steps are never trained."
             )
         return fixed
     raise ValueError(f"Unknown window mode '{mode}': choose one of {', '.join(MODES)}.")

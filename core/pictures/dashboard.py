@@ -88,9 +88,8 @@ def dashboard(
 
 
 def _reward_rows(metrics: list[dict], judge: str) -> tuple[list[_Row], int]:
-    """What the large curves show:
-
-    one reward with its spread, or several without; then evaluations. And how many rewards find no room.
+    """What the large curves show: one reward with its spread, or several without; then evaluations. And how many
+    rewards find no room.
     """
     names = list(
         dict.fromkeys(
@@ -273,9 +272,8 @@ def _runs(values: list[float]) -> list[list[int]]:
 
 
 def _range(values: list[float], from_zero: bool) -> tuple[float, float]:
-    """Lowest and highest value of a scale:
-
-    at least a twentieth of the largest value apart, so that what hardly changes looks flat.
+    """Lowest and highest value of a scale: at least a twentieth of the largest value apart, so that what hardly changes
+    looks flat.
     """
     known = _known(values) + ([0.0] if from_zero else [])
     low, high = min(known, default=0.0), max(known, default=1.0)

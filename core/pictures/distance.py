@@ -35,9 +35,8 @@ def drift(images: Tensor, base_images: Tensor) -> float:
     """
     if images.shape != base_images.shape:
         raise ValueError(
-            f"The tuned model's images are {list(images.shape)}, the base model's {list(base_images.shape)}: make "
-            "both of the same "
-            "prompts, seeds and size."
+            f"The tuned model's images are {list(images.shape)}, the base model's {list(base_images.shape)}: make both "
+            "of the same prompts, seeds and size."
         )
     return float((small(images) - small(base_images)).square().mean(1).sqrt().nanmean())
 

@@ -1,7 +1,4 @@
-"""LAION's aesthetic predictor v2:
-
-a linear head on the normalised CLIP ViT-L/14 image embedding; prompts do not matter.
-"""
+"""LAION's aesthetic predictor v2: a linear head on the normalised CLIP ViT-L/14 image embedding; no prompts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +14,8 @@ from .scorer import Scorer
 
 
 def head(weights: dict[str, Tensor], prefix: str = "") -> nn.Sequential:
-    """The linear layers `layers.0, 2, 4, 6, 7` of LAION's and ImageReward's heads, in the sizes of the weights;
-
-    dropout sits between.
+    """The linear layers `layers.0, 2, 4, 6, 7` of LAION's and ImageReward's heads, in the sizes of the weights; dropout
+    sits between.
     """
     stack = nn.Sequential()
     for i in range(8):
@@ -44,9 +40,8 @@ class Aesthetic(Scorer):
         dtype: torch.dtype | None = None,
         rounded_crop: bool = True,
     ):
-        """embed:
-
-        pixels [B, 3, image_size, image_size], normalised -> [B, D]. tower: the module behind it, if it is ours to move.
+        """embed: pixels [B, 3, image_size, image_size], normalised -> [B, D]. tower: the module behind it, if it is
+        ours to move.
         """
         self.layers, self.embed, self.image_size, self.rounded_crop = layers.float(), embed, image_size, rounded_crop
         super().__init__(name, tower if tower is not None else layers, device, dtype)

@@ -34,8 +34,7 @@ def package(name: str, pip: str):
         cause = " ".join(str(error).split())
         raise ValueError(
             f"This reward model needs the package {pip}, which cannot be imported here ({cause}): pip install {pip}, "
-            "or repair what "
-            "the error names."
+            "or repair what the error names."
         ) from error
 
 

@@ -204,9 +204,8 @@ class HumanReward(Reward):
         return found, answer
 
     def automatic(self, images, prompt: str) -> Tensor:
-        """The fallback's scores [n]:
-
-        of one image as they are, of several z-scored; NaN without a fallback, and where it has none.
+        """The fallback's scores [n]: of one image as they are, of several z-scored; NaN without a fallback, and where
+        it has none.
         """
         if self.fallback is None:
             return torch.full((len(images),), torch.nan)
@@ -219,9 +218,8 @@ class HumanReward(Reward):
         return torch.where(total.isfinite(), group_z(together[None])[0][0], torch.nan)
 
     def _shown(self, images, prompt: str) -> list[int]:
-        """Which images the person sees, in their order:
-
-        the fallback's best and worst ones, or evenly spread ones without it.
+        """Which images the person sees, in their order: the fallback's best and worst ones, or evenly spread ones
+        without it.
         """
         count = len(images)
         if not self.show or self.show >= count:

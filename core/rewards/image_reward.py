@@ -244,9 +244,8 @@ def _own(weights: dict[str, Tensor], config: dict, file: Path) -> OwnNetwork:
 
 
 def _official(weights: dict[str, Tensor], config: Path | None) -> OfficialNetwork | None:
-    """The package's own network where it can be had:
-
-    only in full size, and with the configuration file beside the weights.
+    """The package's own network where it can be had: only in full size, and with the configuration file beside the
+    weights.
     """
     if importlib.util.find_spec("ImageReward") is None or config is None:
         return None

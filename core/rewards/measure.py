@@ -1,6 +1,5 @@
-"""Weight-free rewards:
-
-what can be measured in the picture itself, or against reference pictures with an encoder from outside.
+"""Weight-free rewards: what can be measured in the picture itself, or against reference pictures with an encoder from
+outside.
 """
 
 import io

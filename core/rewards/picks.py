@@ -50,9 +50,8 @@ def thumbnails(images) -> str:
 
 
 def difference(first: str, second: str) -> float:
-    """How far two groups' `thumbnails` are apart:
-
-    the largest mean difference of any image, of 255; inf for other numbers of images.
+    """How far two groups' `thumbnails` are apart: the largest mean difference of any image, of 255; inf for other
+    numbers of images.
     """
     a, b = (
         torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).view(-1, 3 * SIDE * SIDE).float()
@@ -87,13 +86,11 @@ def _eight_bits(image: torch.Tensor) -> torch.Tensor:
 
 
 class Picks:
-    """The book of all answers in a folder. A line has:
-
-    format 1 · id of the group · prompt · iteration or null · count of images · how they were asked for · answer as it
-    was given, or null · levels: image numbers counted from 1, best level first, every image once, no comparison within
-    a level · by: person, skip (no opinion) or time-out · seconds it took · when (UTC) · thumbs (see thumbnails) ·
-    sheet: the contact sheet's file, its columns, the size of an image in it, the step from one image to the next and
-    the margin before the first, in pixels.
+    """The book of all answers in a folder. A line has: format 1 · id of the group · prompt · iteration or null · count
+    of images · how they were asked for · answer as it was given, or null · levels: image numbers counted from 1, best
+    level first, every image once, no comparison within a level · by: person, skip (no opinion) or time-out · seconds it
+    took · when (UTC) · thumbs (see thumbnails) · sheet: the contact sheet's file, its columns, the size of an image in
+    it, the step from one image to the next and the margin before the first, in pixels.
     """
 
     def __init__(self, folder: Path):

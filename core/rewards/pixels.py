@@ -28,9 +28,9 @@ def quantise(images: Tensor) -> Tensor:
 
 
 def crop_offset(length: int, size: int, rounded: bool) -> int:
-    """rounded:
+    """rounded: torchvision's CenterCrop; else as transformers' image processors.
 
-    torchvision's CenterCrop; else as transformers' image processors. They differ by a pixel now and then.
+    They differ by a pixel now and then.
     """
     return round((length - size) / 2) if rounded else (length - size) // 2
 

@@ -43,9 +43,8 @@ class Scorer(Reward):
         raise NotImplementedError
 
     def score(self, images: Tensor, prompts: list[str], differentiable: bool = False) -> Tensor:
-        """[B, H, W, 3] in 0..1, B prompts -> [B] on the CPU;
-
-        with differentiable=True the scores carry a gradient to `images`.
+        """[B, H, W, 3] in 0..1, B prompts -> [B] on the CPU; with differentiable=True the scores carry a gradient to
+        `images`.
         """
         if images.dim() != 4 or images.shape[-1] < 3:
             raise ValueError(f"The images have the shape {list(images.shape)}: they must be [batch, height, width, 3].")

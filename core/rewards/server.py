@@ -65,9 +65,9 @@ class Fault(Exception):
     """Why a request, or one image of it, has no score."""
 
     def __init__(self, text: str, again: bool = False, wait: float = 0.0, for_all: bool = False):
-        """again:
+        """again: worth repeating, after at least `wait` seconds.
 
-        worth repeating, after at least `wait` seconds. for_all: it would be the same for every other image.
+        for_all: it would be the same for every other image.
         """
         super().__init__(text)
         self.again, self.wait, self.for_all = again, wait, for_all
@@ -148,8 +148,7 @@ class ServerReward(Reward):
         if images.dim() != 4 or images.shape[-1] < 3 or len(prompts) != len(images):
             raise ValueError(
                 f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per "
-                "image, and images "
-                "[batch, height, width, 3]."
+                "image, and images [batch, height, width, 3]."
             )
         scores, faults = torch.full((len(images),), torch.nan), {}
         for i, answer in self._answers(images, prompts, self._key()):
@@ -300,9 +299,8 @@ def _opener(address: str, deadline: Deadline) -> urllib.request.OpenerDirector:
 
 
 def pause(attempt: int, asked: float = 0.0) -> float:
-    """Seconds to wait after a failed attempt, counted from 0:
-
-    doubling, at least what the server asked for, never above the cap.
+    """Seconds to wait after a failed attempt, counted from 0: doubling, at least what the server asked for, never above
+    the cap.
     """
     return min(max(asked, FIRST_WAIT * 2**attempt), LONGEST_WAIT)
 
@@ -454,9 +452,8 @@ def _scores(answer: dict, count: int, field: str) -> list[float | None | Fault]:
 
 
 def _judgements(answer: dict, count: int, pattern: str) -> list[float | Fault]:
-    """A chat completion -> a score per image:
-
-    the pattern's last match for one image, exactly `count` matches for several.
+    """A chat completion -> a score per image: the pattern's last match for one image, exactly `count` matches for
+    several.
     """
     try:
         text = answer["choices"][0]["message"]["content"]

@@ -157,8 +157,7 @@ def load(path: Path | str) -> Config:
         mark = getattr(error, "problem_mark", None)
         raise ValueError(
             f"{path.name} is not YAML{f', line {mark.line + 1}' if mark else ''} "
-            f"({getattr(error, 'problem', None) or error}): check the indentation "
-            "and quotes there."
+            f"({getattr(error, 'problem', None) or error}): check the indentation and quotes there."
         ) from error
     config = parse(found if found is not None else {})
     config.home = path.resolve().parent

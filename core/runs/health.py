@@ -94,9 +94,8 @@ class Watch:
 
     @property
     def rollback(self) -> int | None:
-        """The iteration to go back to:
-
-        the evaluation with the best judge (without one, the best reward) whose images were still different.
+        """The iteration to go back to: the evaluation with the best judge (without one, the best reward) whose images
+        were still different.
         """
         usable = [i for i in range(len(self.evaluations)) if not self._is_alike(i)]
         return self.evaluations[self._best(usable)].iteration if usable else None
@@ -157,8 +156,7 @@ class Watch:
             )
         return (
             f"Since iteration {best.iteration} {fall} and the trained reward did not rise on the held-out prompts: "
-            "training does harm, usually by too "
-            f"high a learning rate. Roll back to iteration {self.rollback}?"
+            f"training does harm, usually by too high a learning rate. Roll back to iteration {self.rollback}?"
         )
 
     def _unlearned(self) -> str | None:
@@ -168,10 +166,9 @@ class Watch:
         errors, images = compare(best.reward, now.reward)
         return (
             f"The trained reward on the held-out prompts fell from {_mean(best.reward):.3g} at iteration "
-            f"{best.iteration} to {_mean(now.reward):.3g} "
-            f"({_times(errors)} its standard error over {images} images): training has become unstable or learns the "
-            "prompts by heart. Roll back to "
-            f"iteration {self.rollback} and lower the learning rate?"
+            f"{best.iteration} to {_mean(now.reward):.3g} ({_times(errors)} its standard error over {images} images): "
+            f"training has become unstable or learns the prompts by heart. Roll back to iteration {self.rollback} and "
+            "lower the learning rate?"
         )
 
     def _is_alike(self, i: int) -> bool:
@@ -187,8 +184,7 @@ class Watch:
         back = "Begin again" if self.rollback is None else f"Roll back to iteration {self.rollback}"
         return (
             f"The images of a prompt have become alike: their diversity is {now.diversity:.3g}, the base model's was "
-            f"{base:.3g}. {back} and use more "
-            "noise, more prompts or a KL above 0?"
+            f"{base:.3g}. {back} and use more noise, more prompts or a KL above 0?"
         )
 
     def _flat(self) -> str | None:
@@ -196,8 +192,7 @@ class Watch:
             return None
         return (
             f"All images of each prompt had the same reward in {self.flat_rows} iterations in a row, so nothing was "
-            "learned: use a reward that tells "
-            "them apart, more noise or more leaves."
+            "learned: use a reward that tells them apart, more noise or more leaves."
         )
 
     def _far(self) -> str | None:
@@ -205,8 +200,7 @@ class Watch:
             return None
         return (
             f"The policy is far from the base model: its KL was {fmean(self.kl):.3g} over the last {self.kl_window} "
-            "iterations, the limit is "
-            f"{self.kl_limit:.3g}. Raise kl, lower the learning rate, or stop here?"
+            f"iterations, the limit is {self.kl_limit:.3g}. Raise kl, lower the learning rate, or stop here?"
         )
 
 
@@ -281,9 +275,8 @@ class Skips:
         row = "the last iteration" if self.in_a_row == 1 else f"{self.in_a_row} iterations in a row"
         return (
             f"Nothing could be learned in {row} ({self.total} of {self.iterations} in all): images, rewards or "
-            "gradients were not finite numbers. Look at "
-            "the newest images and check the reward model; if the images are black or noise, roll back and lower the "
-            "learning rate."
+            "gradients were not finite numbers. Look at the newest images and check the reward model; if the images "
+            "are black or noise, roll back and lower the learning rate."
         )
 
     def to_dict(self) -> dict:

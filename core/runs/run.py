@@ -169,9 +169,8 @@ class Run:
         return self._ema
 
     def lora(self, averaged: bool = False) -> dict[str, Tensor]:
-        """The LoRA's tensors under ComfyUI's names:
-
-        as trained, or the moving average where it is asked for and the run has one.
+        """The LoRA's tensors under ComfyUI's names: as trained, or the moving average where it is asked for and the run
+        has one.
         """
         ema = self._ema
         if ema is None and self._saved_ema is not None and averaged:
@@ -474,8 +473,7 @@ class Run:
             recover = "switch on recover to go back to it, or " if damaged == self.folder else ""
             return (
                 f"the checkpoint of iteration {other.iteration} is whole: {recover}choose '{name}' under begin_from "
-                "and a "
-                "new run name"
+                "and a new run name"
             )
         return (
             "move it away to begin again, or choose another run name"
@@ -524,9 +522,8 @@ class Run:
         return self._lines
 
     def _log(self) -> None:
-        """Bring metrics.jsonl up to date:
-
-        add the new rows, or write it anew where it is not what this object left there.
+        """Bring metrics.jsonl up to date: add the new rows, or write it anew where it is not what this object left
+        there.
         """
         if not self.writes:
             return
@@ -571,8 +568,7 @@ class Run:
             self._tidy()
             raise OSError(
                 f"Could not keep the checkpoint {target.name} in {target.parent}: {error.strerror or error}. The run "
-                "itself is saved, and the "
-                "older checkpoints are untouched."
+                "itself is saved, and the older checkpoints are untouched."
             ) from error
 
     def _tidy(self) -> None:
@@ -620,8 +616,7 @@ def read_state(path: Path) -> dict:
     if version > FORMAT:
         raise ValueError(
             f"The checkpoint {path} was made by a newer TreeRPO (format {version}, this one reads up to {FORMAT}): "
-            "update TreeRPO, or "
-            "choose another run name."
+            "update TreeRPO, or choose another run name."
         )
     return state
 
@@ -674,9 +669,8 @@ def describe(folder: Path) -> Checkpoint | None:
 
 
 def refuse_other_settings(name: str, saved: dict, wanted: dict) -> None:
-    """A run goes on only with the settings it was begun with, the trainer's aside;
-
-    one sentence names those that differ.
+    """A run goes on only with the settings it was begun with, the trainer's aside; one sentence names those that
+    differ.
     """
     saved = {"model_patches": wanted.get("model_patches"), **saved}  # before 0.1.0 that was not known
     differing = [key for key in without_trainer(wanted) if saved.get(key) != wanted[key]]

@@ -296,10 +296,7 @@ class Trainer:
         return bool(every and rows and self.run.iteration % every == 0 and "eval/reward" not in rows[-1])
 
     def _assess(self) -> bool:
-        """Evaluate the policy as it is and add that to the newest iteration's metrics;
-
-        whether it is the best so far.
-        """
+        """Evaluate the policy and add that to the newest iteration's metrics; whether it is the best so far."""
         run, base, found = self.run, self._baseline(), self.evaluate()
         measured = found.row(base)
         if not self.watch.evaluations:
@@ -322,9 +319,8 @@ class Trainer:
         return self._base
 
     def evaluate(self, base: bool = False) -> HeldOut:
-        """The held-out prompts on fixed noise, one image each, by ODE over the whole schedule;
-
-        with the average where there is one.
+        """The held-out prompts on fixed noise, one image each, by ODE over the whole schedule; with the average where
+        there is one.
         """
         texts, sigmas = self.prompts.held_out, self.host.sigmas
         straight, still = TreeShape(branching=1, depth=1, window="fixed"), NoiseSchedule("ode", 0.0)
@@ -368,8 +364,7 @@ def refuse_split(
     if ranks.per_prompt > 1 and (objective.sft > 0 or objective.sensitivity > 0):
         raise ValueError(
             "LayerTuning-RL and a clip range with sensitivity compare all images of a prompt with its best one, which "
-            "another process may hold: "
-            "set processes.per_prompt to 1."
+            "another process may hold: set processes.per_prompt to 1."
         )
     grouped = [model.name for model, _ in parts(reward) if model.group_wise]
     if ranks.per_prompt > 1 and grouped:
@@ -386,7 +381,6 @@ def adamw8bit():
         return importlib.import_module("bitsandbytes").optim.AdamW8bit
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"The optimizer adamw8bit needs the package bitsandbytes, which cannot be used here ({error}): pip "
-            "install bitsandbytes, or choose "
-            "adamw."
+            f"The optimizer adamw8bit needs the package bitsandbytes, which cannot be used here ({error}): pip install "
+            "bitsandbytes, or choose adamw."
         ) from error

@@ -214,10 +214,7 @@ def drawn(page: Page) -> Image.Image:
 
 
 def thumbnail(page: Page, name: str) -> None:
-    """workflows/<name>.jpg, a card of the template browser:
-
-    what the graph is for, the graph, and what comes out of it.
-    """
+    """workflows/<name>.jpg, a card of the template browser: what the graph is for, the graph, and what comes out of it."""
     from core.pictures.plot import font
 
     card = Image.new("RGB", (560, 560), (27, 27, 31))

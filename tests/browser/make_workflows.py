@@ -78,9 +78,8 @@ GRAPHS = {
             "1  A tiny model",
             BLUE,
             "**No download needed.** A FLUX of 1.7 million parameters that draws coloured shapes comes with TreeRPO. "
-            "Press **Run**: one run is one iteration, a "
-            "second or two. **Run (Instant)** trains on and on. Watch the curve at the right: the shapes get larger, "
-            "because the reward asks for it.",
+            "Press **Run**: one run is one iteration, a second or two. **Run (Instant)** trains on and on. Watch the "
+            "curve at the right: the shapes get larger, because the reward asks for it.",
             ["Model", "Policy", "Prompts"],
         ),
         stage("2  Grow trees", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise", "Sampler"]),
@@ -162,8 +161,7 @@ GRAPHS = {
             "3  How trees grow",
             GREEN,
             "TreeGRPO's setting: 10 steps, branching 3, depth 3 (27 images per prompt), random windows with ratio "
-            "0.5, noise 0.7. It trains with CFG 4.5; here CFG is 1, which "
-            "costs half and is safer.",
+            "0.5, noise 0.7. It trains with CFG 4.5; here CFG is 1, which costs half and is safer.",
             ["Sigmas", "Size", "Shape"],
             ["Noise"],
         ),
@@ -191,8 +189,7 @@ GRAPHS = {
             "3  How trees grow",
             GREEN,
             "Dynamic-TreeRPO: branching 2, depth 4 (16 images), a **sliding window**, and noise that **grows with the "
-            "depth** (equation 6, beta). Beta, steps and the window's pace are "
-            "not published: these are our values.",
+            "depth** (equation 6, beta). Beta, steps and the window's pace are not published: these are our values.",
             ["Sigmas", "Size", "Shape"],
             ["Noise"],
         ),
@@ -229,8 +226,7 @@ GRAPHS = {
             "1  Your pictures",
             BLUE,
             "**No training here.** Copy a folder into ComfyUI's `input` folder and write its name. A `.txt` beside a "
-            "picture is its prompt; without one the prompt "
-            "written here counts.",
+            "picture is its prompt; without one the prompt written here counts.",
             ["Folder"],
         ),
         stage(
@@ -277,9 +273,8 @@ GRAPHS = {
             "3  Pick",
             ORANGE,
             "**First Run**: the nine images are shown, and nothing is trained. Press a key, or click; the answer is "
-            "written into `picks`. **Second Run**: it learns from your pick, and the next "
-            "Run shows new images. Mode *live* asks in the middle of a run instead. *Human Reward* does the same for "
-            "the Trainer.",
+            "written into `picks`. **Second Run**: it learns from your pick, and the next Run shows new images. Mode "
+            "*live* asks in the middle of a run instead. *Human Reward* does the same for the Trainer.",
             ["Decode"],
             ["Pick"],
         ),

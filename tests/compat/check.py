@@ -79,9 +79,8 @@ def gradient_fault(scorer) -> str:
 
 
 def compare(kind: str, load, golden: dict | None, tolerance: float, rows=slice(None), columns=slice(None)) -> dict:
-    """Load twice, as inside a ComfyUI node;
-
-    the scores must be finite, twice the same, differentiable and the golden ones.
+    """Load twice, as inside a ComfyUI node; the scores must be finite, twice the same, differentiable and the golden
+    ones.
     """
     started = time.monotonic()
     with torch.inference_mode():

@@ -119,9 +119,8 @@ def clipscore_open_clip(folder: Path) -> dict:
 
 @torch.no_grad()
 def aesthetic(folder: Path) -> dict:
-    """simple_inference.py of improved-aesthetic-predictor, with open_clip in place of clip:
-
-    the same network and preprocessing.
+    """simple_inference.py of improved-aesthetic-predictor, with open_clip in place of clip: the same network and
+    preprocessing.
     """
     model, preprocess, _ = load_open_clip(folder)
     head = torch.nn.Sequential(

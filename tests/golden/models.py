@@ -294,9 +294,8 @@ def _vocabulary() -> dict[str, int]:
 
 
 def _hf_tokenizer() -> dict[str, str]:
-    """The files that CLIPTokenizerFast.save_pretrained writes;
-
-    merges in tokenizer.json as strings, as in the official repositories.
+    """The files that CLIPTokenizerFast.save_pretrained writes; merges in tokenizer.json as strings, as in the official
+    repositories.
     """
     words = _vocabulary()
     start, end = "<|startoftext|>", "<|endoftext|>"
