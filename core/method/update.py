@@ -100,7 +100,7 @@ class _Loss:
         return self.wanted_sft is None or not bool(self.wanted_sft[layer][parents].any())
 
     def __call__(self, layer: int, parents: slice, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss of the slice, its share of the whole, diagnostics [6]: grpo, ratio, clipped, edges, kl, sft as sums)."""
+        """(loss of the slice, its share of the whole, diagnostics [6]: grpo, ratio, clipped, edges, kl, sft sums)."""
         forest, objective, b = self.forest, self.objective, self.forest.branching
         new = score_edges(forest, layer, parents, v)
         old_mean = None
