@@ -245,20 +245,19 @@ def test_what_merging_the_lora_into_the_base_costs(architecture, dtype, strength
     """ComfyUI's bypass loader draws what was trained; merging rounds (help of Save Tree LoRA)."""
     import comfy.sd
 
-    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
-        pytest.skip("this ComfyUI has no bypass loader")
     model, x, positive = tiny.load(architecture, dtype=dtype), tiny.latents(2), tiny.conditioning(2)
     policy = new_policy(model)
     with torch.no_grad():
         [p.mul_(strength**0.5) for p in policy.adapters.parameters()]
     base, trained = (velocity_of(p, x, 0.7, [0, 1], positive) for p in (new_policy(model, trained=False), policy))
     off = {}
-    for name in ("load_lora_for_models", "load_bypass_lora_for_models"):
+    loaders = ("load_lora_for_models", "load_bypass_lora_for_models")
+    for name in filter(lambda name: hasattr(comfy.sd, name), loaders):  # old ones merge only
         loaded, _ = getattr(comfy.sd, name)(model, None, dict(policy.adapters.state_dict()), 1.0, 0)
         drawn = velocity_of(new_policy(loaded, trained=False), x, 0.7, [0, 1], positive)
         off[name] = float((drawn - trained).norm() / (trained - base).norm())
-    merged, bypass = off.values()
-    assert bypass < 5e-3  # measured 5e-6 to 2.5e-3
+    merged, *bypass = off.values()
+    assert all(error < 5e-3 for error in bypass)  # measured 5e-6 to 2.5e-3
     if dtype == torch.float32:
         assert merged < 1e-3
     elif dtype == torch.bfloat16:

@@ -13,6 +13,7 @@ from golden import inputs, models
 from graph import TRAIN, timeless
 from safetensors.torch import load_file
 
+import headless
 import run
 
 GRAPHS = ROOT / "workflows" / "api"
@@ -102,7 +103,6 @@ def test_a_killed_server_loses_nothing(comfyui, tmp_path):
     "change, sentence",
     [
         ({("Prompts", "text"): "  "}, "The prompt list is empty"),
-        ({("Save", "lora_name"): "../evil"}, "cannot be a LoRA name"),
         ({("Policy", "run_name"): "a/b"}, "cannot be a run name"),
         ({("Shape", "branching"): 1, ("Shape", "depth"): 1}, "A group of one leaf has no advantage"),
         ({("Sigmas", "steps"): 3}, "does not fit into 3 sampling steps"),
@@ -112,6 +112,11 @@ def test_errors_reach_the_user_in_one_sentence(server, change, sentence):
     with pytest.raises(run.ExecutionError) as caught:
         run.Client(server.url).run(first_steps("errors", change))
     assert sentence in caught.value.exception_message
+
+
+def test_a_lora_name_that_cannot_be_is_told_before_anything_runs(server):
+    with pytest.raises(headless.PromptRejected, match="cannot be a LoRA name"):
+        run.Client(server.url).run(first_steps("errors", {("Save", "lora_name"): "../evil"}))
     assert not list(server.base.rglob("*evil*"))
 
 

@@ -116,7 +116,7 @@ def test_an_interrupt_anywhere_leaves_the_policy_of_the_last_iteration(flux, mon
     clean = flux.ksampler(flux.model, flux.prompts("a red circle on a white background")[0])
     monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", stop)
     stopped = 0
-    for asked in range(1, 200, 17):
+    for asked in range(1, 200, 23):
         flux.forget()
         policy, count = flux.policy(f"stopped {asked}"), 0
         try:
