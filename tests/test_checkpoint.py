@@ -348,6 +348,23 @@ def test_a_kill_at_any_file_operation_changes_nothing(links, through, tmp_path, 
     assert had_best
 
 
+def test_what_was_due_once_is_not_done_again(folder):
+    """A rollback leaves a later best/ alone, and an iteration after it is not taken for the best or for a checkpoint."""
+    run = open_run(folder)
+    for _ in range(3):
+        run.record(learn(run))
+        run.keep(3, best=True)
+    run.restore(1)
+    assert open_run(folder).iteration == 1 and describe(folder / "best").iteration == 3
+    run = open_run(folder)
+    run.record(learn(run))
+    run.save()
+    shutil.rmtree(folder / "checkpoints/000002")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert open_run(folder).iteration == 2 and describe(folder / "best").iteration == 3
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize("to", ["somewhere", "nowhere"])
 def test_a_best_that_is_a_link_is_replaced_and_what_it_leads_to_stays(folder, to):
     run = train(open_run(folder), until=1)

@@ -276,6 +276,25 @@ def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux, monkey
     assert flux.train(warned, paused + 1, on_alarm="off", **settings)[-1] == f"{paused + 1} iterations done."
 
 
+def test_a_kill_between_saving_and_keeping_leaves_no_older_best(flux, monkeypatch):
+    """And what is kept is not saved twice."""
+    policy, saved = flux.policy(), []
+    kind = type(policy.run)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "_keep", lambda *_: (_ for _ in ()).throw(StopHere))
+        save = kind._save
+        patch.setattr(
+            kind, "_save", lambda self, *args, **more: saved.append(self.iteration) or save(self, *args, **more)
+        )
+        with pytest.raises(StopHere):
+            flux.train(policy, 2, held_out=1, evaluate_every=1, keep_every=1, on_alarm="off")
+    assert saved == [1] and not (policy.run.folder / "best").exists()
+    flux.forget()
+    run = flux.policy().run
+    assert run.iteration == 1
+    assert (run.folder / "best/state.pt").exists() and (run.folder / "checkpoints/000001").exists()
+
+
 def test_the_average_is_what_is_evaluated_and_saved(flux):
     policy = flux.policy()
     lora = flux.train(policy, 4, ema=0.9)[1]

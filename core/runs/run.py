@@ -85,10 +85,6 @@ class Run:
         self._written: int | None = None  # the iteration of both files, where this object has written them
         self._logged = (0, None)  # rows in metrics.jsonl and its size in bytes; None = not known
         self._seen: tuple | None = None  # what tells that state.pt is the one this object has written or read last
-        self._due = {
-            "last": 0,
-            "best": False,
-        }  # how the newest state is to be set aside: in state.pt, as a kill may come between
         self._lock, self._training = Lock(self.folder), 0
 
     @classmethod
@@ -105,8 +101,9 @@ class Run:
         if newest.exists():
             try:
                 run._seen = signature(newest)
-                run._take(run._read(run.folder))
-                run._mend()
+                state = run._read(run.folder)
+                run._take(state)
+                run._mend(state.get("due") or {})
             except DamagedCheckpoint:
                 whole = run._whole(run.folder) if recover and resume_from is None else None
                 resume_from = whole.path if whole is not None else resume_from
@@ -233,9 +230,10 @@ class Run:
         with self.training():
             self._save(pictures)
 
-    def _save(self, pictures: Callable[[], dict] = dict) -> None:
+    def _save(self, pictures: Callable[[], dict] = dict, due: dict | None = None) -> None:
+        """due: how this state is to be set aside, as `keep` takes it; in state.pt too, as a kill may come between."""
         self._tidy()
-        write_atomically(self.folder / "state.pt", torch_bytes(self._state()))
+        write_atomically(self.folder / "state.pt", torch_bytes({**self._state(), "due": due}))
         self._saved, self._seen = self.iteration, signature(self.folder / "state.pt")
         metadata = self.metadata() if self._ema is None else {**self.metadata(), "treerpo.ema": str(self._ema.decay)}
         write_atomically(
@@ -254,7 +252,6 @@ class Run:
         return {
             "format": FORMAT,
             "id": self.id,
-            "due": self._due,
             "iteration": self.iteration,
             "adapters": self.adapters.state_dict(),
             "optimizer": optimizer,
@@ -278,23 +275,19 @@ class Run:
         """Set the newest state aside as checkpoints/<iteration> (if last > 0) and as best/, and keep the newest `last`
         checkpoints.
 
-        Saves first if the iteration is not saved yet. Only whole checkpoints of this run are ever removed. On a file
+        Saves the run first. Only whole checkpoints of this run are ever removed. On a file
         system with hard links a checkpoint costs no time, and no space until the newest state has moved on.
         """
         if not self.writes:
             return
         with self.training():
-            self._due = {"last": last, "best": best}
-            self._save()
-            self._keep()
-            self._due = {"last": 0, "best": False}
+            self._save(due={"last": last, "best": best})
+            self._keep(last, best)
 
-    def _keep(self) -> None:
-        """Set the newest state aside as is due."""
-        last = self._due["last"]
+    def _keep(self, last: int, best: bool) -> None:
         if last > 0:
             self._set_aside(self._folder_of(self.iteration))
-        if self._due["best"]:
+        if best:
             self._set_aside(self.folder / "best")
         others = [checkpoint for checkpoint in self.checkpoints() if checkpoint.path != self._folder_of(self.iteration)]
         for checkpoint in others[max(last - 1, 0) :]:
@@ -409,24 +402,25 @@ class Run:
             "again to go on with the folder's."
         )
 
-    def _mend(self) -> None:
-        """Finish what a killed process had begun after its newest state was safe."""
+    def _mend(self, due: dict) -> None:
+        """Finish what a killed process had begun after its newest state was safe. due: of that state."""
+        best = describe(self.folder / "best")  # a later one stays: the run has gone back
+        wanted = due.get("best", False) and (best is None or best.iteration < self.iteration)
+        last = due.get("last", 0) if describe(self._folder_of(self.iteration)) is None else 0
         newest, path = describe(self.folder), self.folder / "metrics.jsonl"
         log_data = "".join(line + "\n" for line in self._json_lines()).encode()
         hidden = [*self.folder.glob(".*"), *(self.folder / "checkpoints").glob(".*")]
-        due = self._due["last"] > 0 or self._due["best"]
         whole = newest is not None and newest.iteration == self.iteration
-        if whole and not due and not hidden and path.is_file() and path.read_bytes() == log_data:
+        if whole and not (wanted or last) and not hidden and path.is_file() and path.read_bytes() == log_data:
             return
         with suppress(Taken, OSError), self.training():  # whoever trains it now mends it
             if not whole:
-                self._save()
+                self._save(due=due)
             self._tidy()
             self._log()
             self._written = self.iteration
-            if due:
-                self._keep()
-                self._due = {"last": 0, "best": False}
+            if wanted or last:
+                self._keep(last, wanted)
 
     @property
     def unsaved(self) -> bool:
@@ -503,7 +497,6 @@ class Run:
         )
         self.optimizer, self._saved_optimizer, self._saved_ema = None, state["optimizer"], state.get("ema")
         self.id = run_id(state)
-        self._due = state.get("due", {"last": 0, "best": False})
         if self._ema is not None:
             self._ema.reset()  # for a checkpoint from before there was an average
             self.ema = self._ema

@@ -283,11 +283,11 @@ class Trainer:
         self._remember()
         run.record(row)  # from here on the update counts, whatever happens to the evaluation
         best = self._assess() if self._due() else False
-        if run.iteration % settings.save_every == 0:
-            run.save()
         keep = settings.keep_last if run.iteration % settings.keep_every == 0 else 0
         if best or keep:
-            run.keep(keep, best)
+            run.keep(keep, best)  # which saves; a kill between the two is mended when the run is opened
+        elif run.iteration % settings.save_every == 0:
+            run.save()
         return (self.watch.verdict() or "") if settings.on_alarm != "off" else ""
 
     def _due(self) -> bool:
