@@ -140,9 +140,8 @@ def ensure_env(comfyui):
         *(file.read_text("utf-8") for file in files),
     ]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:12]
-    requirements = [
-        part for file in files for part in ("-r", str(file))
-    ]  # one call: our torch pins hold for both files
+    # one call: our torch pins hold for both files
+    requirements = [part for file in files for part in ("-r", str(file))]
     return build_env(cache_dir() / f"env-{digest}", requirements, "torch and the packages that go with it")
 
 
@@ -215,8 +214,8 @@ def overlay(comfyui, python):
         else []
     )
     code = (
-        "import importlib.metadata as m; print(*(d.metadata['Name'] + '==' + d.version for d in "
-        "m.distributions()), sep='\\n')"
+        "import importlib.metadata as m; print(*(d.metadata['Name'] + '==' + d.version for d in m.distributions()), "
+        "sep='\\n')"
     )
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment()).stdout
     have = {line.strip().lower().replace("_", "-") for line in found.splitlines()}

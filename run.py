@@ -119,9 +119,8 @@ def compare(client, name, args, out):
     set_input(graph, "Model", "model", args.model)
     set_input(graph, "LoRA", "lora_name", f"{name}.safetensors")
     known = client.object_info()
-    graph = {
-        node_id: node for node_id, node in graph.items() if node["class_type"] in known
-    }  # older ComfyUI has no Compare Images
+    # older ComfyUI has no Compare Images
+    graph = {node_id: node for node_id, node in graph.items() if node["class_type"] in known}
     outputs = client.run(graph, progress_bar("  before and after "))
     scores, pictures = {}, []
     for when in ("before", "after"):
@@ -195,9 +194,8 @@ def skipped_line(report):
 
 
 def command_bench(args, rest):
-    names = sorted(
-        path.stem for path in (REPO / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")
-    )  # the rest are helpers
+    # the rest are helpers
+    names = sorted(path.stem for path in (REPO / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8"))
     if args.name not in names:
         raise Problem(f"There is no benchmark '{args.name}'; there are: {', '.join(names) or 'none yet'}.")
     comfyui = find_comfyui()

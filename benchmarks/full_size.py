@@ -27,11 +27,8 @@ from iteration import LEAVES, network_passes, predicted, rows
 
 RETAIN_SHARE = 0.6  # as Tree Sampler's
 FITS = {("flux", "fp8"): 24, ("sd35_medium", "bf16"): 12}  # GB in all
-FASTER = {
-    ("window", False): 3.5,
-    ("independent", False): 5.0,
-    ("window", True): 2.4,
-}  # than this row; True: decoding and scoring included
+# than this row; True: decoding and scoring included
+FASTER = {("window", False): 3.5, ("independent", False): 5.0, ("window", True): 2.4}
 
 
 def phase(work):
@@ -210,8 +207,8 @@ def table(engine, result: dict, unit: dict, options) -> None:
         f"{unit['unit'] / unit['forward']:.2f} forwards"
     )
     print(
-        f"{'':16}{'passes':>12}{'rollout':>9}{'decode':>8}{'reward':>8}{'update':>8}{'s in all':>9} | memory in GB "
-        "per phase: allocated / reserved (estimated)"
+        f"{'':16}{'passes':>12}{'rollout':>9}{'decode':>8}{'reward':>8}{'update':>8}{'s in all':>9} | memory in GB per "
+        "phase: allocated / reserved (estimated)"
     )
     for name, row in result.items():
         if "error" in row:

@@ -40,9 +40,8 @@ def network_passes(network):
         count.backwards += len(gradient)
 
     def after(_, inputs, named, output):
-        count.forwards += len(
-            inputs[0] if inputs else named["hidden_states"]
-        )  # diffusers' networks are called by name and give a tuple
+        # diffusers' networks are called by name and give a tuple
+        count.forwards += len(inputs[0] if inputs else named["hidden_states"])
         output = output[0] if isinstance(output, tuple) else output
         if output.requires_grad:
             output.register_hook(back)

@@ -164,8 +164,8 @@ def main_part(lab: Lab, options) -> None:
             row["runs"].append(run)
             print(
                 f"{options.model} {options.reward} seed {seed} {name}: {run['reward'][0]:.3f} -> "
-                f"{run['reward'][-1]:.3f}, "
-                f"intact {run['intact'][-1]:.2f}, {run['iterations']} iterations, {run['seconds'][-1]:.0f} s",
+                f"{run['reward'][-1]:.3f}, intact {run['intact'][-1]:.2f}, {run['iterations']} iterations, "
+                f"{run['seconds'][-1]:.0f} s",
                 flush=True,
             )
             host.save(results, path)

@@ -22,12 +22,8 @@ sys.path.insert(0, str(host.ROOT))
 # FLUX.1: hidden size, double and single blocks, parameters; and what is assumed of an H100 and of the network between
 # machines.
 HIDDEN, DOUBLE, SINGLE, WEIGHTS = 3072, 19, 38, 12e9
-FLOPS, LINK, NODE_LINK, RANK = (
-    400e12,
-    150e9,
-    20e9,
-    32,
-)  # FLOP/s reached in bf16; bytes/s per GPU inside a machine, and between machines of 8
+# FLOP/s reached in bf16; bytes/s per GPU inside a machine, and between machines of 8
+FLOPS, LINK, NODE_LINK, RANK = (400e12, 150e9, 20e9, 32)
 # of a forward: recomputing (checkpointing) and gradients with respect to the inputs; the frozen weights need none
 BACKWARD = 2.0
 DECODE_AND_SCORE = 0.25  # seconds per image
@@ -146,9 +142,8 @@ def calculate(gpus: int, prompts: int, trees: int, per_prompt: int, sharded: boo
     share = -(-prompts // teams) / per_prompt  # of the fullest team, in prompts
     gradient = 4 * lora_values()
     link = LINK if gpus <= 8 else NODE_LINK
-    weights = (
-        2 * WEIGHTS * 7 / 8 * (rollout + 2 * update) * share / 8 if sharded else 0.0
-    )  # gathered inside a machine, once per call of 8 latents
+    # gathered inside a machine, once per call of 8 latents
+    weights = 2 * WEIGHTS * 7 / 8 * (rollout + 2 * update) * share / 8 if sharded else 0.0
     seconds = {
         "rollout": rollout * share * forward,
         "decode and score": shape.leaves * share * DECODE_AND_SCORE,
@@ -203,8 +198,8 @@ def main():
     for case in cases:
         print(
             f"{case['gpus']:4} GPUs, {case['prompts']:3} prompts x {case['trees']} "
-            f"trees{', sharded' if case['sharded'] else ''}: {case['total']:7.1f} s, "
-            f"{case['images']:6} images; " + ", ".join(f"{name} {value:.2f}" for name, value in case["seconds"].items())
+            f"trees{', sharded' if case['sharded'] else ''}: {case['total']:7.1f} s, {case['images']:6} "
+            "images; " + ", ".join(f"{name} {value:.2f}" for name, value in case["seconds"].items())
         )
     words = {name: value for name, value in vars(options).items() if name != "json"}
     host.save(

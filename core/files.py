@@ -58,9 +58,8 @@ def replacing(path: Path):
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(
-            missing_ok=True
-        )  # of a killed process; it may be a hard link to a file that must not be written to
+        # of a killed process; it may be a hard link to a file that must not be written to
+        temporary.unlink(missing_ok=True)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -70,9 +69,8 @@ def replacing(path: Path):
         ) from error
     finally:
         with suppress(OSError):
-            temporary.unlink(
-                missing_ok=True
-            )  # also after success: renaming one hard link to another of the same file does nothing
+            # also after success: renaming one hard link to another of the same file does nothing
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

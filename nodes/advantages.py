@@ -27,8 +27,7 @@ ESTIMATOR = expert(
         default="treegrpo",
         optional=True,
         tooltip="treegrpo: average of the children, weighted by their probability. branchgrpo: compared within each "
-        "layer. "
-        "trajectory: as plain GRPO.",
+        "layer. trajectory: as plain GRPO.",
     )
 )
 
@@ -40,8 +39,7 @@ class AdvantagesNode(io.ComfyNode):
             "TreeRPOAdvantages",
             "Tree Advantages",
             description="Compares the images of each prompt with each other and hands the credit back up the tree: "
-            "which branches were worth taking. "
-            "The picture shows the tree with scores and advantages.",
+            "which branches were worth taking. The picture shows the tree with scores and advantages.",
             search_aliases=["grpo advantage", "credit assignment"],
             is_output_node=True,
             inputs=[
@@ -84,9 +82,8 @@ class AdvantagesNode(io.ComfyNode):
                         "decode and score all leaves of this tree, and nothing else."
                     )
             check_prompts(rewards.prompts, len(forest.prompts))
-            check_rewards(
-                rewards.values, len(forest.prompts)
-            )  # a person is looking: a reward that says nothing at all is an error here
+            # a person is looking: a reward that says nothing at all is an error here
+            check_rewards(rewards.values, len(forest.prompts))
             found = score(rewards, forest)
             earned = credit(tree.sampled, found, estimator=estimator, weights=weights, clip=clip)
             total = total_reward(found.values, found.weights)

@@ -16,9 +16,8 @@ CLIPPING = [  # also Training Objective's
             round=False,
             optional=True,
             tooltip="How far one update may make a worse branch less likely, per latent element. Lower = more "
-            "careful. Only matters with "
-            "several inner updates. The usual 1e-4 is for 512x512; smaller latents need more (1e-2 for the tiny "
-            "models).",
+            "careful. Only matters with several inner updates. The usual 1e-4 is for 512x512; smaller latents need "
+            "more (1e-2 for the tiny models).",
         )
     ),
     expert(
@@ -43,8 +42,8 @@ CLIPPING = [  # also Training Objective's
             step=0.1,
             optional=True,
             tooltip="Dynamic clip: widens the clip range of a branch with its reward. Higher = the best branches may "
-            "change more. 0 = off. "
-            "Dynamic-TreeRPO has it; the exact formula is not published, this one is our reading.",
+            "change more. 0 = off. Dynamic-TreeRPO has it; the exact formula is not published, this one is our "
+            "reading.",
         )
     ),
     expert(

@@ -213,8 +213,8 @@ _FALLBACK = RewardSocket.Input(
     tooltip="An automatic reward that decides when you do not: after the time-out, and where you have no opinion.",
 )
 _SECONDS = (
-    "Seconds to wait for you. Higher = more time to choose; after that the fallback decides, or the prompt's "
-    "images train nothing. 0 = wait for ever."
+    "Seconds to wait for you. Higher = more time to choose; after that the fallback decides, or the prompt's images "
+    "train nothing. 0 = wait for ever."
 )
 _REPLAY = expert(
     io.Boolean.Input(
@@ -233,8 +233,7 @@ class HumanRewardNode(io.ComfyNode):
             "TreeRPOHuman",
             "Human Reward",
             description="You are the reward: the run waits and asks which image of each prompt is the best. For the "
-            "TreeRPO Trainer, Score Images and Combine "
-            "Rewards.",
+            "TreeRPO Trainer, Score Images and Combine Rewards.",
             search_aliases=["human feedback", "rlhf", "preference", "pick winner", "choose best"],
             inputs=[
                 _HOW,
@@ -250,8 +249,7 @@ class HumanRewardNode(io.ComfyNode):
                         max=4096,
                         optional=True,
                         tooltip="At most so many images of a prompt are shown. Lower = easier to choose; the others "
-                        "get no score. With a fallback, "
-                        "its best and its worst ones. 0 = all.",
+                        "get no score. With a fallback, its best and its worst ones. 0 = all.",
                     )
                 ),
             ],
@@ -282,8 +280,8 @@ class PickWinnerNode(io.ComfyNode):
             "TreeRPOPick",
             "Pick the Winner",
             description="You choose the best image of each prompt, and that is the reward: for Tree Advantages, or "
-            "for any images without training. Either the "
-            "run waits for you, or it ends here, you choose, and the next run goes on.",
+            "for any images without training. Either the run waits for you, or it ends here, you choose, and the next "
+            "run goes on.",
             search_aliases=["human feedback", "rlhf", "preference", "choose best", "rank images", "image picker"],
             is_output_node=True,
             is_input_list=True,
@@ -309,8 +307,8 @@ class PickWinnerNode(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip="For two runs: one line per prompt. 3 = image 3 is the best; 3 / 7 = best / worst; 3 > 1 "
-                    "= 2 > 7 = a ranking; - = no "
-                    "opinion. A line may begin with the group's id, such as a1b2c3d4e5: 3.",
+                    "= 2 > 7 = a ranking; - = no opinion. A line may begin with the group's id, such as a1b2c3d4e5: "
+                    "3.",
                 ),
                 _FALLBACK,
                 _POLICY,
@@ -422,13 +420,13 @@ def from_widget(groups: list[Group], text: str, reward: HumanReward, node_id) ->
     note = ""
     if changed and not shown and not record["answered"]:
         note = (
-            "These are not the images that were shown to you (the seed, the model or a setting has changed), so "
-            "your picks were not used."
+            "These are not the images that were shown to you (the seed, the model or a setting has changed), so your "
+            "picks were not used."
         )
     elif plain and not (shown and changed):
         note = (
-            "What stands in picks was there before these images: if you mean the same again, write the id in front "
-            "of it."
+            "What stands in picks was there before these images: if you mean the same again, write the id in front of "
+            "it."
         )
     if not shown:
         record = {
@@ -492,8 +490,8 @@ def request(groups: list[Group], found: list, note: str) -> str:
         for number, group in missing
     ]
     lines.append(
-        f"Write one line per prompt into picks, such as {missing[0][1].about['id']}: 1 (the number of the best "
-        "image), and queue again."
+        f"Write one line per prompt into picks, such as {missing[0][1].about['id']}: 1 (the number of the best image), "
+        "and queue again."
     )
     return "\n".join([note, *lines] if note else lines)
 

@@ -28,8 +28,8 @@ class TinyModelNode(io.ComfyNode):
             "TreeRPOTinyModel",
             "Tiny Shapes Model",
             description="A 2-million-parameter FLUX or SD3 that comes with TreeRPO and draws coloured shapes at "
-            "64x64. It has the real "
-            "architecture and needs no download: try every graph with it before you spend hours on a big model.",
+            "64x64. It has the real architecture and needs no download: try every graph with it before you spend "
+            "hours on a big model.",
             search_aliases=["treerpo demo", "test model", "toy model"],
             inputs=[
                 io.Combo.Input("model", options=["flux", "sd3"], default="flux", tooltip="Which architecture to try.")
@@ -50,8 +50,8 @@ class PolicyNode(io.ComfyNode):
             "TreeRPOPolicy",
             "Tree Policy",
             description="Adds a trainable LoRA to a flow-matching MODEL (FLUX, SD3, SD3.5 ...). The LoRA and its "
-            "optimizer belong to the run "
-            "of this name: queue again and training goes on, also after a restart. The MODEL itself is never changed.",
+            "optimizer belong to the run of this name: queue again and training goes on, also after a restart. The "
+            "MODEL itself is never changed.",
             search_aliases=["grpo", "rlhf", "train lora", "fine-tune", "rl"],
             inputs=[
                 io.Model.Input(
@@ -139,8 +139,7 @@ class PolicyNode(io.ComfyNode):
                         default=NOTHING,
                         optional=True,
                         tooltip="For a new run name: begin from an older checkpoint of this or another run, optimizer "
-                        "and history included. The old run "
-                        "stays as it is.",
+                        "and history included. The old run stays as it is.",
                     )
                 ),
                 expert(

@@ -18,8 +18,8 @@ class PreflightNode(io.ComfyNode):
             "TreeRPOPreflight",
             "VRAM Preflight",
             description="What training will need of the GPU's memory, phase by phase, before anything is loaded "
-            "there, and what to turn if it does not fit. "
-            "Estimated from shapes by ComfyUI's own rules; the real need can differ.",
+            "there, and what to turn if it does not fit. Estimated from shapes by ComfyUI's own rules; the real need "
+            "can differ.",
             search_aliases=["memory", "vram", "out of memory", "estimate"],
             is_output_node=True,
             inputs=[
@@ -146,9 +146,8 @@ def report(
             + (
                 f"Set micro_batch to {fitting}."
                 if fitting
-                else "Even one latent at a time does not fit beside the model: use an fp8 or "
-                "smaller model, a smaller size, turn checkpointing on, or let ComfyUI keep part of the model in main "
-                "memory (slower)."
+                else "Even one latent at a time does not fit beside the model: use an fp8 or smaller model, a smaller "
+                "size, turn checkpointing on, or let ComfyUI keep part of the model in main memory (slower)."
             )
         )
     return "\n".join(

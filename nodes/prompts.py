@@ -20,8 +20,7 @@ class PromptsNode(io.ComfyNode):
             "TreeRPOPrompts",
             "Tree Prompts",
             description="Several prompts as one batch of conditioning, one row per prompt. With a policy connected, "
-            "each iteration takes the "
-            "next prompts of the list.",
+            "each iteration takes the next prompts of the list.",
             search_aliases=["prompt list", "batch prompts"],
             is_input_list=True,
             inputs=[
@@ -72,8 +71,8 @@ class PromptListNode(io.ComfyNode):
             "TreeRPOPromptList",
             "Prompt List",
             description="The prompts of a training run: written here, or from a .txt, .jsonl or .csv file in "
-            "ComfyUI's input folder. Some can be held out: "
-            "they are never trained on, and show whether learning carries over.",
+            "ComfyUI's input folder. Some can be held out: they are never trained on, and show whether learning "
+            "carries over.",
             search_aliases=["dataset", "prompts", "held-out"],
             is_input_list=True,
             inputs=[
@@ -81,8 +80,8 @@ class PromptListNode(io.ComfyNode):
                     "text",
                     multiline=True,
                     default="a red circle on a white background\na blue square on a black background",
-                    tooltip="One prompt per line. Lines that begin with '# ' are comments. Of a list of texts, such as "
-                    "Image Folder's, each is one prompt.",
+                    tooltip="One prompt per line. Lines that begin with '# ' are comments. Of a list of texts, such "
+                    "as Image Folder's, each is one prompt.",
                 ),
                 io.Combo.Input(
                     "file",

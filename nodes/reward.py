@@ -33,25 +33,23 @@ class CombineRewardsNode(io.ComfyNode):
             "TreeRPOCombine",
             "Combine Rewards",
             description="Several rewards as one. While learning, each is first compared within its prompt's group on "
-            "its own scale (z-score), then "
-            "weighted, so that the one with the larger numbers does not win. TreeGRPO uses 0.8 HPSv2.1 + 0.2 "
-            "CLIPScore.",
+            "its own scale (z-score), then weighted, so that the one with the larger numbers does not win. TreeGRPO "
+            "uses 0.8 HPSv2.1 + 0.2 CLIPScore.",
             search_aliases=["multi reward", "weighted reward", "ensemble"],
             inputs=[
                 growing(RewardSocket, "rewards", "reward", MOST_REWARDS),
                 io.String.Input(
                     "weights",
                     default="1, 1",
-                    tooltip="One number per reward, in their order, such as 0.8, 0.2. Higher = counts more; below 0 "
-                    "= the less, the better. Empty = all count the same.",
+                    tooltip="One number per reward, in their order, such as 0.8, 0.2. Higher = counts more; below 0 = "
+                    "the less, the better. Empty = all count the same.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=["z-score each, then weight", "raw weighted sum"],
                     default="z-score each, then weight",
                     tooltip="z-score: rewards of any scale count by their weights. raw: scores are added as they are, "
-                    "so that the reward with the "
-                    "larger numbers counts more.",
+                    "so that the reward with the larger numbers counts more.",
                 ),
             ],
             outputs=[RewardSocket.Output(display_name="reward_model")],
@@ -99,8 +97,8 @@ class ImageFolderNode(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="For pictures without a text of their own. A file with the picture's name and "
-                    "the ending .txt is that picture's prompt.",
+                    tooltip="For pictures without a text of their own. A file with the picture's name and the ending "
+                    ".txt is that picture's prompt.",
                 ),
                 io.Int.Input(
                     "limit", default=256, min=1, max=100000, tooltip="At most so many pictures. Higher = more memory."
@@ -167,8 +165,7 @@ class ScoreImagesNode(io.ComfyNode):
             "TreeRPOScore",
             "Score Images",
             description="Scores every image with a reward model, and ranks them. Works on any images, no training "
-            "needed; for training, connect the "
-            "decoded leaves of Tree Sampler.",
+            "needed; for training, connect the decoded leaves of Tree Sampler.",
             search_aliases=["reward", "aesthetic score", "rank images", "best of n", "clip score", "hps", "pickscore"],
             is_output_node=True,
             is_input_list=True,

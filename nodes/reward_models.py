@@ -174,8 +174,8 @@ def fetch(source: str, remote: str, target: Path) -> None:
     except Exception as error:  # many kinds: no package, no network, no access, no space
         raise ValueError(
             f"{remote} could not be downloaded from {source} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}): "
-            f"download it yourself and put it at {target}."
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}): download it yourself and put it at "
+            f"{target}."
         ) from error
 
 
@@ -209,9 +209,8 @@ def precision() -> torch.dtype:
 
 
 def tokenizer_for(kind: str) -> Path | None:
-    """A vocabulary this machine has, for weights without one beside them:
-
-    ComfyUI's own copy of CLIP's, or BERT's in models/.
+    """A vocabulary this machine has, for weights without one beside them: ComfyUI's own copy of CLIP's, or BERT's in
+    models/.
     """
     if kind == "image_reward":
         folder, file = Path(folder_paths.models_dir) / "bert-base-uncased", "vocab.txt"
@@ -297,8 +296,8 @@ class ImageRewardNode(WeightsNode):
     node = (
         "TreeRPOImageReward",
         "ImageReward",
-        "How well people would like an image for its prompt (arXiv 2304.05977). Usual values: about -2 to 2. Reads the "
-        "first 35 tokens of a prompt.",
+        "How well people would like an image for its prompt (arXiv 2304.05977). Usual values: about -2 to 2. Reads "
+        "the first 35 tokens of a prompt.",
         ["human preference"],
     )
 
@@ -435,8 +434,7 @@ class ImageMeasureNode(io.ComfyNode):
             "TreeRPOMeasure",
             "Image Measure",
             description="A reward that is measured in the picture itself, without any model: for trying a graph. "
-            "Foreground size is the share of "
-            "pixels that differ from the border's median colour.",
+            "Foreground size is the share of pixels that differ from the border's median colour.",
             search_aliases=["reward", "brightness", "colour reward", "sharpness", "jpeg size", "compressibility"],
             inputs=[
                 io.Combo.Input("measure", options=list(KINDS), default="foreground size", tooltip="What to measure."),
@@ -492,9 +490,8 @@ class ServerRewardNode(io.ComfyNode):
             "TreeRPOServer",
             "Server Reward",
             description="Scores from a server that you run: any HTTP scorer, or a vision language model as judge "
-            "behind an OpenAI-compatible address. Your images "
-            "and prompts are sent there when images are scored, and nowhere else. docs/server_reward.md describes "
-            "both contracts.",
+            "behind an OpenAI-compatible address. Your images and prompts are sent there when images are scored, and "
+            "nowhere else. docs/server_reward.md describes both contracts.",
             search_aliases=["reward", "vlm judge", "http reward", "unifiedreward", "llm judge"],
             inputs=[
                 io.String.Input(
@@ -506,8 +503,8 @@ class ServerRewardNode(io.ComfyNode):
                     "protocol",
                     options=["scores", "chat"],
                     default="scores",
-                    tooltip="scores: images and prompts as JSON, one number per image back. "
-                    "chat: a vision language model is asked about each image.",
+                    tooltip="scores: images and prompts as JSON, one number per image back. chat: a vision language "
+                    "model is asked about each image.",
                 ),
                 io.String.Input("model", default="", optional=True, tooltip="chat: the model's name on the server."),
                 io.String.Input(
@@ -559,8 +556,8 @@ class ServerRewardNode(io.ComfyNode):
                         min=0,
                         max=20,
                         optional=True,
-                        tooltip="How often to try again after a fault of the connection or the "
-                        "server. Images still without an answer have no score.",
+                        tooltip="How often to try again after a fault of the connection or the server. Images still "
+                        "without an answer have no score.",
                     )
                 ),
                 expert(
@@ -568,8 +565,8 @@ class ServerRewardNode(io.ComfyNode):
                         "whole_group",
                         default=False,
                         optional=True,
-                        tooltip="Send all images of a prompt in one request, for a server that "
-                        "compares them with each other.",
+                        tooltip="Send all images of a prompt in one request, for a server that compares them with "
+                        "each other.",
                     )
                 ),
             ],

@@ -46,8 +46,8 @@ class TreeSamplerNode(io.ComfyNode):
             "TreeRPOSampler",
             "Tree Sampler",
             description="Samples a tree of images per prompt with the policy: inside the window every latent branches "
-            "into several children that share "
-            "one model call. Gives the tree, and all leaves as one LATENT batch: prompt by prompt.",
+            "into several children that share one model call. Gives the tree, and all leaves as one LATENT batch: "
+            "prompt by prompt.",
             search_aliases=["grpo rollout", "sde sampler", "tree sampling"],
             inputs=[
                 PolicySocket.Input("policy"),
@@ -106,9 +106,8 @@ class TreeSamplerNode(io.ComfyNode):
                         default=False,
                         optional=True,
                         tooltip="Keep what the update needs while sampling, so that it skips its own forward passes: "
-                        "the same result, faster. "
-                        "Needs much memory and checkpointing off in Tree Policy; where it does not fit, the update "
-                        "recomputes.",
+                        "the same result, faster. Needs much memory and checkpointing off in Tree Policy; where it "
+                        "does not fit, the update recomputes.",
                     )
                 ),
             ],

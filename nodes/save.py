@@ -66,9 +66,8 @@ class SaveTreeLoraNode(io.ComfyNode):
                     default=FORMATS[0],
                     optional=True,
                     tooltip="ComfyUI = the exact values as trained, for every LoRA loader of ComfyUI; any model. "
-                    "diffusers (PEFT) = for diffusers' "
-                    "load_lora_weights in Python; ComfyUI's Load LoRA reads it too, its bypass loaders do not. FLUX "
-                    "and SD3 only.",
+                    "diffusers (PEFT) = for diffusers' load_lora_weights in Python; ComfyUI's Load LoRA reads it too, "
+                    "its bypass loaders do not. FLUX and SD3 only.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path")],

@@ -17,9 +17,10 @@ PromptsSocket = io.Custom("TREERPO_PROMPTS")  # core.runs.prompts.PromptList
 ObjectiveSocket = io.Custom("TREERPO_OBJECTIVE")  # (core.method.objective.Objective, only_good)
 LoraSocket = io.Custom("LORA_MODEL")  # core's type: dict of tensors
 
+# Windows has no files of these names, whatever follows after a dot
 DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³"
-}  # Windows has no files of these names, whatever follows after a dot
+}
 BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and signs that show nothing
 LONGEST_NAME = 200  # bytes, of the 255 that file systems take: endings and temporary names are added
 

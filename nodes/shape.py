@@ -148,8 +148,7 @@ class DepthNoiseNode(io.ComfyNode):
             "TreeRPONoise",
             "Depth Noise Schedule",
             description="How much randomness each layer of the tree adds. More noise = siblings differ more and "
-            "learning explores more; too much "
-            "and the images fall apart.",
+            "learning explores more; too much and the images fall apart.",
             search_aliases=["sde noise", "eta", "dynamic-treerpo"],
             inputs=[
                 io.Combo.Input(
@@ -157,8 +156,7 @@ class DepthNoiseNode(io.ComfyNode):
                     options=[kind for kind in KINDS if kind != "ode"],
                     default="cps",
                     tooltip="cps and exact keep the image as noisy as the model expects, at any level. flow_sde and "
-                    "dance_sde are what most "
-                    "papers use; they leave some extra noise in late steps.",
+                    "dance_sde are what most papers use; they leave some extra noise in late steps.",
                 ),
                 io.Float.Input(
                     "level",
@@ -173,8 +171,7 @@ class DepthNoiseNode(io.ComfyNode):
                     options=list(SHAPES),
                     default="constant",
                     tooltip="How the level changes from the root to the leaves. linear with beta is Dynamic-TreeRPO's "
-                    "equation 6; cosine and "
-                    "exponential are ours.",
+                    "equation 6; cosine and exponential are ours.",
                 ),
                 io.Float.Input(
                     "beta",
@@ -212,8 +209,7 @@ class DepthNoiseNode(io.ComfyNode):
                         step=0.01,
                         optional=True,
                         tooltip="exact only, and only where the window starts at the very first step: how much of the "
-                        "root's noise the children "
-                        "keep. 0 = none, they become unrelated; higher = they stay closer.",
+                        "root's noise the children keep. 0 = none, they become unrelated; higher = they stay closer.",
                     )
                 ),
                 expert(
@@ -239,8 +235,7 @@ class DepthNoiseNode(io.ComfyNode):
         except ValueError:
             raise ValueError(f"The noise list '{list}' is not a list of numbers: write it as 0.8, 0.7, 0.5.") from None
         schedule = NoiseSchedule(kind, level, shape, beta, int(count_layers_from), values, first_step_correlation)
-        levels = schedule.levels(
-            len(values) if shape == "list" else depth
-        )  # refuses impossible settings here, where the user set them
+        # refuses impossible settings here, where the user set them
+        levels = schedule.levels(len(values) if shape == "list" else depth)
         image = plot.to_tensor(plot.noise_picture(levels, kind))
         return io.NodeOutput(schedule, image, ui=ui.PreviewImage(image, cls=cls))

@@ -38,8 +38,8 @@ class TrainerNode(io.ComfyNode):
             "TreeRPOTrainer",
             "TreeRPO Trainer",
             description="Trains the policy for many iterations, with a live picture: sample a tree, score it, learn, "
-            "again. Stop it at any time and queue again to "
-            "go on; the run lives in output/treerpo/<run name>/, also after a restart.",
+            "again. Stop it at any time and queue again to go on; the run lives in output/treerpo/<run name>/, also "
+            "after a restart.",
             search_aliases=["grpo", "rlhf", "train lora", "fine-tune", "reinforcement learning", "online rl", "dpo"],
             is_output_node=True,
             inputs=[
@@ -100,8 +100,7 @@ class TrainerNode(io.ComfyNode):
                     "judge",
                     optional=True,
                     tooltip="A second reward that is not trained on. If it falls while the trained reward rises, the "
-                    "reward "
-                    "is being exploited; the run then pauses and says so.",
+                    "reward is being exploited; the run then pauses and says so.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Only used when cfg is not 1."),
                 io.Latent.Input(
@@ -127,8 +126,7 @@ class TrainerNode(io.ComfyNode):
                     max=100000,
                     optional=True,
                     tooltip="Iterations between two looks at the held-out prompts, on fixed noise. Lower = notices "
-                    "sooner when something goes wrong, costs "
-                    "more. 0 = never.",
+                    "sooner when something goes wrong, costs more. 0 = never.",
                 ),
                 io.Combo.Input(
                     "on_alarm",
@@ -256,8 +254,7 @@ def _advanced() -> list[io.Input]:
             default="treegrpo",
             optional=True,
             tooltip="How credit goes up the tree. treegrpo: average of the children, weighted by their probability. "
-            "branchgrpo: compared within each "
-            "layer. trajectory: as plain GRPO.",
+            "branchgrpo: compared within each layer. trajectory: as plain GRPO.",
         ),
         io.Combo.Input(
             "weights",

@@ -24,8 +24,8 @@ class TreeViewNode(io.ComfyNode):
             "TreeRPOTreeView",
             "Tree View",
             description="Shows the tree: which branches were better or worse, and every leaf with its score. Click a "
-            "leaf to see it in full size. The best leaf, "
-            "or the one you choose, goes on to the outputs: for img2img, an upscaler, or anything else.",
+            "leaf to see it in full size. The best leaf, or the one you choose, goes on to the outputs: for img2img, "
+            "an upscaler, or anything else.",
             search_aliases=["tree explorer", "grpo tree", "choose leaf", "best image"],
             is_output_node=True,
             inputs=[
@@ -40,8 +40,7 @@ class TreeViewNode(io.ComfyNode):
                     max=2**20,
                     control_after_generate=False,
                     tooltip="Which leaf goes to the outputs: its number, counted from 1 over all prompts. Higher = "
-                    "further to the right and down in the tree. "
-                    "0 = the one with the highest score of all.",
+                    "further to the right and down in the tree. 0 = the one with the highest score of all.",
                 ),
                 AdvantagesSocket.Input(
                     "advantages",
@@ -195,8 +194,8 @@ def path_text(forest, rewards, total: torch.Tensor, advantages, chosen: int) -> 
         else "no score"
     )
     lines = [
-        f'leaf {chosen + 1} of {len(total)}: prompt {prompt + 1} of {len(forest.prompts)}, "'
-        f'{" ".join(rewards.prompts[chosen].split())}"',
+        f"leaf {chosen + 1} of {len(total)}: prompt {prompt + 1} of {len(forest.prompts)}, "
+        f'"{" ".join(rewards.prompts[chosen].split())}"',
         scored,
     ]
     if len(rewards.values) > 1:

@@ -102,8 +102,7 @@ class UpdateNode(io.ComfyNode):
             "TreeRPOUpdate",
             "GRPO Update",
             description="One step of learning: makes the better branches of the tree more likely. Queue the graph "
-            "again for the next iteration; "
-            f"Run (Instant) trains on and on. {_SAVED}",
+            f"again for the next iteration; Run (Instant) trains on and on. {_SAVED}",
             search_aliases=["grpo", "rlhf", "train", "optimizer"],
             is_output_node=True,
             inputs=[*_WIRES, _RATE, *_EXPERT],
@@ -111,36 +110,8 @@ class UpdateNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        policy,
-        tree,
-        advantages,
-        learning_rate,
-        clip_low=1e-4,
-        clip_high=1e-4,
-        sensitivity=0.0,
-        ratio="plain",
-        step_weight="none",
-        kl=0.0,
-        max_grad_norm=1.0,
-        weight_decay=0.0,
-        inner_updates=1,
-        micro_batch=0,
-    ) -> io.NodeOutput:
-        objective = Objective(clip_low, clip_high, sensitivity, ratio, step_weight, kl)
-        return update_policy(
-            cls,
-            policy,
-            tree,
-            advantages,
-            objective,
-            learning_rate,
-            max_grad_norm,
-            weight_decay,
-            inner_updates,
-            micro_batch,
-        )
+    def execute(cls, policy, tree, advantages, learning_rate, **settings) -> io.NodeOutput:
+        return update_policy(cls, policy, tree, advantages, learning_rate, **settings)
 
 
 class LayerTuningNode(io.ComfyNode):
@@ -150,10 +121,9 @@ class LayerTuningNode(io.ComfyNode):
             "TreeRPOLayerTuning",
             "LayerTuning-RL Update",
             description="GRPO Update with Dynamic-TreeRPO's supervised term: every node of the window also learns to "
-            "go where the best image of its "
-            "prompt came from, the more the worse it did. Published are the term itself, its coefficient lambda, the "
-            "best-path target and "
-            f"that the weights are dynamic; the weights' exact formula and the other targets are ours. {_SAVED}",
+            "go where the best image of its prompt came from, the more the worse it did. Published are the term "
+            "itself, its coefficient lambda, the best-path target and that the weights are dynamic; the weights' "
+            f"exact formula and the other targets are ours. {_SAVED}",
             search_aliases=["dynamic-treerpo", "sft", "progress reward", "grpo"],
             is_output_node=True,
             inputs=[
@@ -167,16 +137,15 @@ class LayerTuningNode(io.ComfyNode):
                     step=0.0001,
                     round=False,
                     tooltip="Weight of the supervised term. Higher = imitates the best image more, explores less; 0.1 "
-                    "already stops the tiny "
-                    "models from improving. 0 = plain GRPO Update.",
+                    "already stops the tiny models from improving. 0 = plain GRPO Update.",
                 ),
                 io.Combo.Input(
                     "target",
                     options=list(TARGETS),
                     default="best-path",
                     tooltip="best-path (published): the velocity on the way to the best image. best-leaf (ours): the "
-                    "velocity from each node's own "
-                    "state straight to the best image. images (ours): to your own images.",
+                    "velocity from each node's own state straight to the best image. images (ours): to your own "
+                    "images.",
                 ),
                 io.Latent.Input(
                     "images",
@@ -189,8 +158,7 @@ class LayerTuningNode(io.ComfyNode):
                         default=True,
                         optional=True,
                         tooltip="Imitate a prompt's best image only if it is at least as good as the best images were "
-                        "on average so far. Off = "
-                        "always: a bad group then imitates the best of the worst.",
+                        "on average so far. Off = always: a bad group then imitates the best of the worst.",
                     )
                 ),
                 *_EXPERT,
@@ -199,44 +167,9 @@ class LayerTuningNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        policy,
-        tree,
-        advantages,
-        learning_rate,
-        target,
-        images=None,
-        only_good=True,
-        clip_low=1e-4,
-        clip_high=1e-4,
-        sensitivity=0.0,
-        ratio="plain",
-        step_weight="none",
-        kl=0.0,
-        max_grad_norm=1.0,
-        weight_decay=0.0,
-        inner_updates=1,
-        micro_batch=0,
-        **named,
-    ) -> io.NodeOutput:
-        objective = Objective(
-            clip_low, clip_high, sensitivity, ratio, step_weight, kl, sft=named["lambda"], target=target
-        )
-        return update_policy(
-            cls,
-            policy,
-            tree,
-            advantages,
-            objective,
-            learning_rate,
-            max_grad_norm,
-            weight_decay,
-            inner_updates,
-            micro_batch,
-            images=images,
-            only_good=only_good,
-        )
+    def execute(cls, policy, tree, advantages, learning_rate, only_good=True, **settings) -> io.NodeOutput:
+        sft = settings.pop("lambda")
+        return update_policy(cls, policy, tree, advantages, learning_rate, only_good=only_good, sft=sft, **settings)
 
 
 def update_policy(
@@ -244,17 +177,21 @@ def update_policy(
     policy,
     tree,
     advantages,
-    objective,
     learning_rate,
-    max_grad_norm,
-    weight_decay,
-    inner_updates,
-    micro_batch,
+    *,
     images=None,
     only_good=False,
+    max_grad_norm=1.0,
+    weight_decay=0.0,
+    inner_updates=1,
+    micro_batch=0,
+    **objective,
 ) -> io.NodeOutput:
-    """What both update nodes do: one update of the policy, one row of metrics, the run on disk."""
-    began = time.perf_counter()
+    """What both update nodes do: one update of the policy, one row of metrics, the run on disk.
+
+    objective: fields of Objective; those that a graph does not name have its defaults.
+    """
+    began, goal = time.perf_counter(), Objective(**objective)
     sampled, run = tree.sampled, policy.run
     batch = MicroBatch(micro_batch) if micro_batch else tree.micro_batch
     optimizer = run.adamw(learning_rate, weight_decay=weight_decay)
@@ -273,7 +210,7 @@ def update_policy(
             sampled,
             advantages.credit,
             optimizer,
-            objective,
+            goal,
             only_good=only_good,
             history=run.metrics,
             images=own_images(velocity, images, sampled.forest),

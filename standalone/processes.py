@@ -31,9 +31,8 @@ def connect(per_prompt: int = 1, timeout: float = 1800.0) -> tuple[Ranks, torch.
         )
     wait = timedelta(seconds=timeout)
     state = state_of(cpu=not torch.cuda.is_available(), timeout=wait)
-    group = dist.new_group(
-        backend="gloo", timeout=wait
-    )  # notices at once when a process is gone, and needs no GPU memory
+    # notices at once when a process is gone, and needs no GPU memory
+    group = dist.new_group(backend="gloo", timeout=wait)
     return Ranks(state.process_index, state.num_processes, per_prompt, sharded, group), torch.device(
         state.device.type, state.device.index or 0
     )

@@ -10,9 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-hypothesis.settings.register_profile(
-    "same", derandomize=True, deadline=None
-)  # the same examples on every machine and in every run
+# the same examples on every machine and in every run
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
 

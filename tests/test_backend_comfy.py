@@ -171,9 +171,8 @@ def differences(policy, velocity, x, rows, weights, h):
                 for p, start, d in zip(parameters, origin, direction):
                     p.copy_(start + place * h * d)
                 values[place] = float(loss())
-        pairs.append(
-            (slope, (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h))
-        )  # error of order h^4
+        # error of order h^4
+        pairs.append((slope, (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)))
     return pairs
 
 
@@ -318,9 +317,8 @@ def test_another_sampler_inside_a_session_sees_the_base_model(model):
         comfy.model_management.unload_all_models()
         with velocity.grad():
             assert torch.equal(velocity(x, 0.7, [0, 0]).detach(), first)
-    torch.testing.assert_close(
-        inside, euler(model, positive, negative), rtol=1e-5, atol=2e-5
-    )  # inside with the training kernels
+    # inside with the training kernels
+    torch.testing.assert_close(inside, euler(model, positive, negative), rtol=1e-5, atol=2e-5)
 
 
 def test_other_peoples_injections_and_loras_stay(model):

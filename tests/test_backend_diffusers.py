@@ -110,8 +110,8 @@ def test_velocity_is_that_of_comfyui(comfy, name):
 
 def test_importing_the_backend_loads_neither_diffusers_nor_comfyui():
     code = (
-        "import sys, core.hosts.diffusers; print([m for m in ('diffusers', 'transformers', 'open_clip', 'comfy') "
-        "if m in sys.modules])"
+        "import sys, core.hosts.diffusers; print([m for m in ('diffusers', 'transformers', 'open_clip', 'comfy') if m "
+        "in sys.modules])"
     )
     assert (
         subprocess.run(

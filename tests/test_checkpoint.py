@@ -460,8 +460,7 @@ def test_a_failed_record_is_counted_once_and_leaves_no_half_line(folder, monkeyp
             with pytest.raises(
                 OSError,
                 match="^Could not add to metrics.jsonl in .+ No space left on device. The run goes on in memory; its "
-                "next save or "
-                "iteration writes what is missing.$",
+                "next save or iteration writes what is missing.$",
             ):
                 run.record(learn(run))
         assert len(run.metrics) == run.iteration
@@ -746,8 +745,7 @@ def test_a_damaged_state_names_the_newest_checkpoint_that_is_whole(folder, throu
         with pytest.raises(
             DamagedCheckpoint,
             match=f"TreeRPO's; the checkpoint of iteration {newest} is whole: switch on recover to go back to it, or "
-            f"choose .+ @ {newest}. under begin_from "
-            "and a new run name.$",
+            f"choose .+ @ {newest}. under begin_from and a new run name.$",
         ):
             open_run(folder)
         corrupt(folder / f"checkpoints/{newest:06d}/state.pt", b"\0" * 1000)

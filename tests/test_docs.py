@@ -32,10 +32,7 @@ def translations(language: str) -> dict:
 
 
 def translated(node: str) -> list[str]:
-    """The keys of a node's inputs in a translation:
-
-    ComfyUI's frontend has '_' for dots, and one key per growing input.
-    """
+    """A node's inputs in a translation: ComfyUI's frontend has '_' for dots, and one key per growing input."""
     growing = [
         f"{name}_{row['grows']}{i}" for name, row in inputs(node).items() if "grows" in row for i in range(row["most"])
     ]

@@ -43,9 +43,8 @@ def test_diversity_of_alike_and_of_different_images():
     assert 0 < diversity(shapes([5] * 8), 1) < diversity(shapes(range(0, 96, 12)), 1)  # one caption against eight
     black_white = torch.stack([torch.zeros(40, 30, 3), torch.ones(40, 30, 3)])
     assert diversity(black_white, 1) == pytest.approx(1)
-    assert diversity(torch.cat([black_white, black_white[:1], black_white[:1]]), 2) == pytest.approx(
-        0.5
-    )  # the mean of two groups
+    # the mean of two groups
+    assert diversity(torch.cat([black_white, black_white[:1], black_white[:1]]), 2) == pytest.approx(0.5)
 
 
 def test_diversity_is_within_the_groups_only_and_in_any_order_of_a_group():

@@ -801,9 +801,8 @@ def test_our_lora_is_the_same_in_diffusers(comfy, peft, tmp_path, every_key_load
     both.pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     torch.testing.assert_close(both.diffusers(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(both.comfy(load_file(tmp_path / "lora.safetensors")), expected, rtol=1e-4, atol=1e-4)
-    if hasattr(
-        comfy.sd, "load_bypass_lora_for_models"
-    ):  # in ComfyUI's form only: 0.33 leaves most of the diffusers form out here
+    # in ComfyUI's form only: 0.33 leaves most of the diffusers form out here
+    if hasattr(comfy.sd, "load_bypass_lora_for_models"):
         torch.testing.assert_close(both.comfy(state, "load_bypass_lora_for_models"), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(both.comfy(), base, rtol=0, atol=1e-6)
 

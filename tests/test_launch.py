@@ -78,9 +78,8 @@ def test_a_run_of_the_trainer_node_goes_on_without_comfyui_and_back(model, pack,
         torch.cat([tensor.flatten() for tensor in run.adapters.parameters()]) for run in (back.run, through.run)
     )
     moved = expected - torch.cat([tensor.flatten() for tensor in graph.policy("untrained").run.adapters.parameters()])
-    assert (
-        (found - expected).norm() < 0.01 * moved.norm()
-    )  # not elementwise: where a gradient is nothing but rounding, Adam makes a whole step of it
+    # not elementwise: where a gradient is nothing but rounding, Adam makes a whole step of it
+    assert (found - expected).norm() < 0.01 * moved.norm()
     for row, expected in zip(back.run.metrics, through.run.metrics, strict=True):
         assert row["reward"] == pytest.approx(expected["reward"], abs=1e-4) and row["forwards"] == expected["forwards"]
 

@@ -170,9 +170,8 @@ def test_imitation_targets():
                 forest.velocities[layer][own[prompt]].expand(nodes, -1, -1, -1),
             )
         flow = sft_targets(Objective(target="best-leaf"), forest, leaf, layer)
-        reached = (
-            forest.states[layer] - forest.sigma(layer)[0] * flow
-        )  # following the target velocity to sigma 0 gives the best leaf
+        # following the target velocity to sigma 0 gives the best leaf
+        reached = forest.states[layer] - forest.sigma(layer)[0] * flow
         torch.testing.assert_close(reached, forest.leaves[best].repeat_interleave(nodes, 0))
     with pytest.raises(ValueError, match="no images are connected"):
         sft_targets(Objective(target="images"), forest, leaf, 0)

@@ -1,6 +1,5 @@
-"""Backend, graph, refusals, start-up and shipped graphs on older ComfyUI releases, each in a process of its own:
-
-SD3 only, since tiny FLUX loads from 0.9 on.
+"""Backend, graph, refusals, start-up and shipped graphs on older ComfyUI releases, each in a process of its own: SD3
+only, since tiny FLUX loads from 0.9 on.
 """
 
 import os

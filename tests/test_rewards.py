@@ -44,9 +44,8 @@ def test_the_crop_is_torchvisions_or_transformers_own(height, width, rounded):
         )(pil)[None]
     else:
         transformers = pytest.importorskip("transformers")
-        kind = getattr(
-            transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor
-        )  # in version 5 the other one resizes with torch
+        # in version 5 the other one resizes with torch
+        kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
         processor = kind(
             size={"shortest_edge": 32},
             crop_size={"height": 32, "width": 32},

@@ -185,8 +185,8 @@ def test_foreign_packages_do_not_leak_in(monkeypatch):
 def test_a_process_is_ended_with_its_children(tmp_path):
     child = "import time; time.sleep(60)"
     parent = (
-        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, "
-        "flush=True); p.wait()"
+        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); "
+        "p.wait()"
     )
     with environments.spawned([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())

@@ -177,9 +177,8 @@ def test_every_api_graph_fits_the_nodes(server):
         for node in graph.values():
             known = info[node["class_type"]]["input"]
             fields = {**known.get("required", {}), **known.get("optional", {})}
-            named = {
-                field.split(".")[0] for field in node["inputs"]
-            }  # "rewards.reward0" is one of the growing inputs "rewards"
+            # "rewards.reward0" is one of the growing inputs "rewards"
+            named = {field.split(".")[0] for field in node["inputs"]}
             assert named <= set(fields), (path.name, node["_meta"]["title"])
             assert set(known.get("required", {})) <= named, (path.name, node["_meta"]["title"])
             for field, value in node["inputs"].items():

@@ -57,9 +57,8 @@ def test_comfyui_starts_without_a_word_against_the_pack(optional, tmp_path):
     )
     log = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
     assert done.returncode == 0, log[-3000:]
-    ours = [
-        line for line in log.splitlines() if "treerpo" in line.lower() and "web root" not in line
-    ]  # run.py's own environments have that name too
+    # run.py's own environments have that name too
+    ours = [line for line in log.splitlines() if "treerpo" in line.lower() and "web root" not in line]
     assert len(ours) == 1 and re.search(r"\d seconds: ", ours[0]), (
         f"the line with the time it took to import, and nothing else: {ours}"
     )

@@ -24,9 +24,8 @@ def graph(pack, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tree_view")
     before = folder_paths.get_temp_directory()
     folder_paths.set_temp_directory(str(folder / "temp"))
-    built = Graph(
-        pack, folder, "flux" if tuple(map(int, __version__.split(".")[:2])) >= (0, 9) else "sd3"
-    )  # older ones take FLUX sizes as fixed
+    # older ones take FLUX sizes as fixed
+    built = Graph(pack, folder, "flux" if tuple(map(int, __version__.split(".")[:2])) >= (0, 9) else "sd3")
     built.forget()
     yield built
     folder_paths.set_temp_directory(before)

@@ -77,9 +77,10 @@ def test_ratio_is_one_before_any_update(kind, start):
 def test_gradient_equals_the_per_edge_gradient_and_finite_differences(kind):
     forest, velocity, advantages = case(kind, TreeShape(2, 2))
     with torch.no_grad():
+        # off policy
         velocity.delta += 0.01 * torch.randn(
             velocity.delta.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
-        )  # off policy
+        )
     shared, metrics = gradient(forest, velocity, advantages)
     loss = per_edge_loss(forest, velocity, advantages)
     (by_edge,) = torch.autograd.grad(loss, velocity.delta)

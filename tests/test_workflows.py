@@ -58,9 +58,8 @@ def as_api(graph, known):
             continue
         options, values, inputs = specs(known, node["type"]), iter(node.get("widgets_values") or []), {}
         for field in node["inputs"]:
-            if (
-                "widget" in field and (value := next(values, None)) is not None
-            ):  # a widget without a value of its own writes none
+            # a widget without a value of its own writes none
+            if "widget" in field and (value := next(values, None)) is not None:
                 inputs[field["name"]] = value
                 if options[field["name"]][1].get("control_after_generate"):
                     next(values)

@@ -95,9 +95,8 @@ def load_weights(weights: dict[str, torch.Tensor], dtype):
 
     with torch.inference_mode():
         sd = {key: tensor.to(dtype) for key, tensor in weights.items()}
-        model = comfy.sd.load_diffusion_model_state_dict(
-            sd, model_options={"dtype": dtype}
-        )  # left to itself, ComfyUI makes float32 of them on a CPU
+        # left to itself, ComfyUI makes float32 of them on a CPU
+        model = comfy.sd.load_diffusion_model_state_dict(sd, model_options={"dtype": dtype})
     assert {parameter.dtype for parameter in model.model.diffusion_model.parameters()} == {dtype}
     return model
 

@@ -76,8 +76,7 @@ class ComfyPolicy:
         patcher = patcher or self.model
         forward, one = (patcher.model.memory_required([count, *shape]) for count in (batch, 1))
         # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass;
-        # checkpointed, the
-        # blocks' inputs and one whole block.
+        # checkpointed, the blocks' inputs and one whole block.
         blocks = len(_blocks(patcher.model.diffusion_model))
         kept = 2 + blocks / 20 if self.checkpointing else max(2, blocks)
         casts = 0 if self.checkpointing else cast_bytes(patcher)
@@ -153,8 +152,7 @@ class ComfyVelocity(Velocity):
         self.device = patcher.load_device
         self.forwards = 0
         # Inference mode spares each small operation its autograd bookkeeping, 5 % of a tiny SD3's time. Only for
-        # networks
-        # known to keep no tensor from one call to the next, which a backward pass could then not use.
+        # networks known to keep no tensor from one call to the next, which a backward pass could then not use.
         self._inference = policy.architecture in ("flux", "sd3")
         self._patcher, self._batch, self._alone = patcher, memory_batch, alone
         self._latent_format = patcher.model.latent_format
@@ -253,10 +251,8 @@ class ComfyVelocity(Velocity):
             self._norms.pop().remove()
 
     def __call__(self, x: Tensor, sigma, rows) -> Tensor:
-        """x:
-
-        [B, C, H, W] as the model sees latents; sigma: number or [B] in (0, 1]; rows: prompt of each sample, [B]. -> [B,
-        C, H, W] fp32.
+        """x: [B, C, H, W] as the model sees latents; sigma: number or [B] in (0, 1]; rows: prompt of each sample, [B].
+        -> [B, C, H, W] fp32.
         """
         if self._patcher is None:
             raise RuntimeError("This velocity belongs to a session that is over: open a new one.")
@@ -418,10 +414,8 @@ def _autograd_can_save(tensor: Tensor) -> bool:
 
 
 def _normal(tensor: Tensor) -> Tensor:
-    if type(tensor) not in (
-        Tensor,
-        nn.Parameter,
-    ):  # packed weights know how to copy themselves, but ComfyUI-GGUF's do not
+    # packed weights know how to copy themselves, but ComfyUI-GGUF's do not
+    if type(tensor) not in (Tensor, nn.Parameter):
         copied = tensor.detach().clone()
         if _autograd_can_save(copied):
             return copied
@@ -640,9 +634,8 @@ def _refuse_wrong_widths(policy: ComfyPolicy, side: str, context: Tensor, option
         raise ValueError(
             f"The {side} conditioning has {count} prompts but {pooled.shape[0]} rows of 'pooled_output': {advice}."
         )
-    if wanted is not None and (
-        pooled.shape[-1] < wanted if flux else pooled.shape[-1] != wanted
-    ):  # FLUX takes the first columns
+    # FLUX takes the first columns
+    if wanted is not None and (pooled.shape[-1] < wanted if flux else pooled.shape[-1] != wanted):
         raise ValueError(
             f"'pooled_output' of the {side} conditioning is {pooled.shape[-1]} wide, but the model needs {wanted}: "
             f"{advice}."

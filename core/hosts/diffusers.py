@@ -26,9 +26,8 @@ def load_transformer(state_dict: dict[str, Tensor], dtype=torch.float32) -> torc
     weights.
     """
     sd = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in state_dict.items()}
-    with torch.device(
-        "meta"
-    ):  # the module is made of the state dict's own tensors: no second copy, and none in float32
+    # the module is made of the state dict's own tensors: no second copy, and none in float32
+    with torch.device("meta"):
         if "double_blocks.0.img_attn.qkv.weight" in sd and "vector_in.in_layer.weight" in sd:
             module, width = _empty_flux(sd)
         elif "joint_blocks.0.x_block.attn.qkv.weight" in sd and "y_embedder.mlp.0.weight" in sd:
@@ -37,9 +36,8 @@ def load_transformer(state_dict: dict[str, Tensor], dtype=torch.float32) -> torc
             raise ValueError("These weights are neither FLUX nor SD3: the diffusers backend runs no other model.")
     renamed = {name: tensor.to(dtype, copy=True) for name, tensor in rename(sd, width).items()}
     if "pos_embed" not in sd and "joint_blocks.0.x_block.attn.qkv.weight" in sd:
-        renamed["pos_embed.pos_embed"] = torch.zeros(
-            1, 1, width, dtype=dtype
-        )  # in the place of a table that is not used
+        # in the place of a table that is not used
+        renamed["pos_embed.pos_embed"] = torch.zeros(1, 1, width, dtype=dtype)
         module.pos_embed.cropped_pos_embed = partial(centred_positions, module.pos_embed)
     module.load_state_dict(renamed, assign=True)
     return module.eval().requires_grad_(False)
@@ -179,10 +177,8 @@ class DiffusersVelocity(Velocity):
             yield
 
     def __call__(self, x: Tensor, sigma, rows) -> Tensor:
-        """x:
-
-        [B, C, H, W] in model space; sigma: number or [B] in 0..1; rows: conditioning row of each sample. -> [B, C, H,
-        W], fp32.
+        """x: [B, C, H, W] in model space; sigma: number or [B] in 0..1; rows: conditioning row of each sample. -> [B,
+        C, H, W], fp32.
         """
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(

@@ -155,8 +155,8 @@ def _file(path: Path, dtype: str) -> Model:
 def _no_encoder(path: Path):
     raise ValueError(
         f"{path.name} is a single file, whose text encoders do not run here: name a conditioning file in run.yaml "
-        "under model.conditioning, which "
-        "the Trainer node writes, or the folder of a diffusers pipeline under model.source."
+        "under model.conditioning, which the Trainer node writes, or the folder of a diffusers pipeline under "
+        "model.source."
     )
 
 

@@ -144,9 +144,8 @@ class Attached:
     """Adapters at work in a transformer, until it is thrown away: what a velocity needs of them."""
 
     def __init__(self, adapters: Adapters, transformer: nn.Module):
-        """Puts PEFT's layers around the transformer's, all at once;
-
-        ImportError with the pip line where PEFT is missing.
+        """Puts PEFT's layers around the transformer's, all at once; ImportError with the pip line where PEFT is
+        missing.
         """
         try:
             from peft import LoraConfig

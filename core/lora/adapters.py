@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from ..patterns import search
 
 # Presets: a layer is adapted where the pattern is found in its name, as ComfyUI or diffusers name it. FLUX's single
-# blocks
-# fuse attention and MLP into one layer each (linear1, linear2), so "attention" has to take them whole.
+# blocks fuse attention and MLP into one layer each (linear1, linear2), so "attention" has to take them whole.
 _ATTENTION = r"(attn\d*|attention)\.|single_blocks\.\d+\.linear[12]$|single_transformer_blocks\.\d+\.proj_(mlp|out)$"
 _MLP = r"blocks\.\d+\.(.+[._])?(mlp|ff|ffn|ff_context|feed_forward)\."
 TARGETS = {"attention": _ATTENTION, "attention+mlp": f"{_ATTENTION}|{_MLP}", "all linear": r""}

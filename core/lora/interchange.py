@@ -188,9 +188,8 @@ def fuse(module: str, parts: list[Pair | None]) -> Pair:
         downs += [down] if places[-1] == len(downs) else []
     same = len({part.scale for part in present}) == 1
     ups = [None if part is None else part.up if same else folded(part) for part in parts]
-    rows = [
-        len(up) if up is not None else width if i < 3 else 4 * width for i, up in enumerate(ups)
-    ]  # FLUX's MLP is four times as wide
+    # FLUX's MLP is four times as wide
+    rows = [len(up) if up is not None else width if i < 3 else 4 * width for i, up in enumerate(ups)]
     fused = torch.zeros(sum(rows), sum(map(len, downs)), dtype=widest([up for up in ups if up is not None]))
     used = [(block, up) for block, up in zip(fused.split(rows), ups) if up is not None]
     for (block, up), place in zip(used, places):
@@ -309,8 +308,8 @@ def module_and_role(key: str) -> tuple[str, str]:
     if found is not None:
         return PREFIX.sub("", key.removesuffix(found[1])), found[0]
     raise ValueError(
-        f"The tensor '{key}' is no part of a plain LoRA (an up, a down and an alpha per layer): "
-        "DoRA, LoKr, LoHa and trained biases cannot be converted."
+        f"The tensor '{key}' is no part of a plain LoRA (an up, a down and an alpha per layer): DoRA, LoKr, LoHa and "
+        "trained biases cannot be converted."
     )
 
 

@@ -26,8 +26,8 @@ def check_rewards(rewards: dict[str, Tensor], prompts: int) -> None:
             )
         if not torch.isfinite(values).any():
             raise ValueError(
-                f"Reward '{name}' is not a number for any of the {len(values)} images: check the reward model; "
-                "nothing was trained."
+                f"Reward '{name}' is not a number for any of the {len(values)} images: check the reward model; nothing "
+                "was trained."
             )
 
 

@@ -53,9 +53,8 @@ class Credit:
     rewards: dict[str, float]  # reward metrics of all prompts
 
     def edges(self, forest: Forest) -> list[Tensor]:
-        """Advantages of all edges of this process's forest, [P_own * trees * branching^(layer+1)]:
-
-        0 where a prompt is left out.
+        """Advantages of all edges of this process's forest, [P_own * trees * branching^(layer+1)]: 0 where a prompt is
+        left out.
         """
         if self.own.all():
             return self.layers
@@ -184,9 +183,8 @@ def learn(
     if not credit.own.all():
         forest = forest.only(credit.own)
         images = images[credit.own.to(images.device)] if images is not None else None
-    if (
-        forest.graphs and velocity.fingerprint() != sampled.fingerprint
-    ):  # the weights have moved or learned since: recompute
+    # the weights have moved or learned since: recompute
+    if forest.graphs and velocity.fingerprint() != sampled.fingerprint:
         forest.graphs.clear()
     allowed = credit.best >= running_best(history) if only_good else None
     if allowed is not None and ranks.size > 1:

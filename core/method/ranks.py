@@ -113,9 +113,8 @@ class Ranks:
         return max(self.gather(number))
 
     def add_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Makes every gradient the sum over all processes, in one message;
-
-        None stays None where no process has one, as it would with one process.
+        """Makes every gradient the sum over all processes, in one message; None stays None where no process has one, as
+        it would with one process.
         """
         if self.size == 1:
             return

@@ -13,9 +13,8 @@ from .noise import NoiseSchedule
 from .steps import step
 from .tree import Forest, TreeShape
 
-Progress = Callable[
-    [int, int, Tensor], None
-]  # (forwards done, forwards in all, newest denoised predictions [B, C, H, W])
+# (forwards done, forwards in all, newest denoised predictions [B, C, H, W])
+Progress = Callable[[int, int, Tensor], None]
 
 
 def check_sigmas(sigmas: Tensor) -> None:

@@ -71,9 +71,8 @@ class Forest:
     leaves: Tensor  # [P * K, C, H, W] denoised
     forwards: int  # model forwards spent on growing it
     iteration: int = 0
-    graphs: dict[tuple[int, int], Tensor] = field(
-        default_factory=dict
-    )  # (layer, first node of a slice) -> velocity with its graph
+    # (layer, first node of a slice) -> velocity with its graph
+    graphs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:

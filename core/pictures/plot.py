@@ -83,8 +83,8 @@ def tree_picture(forest, layers: list[Tensor], scores: Tensor, images: Tensor, p
         _draw_group(picture, draw, forest, layers, scores, images, panel, panel * panel_height, thumb, peak)
         mean = score_text(float(scores[first : first + per_prompt].nanmean()))
         title = (
-            f"{' '.join(prompts[first].split())}   mean {mean}   steps "
-            f"{forest.start + 1} to {forest.start + forest.depth} branch"
+            f"{' '.join(prompts[first].split())}   mean {mean}   steps {forest.start + 1} to "
+            f"{forest.start + forest.depth} branch"
         )
         draw.text((10, panel * panel_height + 8), title, fill=INK, font=font(14))
     more = f" ({len(forest.prompts) - shown} more prompts not shown)" if len(forest.prompts) > shown else ""

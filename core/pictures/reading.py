@@ -46,8 +46,8 @@ def read_picture(path: Path) -> Tensor:
             return grey
     if upright.mode in ("F", "I", "LAB", "HSV"):
         raise ValueError(
-            f"The picture {path.name} has numbers of which none is known to be white (kind {upright.mode}): save it "
-            "as PNG with 8 or 16 bits."
+            f"The picture {path.name} has numbers of which none is known to be white (kind {upright.mode}): save it as "
+            "PNG with 8 or 16 bits."
         )
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")

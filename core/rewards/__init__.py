@@ -37,10 +37,8 @@ def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | No
         return ServerReward(str(path), **options)
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of reward '{kind}': choose one of {', '.join(KINDS)}.")
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # what is loaded inside a ComfyUI node could never have gradients
+    # what is loaded inside a ComfyUI node could never have gradients
+    with torch.inference_mode(False), torch.no_grad():
         if kind == "image_reward":
             from . import image_reward
 

@@ -81,8 +81,8 @@ def load(path: Path, device="cpu", dtype: torch.dtype | None = None, name: str =
     )
     if made != width:
         raise ValueError(
-            f"The aesthetic head {file.name} takes embeddings of {width} numbers, but this CLIP makes {made}: it "
-            "needs CLIP ViT-L/14."
+            f"The aesthetic head {file.name} takes embeddings of {width} numbers, but this CLIP makes {made}: it needs "
+            "CLIP ViT-L/14."
         )
     return scorer
 

@@ -98,12 +98,10 @@ class HfClip(nn.Module):
     def __init__(self, weights: dict[str, Tensor], path: Path, quick_gelu: bool, what: str, tokenizer: Path | None):
         super().__init__()
         transformers = package("transformers", "transformers")
-        package(
-            "transformers.models.clip.modeling_clip", "transformers"
-        )  # the error of transformers.CLIPModel would hide the cause
-        weights = {
-            key: value for key, value in weights.items() if not key.endswith("position_ids")
-        }  # saved by older versions
+        # the error of transformers.CLIPModel would hide the cause
+        package("transformers.models.clip.modeling_clip", "transformers")
+        # saved by older versions
+        weights = {key: value for key, value in weights.items() if not key.endswith("position_ids")}
         self.has_text = "text_model.embeddings.token_embedding.weight" in weights
         given = read_json(beside(path, "config.json"))
         act = "quick_gelu" if quick_gelu else "gelu"

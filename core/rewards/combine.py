@@ -81,8 +81,8 @@ def _checked(model, images, prompts: list[str], part: slice) -> Tensor:
         values = torch.as_tensor(values).float().cpu()  # also a list of numbers
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
-            f"The reward '{model.name}' gave {reprlib.repr(values)} for {len(batch)} images: its score() must return "
-            "a tensor or a list with one number per image."
+            f"The reward '{model.name}' gave {reprlib.repr(values)} for {len(batch)} images: its score() must return a "
+            "tensor or a list with one number per image."
         ) from None
     if values.shape != (len(batch),):
         raise ValueError(

@@ -19,7 +19,4 @@ class Reward(Protocol):
     patcher: object = None  # ComfyUI's ModelPatcher of its weights; None = it has none
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """[B, H, W, 3] in 0..1, B prompts -> [B];
-
-        NaN = no score for this image, which is masked, never counted as 0.
-        """
+        """[B, H, W, 3] in 0..1, B prompts -> [B]; NaN = no score for this image, masked, never counted as 0."""

@@ -89,9 +89,8 @@ def fill(module: nn.Module, weights: dict[str, Tensor], file: str, what: str) ->
     except RuntimeError as error:
         wrong = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"{file} does not fit {what}: {wrong}") from error
-    missing = [
-        name for name in missing if not name.endswith("position_ids")
-    ]  # transformers below 4.31 saves what `_computed` works out
+    # transformers below 4.31 saves what `_computed` works out
+    missing = [name for name in missing if not name.endswith("position_ids")]
     if missing or unknown:
         parts = [
             f"{len(names)} {kind} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"

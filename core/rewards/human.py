@@ -28,8 +28,8 @@ log = logging.getLogger("treerpo")
 HOW = ("best", "best and worst", "ranking")
 NO_OPINION = ("-", "skip")
 EXAMPLES = (
-    "write the best image's number such as 3, best and worst such as 3 / 7, a ranking such as 3 > 1 = 2 > 7, "
-    "or - for no opinion"
+    "write the best image's number such as 3, best and worst such as 3 / 7, a ranking such as 3 > 1 = 2 > 7, or - for "
+    "no opinion"
 )
 PRIOR = 0.5  # half a win and half a loss against an image of average quality
 

@@ -266,9 +266,8 @@ def _tokenizer(file: Path, given: Path | None):
     """BERT's WordPiece, cutting and padding to 35 tokens."""
     vocabulary = _vocabulary(file, Path(given) if given else None)
     words = package("tokenizers", "tokenizers").BertWordPieceTokenizer(str(vocabulary), lowercase=True)
-    words.add_special_tokens(
-        ["[DEC]", "[ENC]"]
-    )  # BLIP's, in this order; the embedding has their two rows, vocab.txt does not
+    # BLIP's, in this order; the embedding has their two rows, vocab.txt does not
+    words.add_special_tokens(["[DEC]", "[ENC]"])
     words.enable_truncation(TOKENS)
     words.enable_padding(length=TOKENS, pad_id=words.token_to_id("[PAD]") or 0)
     return words
@@ -287,6 +286,6 @@ def _vocabulary(file: Path, given: Path | None) -> Path:
             if isinstance(cached := try_to_load_from_cache(name, "vocab.txt"), str):
                 return Path(cached)
     raise ValueError(
-        "ImageReward reads prompts with the vocabulary of bert-base-uncased: put its vocab.txt (231,508 bytes) "
-        f"beside {file.name}."
+        "ImageReward reads prompts with the vocabulary of bert-base-uncased: put its vocab.txt (231,508 bytes) beside "
+        f"{file.name}."
     )

@@ -108,9 +108,8 @@ class Similarity(Reward):
     of: str = "mean"  # over several references: "mean" of all cosines, or the "best" one
     batch: int = 16  # pictures per pass
     name: str = "similarity"
-    _known: Tensor | None = field(
-        default=None, init=False, repr=False, compare=False
-    )  # the references' directions [R, D], on the CPU
+    # the references' directions [R, D], on the CPU
+    _known: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if self.of not in OF:

@@ -169,9 +169,8 @@ def _torn(path: Path, size: int) -> bool:
 
 
 def load_waiting(folder: Path, node: str) -> dict | None:
-    """What this node waits for:
-
-    {plain: its widget's lines without an id when the images were first shown, when, answered, groups: [described]}.
+    """What this node waits for: {plain: its widget's lines without an id when the images were first shown, when,
+    answered, groups: [described]}.
     """
     try:
         record = json.loads((Path(folder) / "waiting.json").read_text("utf-8"))[node]

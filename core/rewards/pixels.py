@@ -6,10 +6,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-MEAN, STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # of CLIP's and BLIP's training images
+# of CLIP's and BLIP's training images
+MEAN, STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def normalise(pixels: Tensor) -> Tensor:

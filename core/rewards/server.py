@@ -35,10 +35,8 @@ log = logging.getLogger("treerpo")
 
 PROTOCOLS = ("scores", "chat")
 FORMATS = ("png", "jpeg")
-FIRST_WAIT, LONGEST_WAIT = (
-    0.5,
-    30.0,
-)  # seconds before the first repetition, which double; at most so many, whatever Retry-After asks
+# seconds before the first repetition, which double; at most so many, whatever Retry-After asks
+FIRST_WAIT, LONGEST_WAIT = (0.5, 30.0)
 LARGEST_ANSWER = 4_000_000  # bytes
 POLL = 0.1  # seconds between two looks for an interrupt
 SAME_FOR_ALL = (401, 404, 405)  # no other image would fare better
@@ -77,9 +75,8 @@ class Fault(Exception):
 class ServerReward(Reward):
     """A reward from a server. Images that get no score are NaN, and one line of the log says how many and why."""
 
-    address: str = dataclasses.field(
-        repr=False
-    )  # http:// or https://; for chat, one that ends in /v1 or has no path is completed
+    # http:// or https://; for chat, one that ends in /v1 or has no path is completed
+    address: str = dataclasses.field(repr=False)
     protocol: str = (
         "scores"  # "scores": images and prompts as JSON, numbers back; "chat": OpenAI-compatible chat completions
     )
@@ -90,15 +87,13 @@ class ServerReward(Reward):
     model: str = ""  # chat: the model's name on the server
     instruction: str = DEFAULT_INSTRUCTION  # chat: {prompt} and {count} (of images) are filled in
     pattern: str = DEFAULT_PATTERN  # chat: a regular expression whose first group is the score; its last match counts
-    key_variable: str = dataclasses.field(
-        default="", repr=False
-    )  # name of the environment variable with the API key, tied to this host in TREERPO_KEYS (keys.py); "" = no key
+    # name of the environment variable with the API key, tied to this host in TREERPO_KEYS (keys.py); "" = no key
+    key_variable: str = dataclasses.field(default="", repr=False)
     batch: int = 16  # scores: images per request
     workers: int = 4  # requests at a time
     image_format: str = "png"  # "png" is exact, "jpeg" (quality 95) smaller
-    check: Callable[[], object] | None = dataclasses.field(
-        default=None, repr=False, compare=False
-    )  # raises when the user interrupts
+    # raises when the user interrupts
+    check: Callable[[], object] | None = dataclasses.field(default=None, repr=False, compare=False)
     group: bool = False  # neighbouring images of one prompt in a single request, however many
 
     def __post_init__(self):
@@ -402,9 +397,8 @@ def _retry_after(header: str | None) -> float:
 
 
 def _message(answer, raw: bytes) -> str:
-    """What the server says in its own words:
-
-    {"error": "..."}, {"error": {"message": "..."}}, {"detail": ...} or the body.
+    """What the server says in its own words: {"error": "..."}, {"error": {"message": "..."}}, {"detail": ...} or the
+    body.
     """
     for name in ("error", "detail", "message"):
         if isinstance(answer, dict) and answer.get(name):

@@ -224,9 +224,8 @@ def converted(value, kind, where: str):
         except (ValueError, OverflowError):
             pass
     elif wanted is str and isinstance(value, (bool, int, float, type(None))):
-        return (
-            "" if value is None else ("off", "on")[value] if isinstance(value, bool) else str(value)
-        )  # YAML takes off for false
+        # YAML takes off for false
+        return "" if value is None else ("off", "on")[value] if isinstance(value, bool) else str(value)
     elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
     words = {

@@ -144,15 +144,15 @@ class Watch:
         now, best = self.evaluations[-1], self.evaluations[self._best(range(len(self.evaluations)))]
         errors, images = compare(best.judge, now.judge)
         fall = (
-            f"the judge fell from {_mean(best.judge):.3g} to {_mean(now.judge):.3g} "
-            f"({_times(errors)} its standard error over {images} images)"
+            f"the judge fell from {_mean(best.judge):.3g} to {_mean(now.judge):.3g} ({_times(errors)} its standard "
+            f"error over {images} images)"
         )
         rise, images = compare(best.reward, now.reward)
         if images >= FEWEST_IMAGES and rise > limit(self.errors, images, 1):
             return (
                 f"The trained reward rose from {_mean(best.reward):.3g} to {_mean(now.reward):.3g} since iteration "
-                f"{best.iteration} while {fall}: the "
-                f"policy is likely exploiting the reward. Roll back to iteration {self.rollback}?"
+                f"{best.iteration} while {fall}: the policy is likely exploiting the reward. Roll back to iteration "
+                f"{self.rollback}?"
             )
         return (
             f"Since iteration {best.iteration} {fall} and the trained reward did not rise on the held-out prompts: "

@@ -49,9 +49,8 @@ class PromptList:
     train: list[str]  # what the run learns from
     held_out: list[str] = field(default_factory=list)  # what it is only judged by
     duplicates: int = 0  # how many were left out because they came before
-    notes: list[str] = field(
-        default_factory=list, compare=False
-    )  # what the user should know about them, a sentence each
+    # what the user should know about them, a sentence each
+    notes: list[str] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.train) + len(self.held_out)
@@ -197,7 +196,7 @@ def _json_prompts(text: str, name: str):
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f'Line {number} of {name} is not JSON: each line must be one object such as {{"prompt": "a red '
-                f'circle"}}.'
+                'circle"}.'
             ) from error
         if isinstance(value, dict):
             key = _named(list(value))

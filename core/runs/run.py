@@ -209,9 +209,8 @@ class Run:
         self.save(pictures)
 
     def _count(self, row: dict) -> None:
-        plain = json.loads(
-            json.dumps({"iteration": self.iteration, **finite(row)})
-        )  # or weights_only could not read them
+        # or weights_only could not read them
+        plain = json.loads(json.dumps({"iteration": self.iteration, **finite(row)}))
         self.metrics.append(plain)
         self.iteration += 1
 

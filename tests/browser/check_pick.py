@@ -187,9 +187,8 @@ def two_runs(page, server, dialog):
     assert dialog.get_by_text("All answered").is_visible()
     press(page, "Enter")
     assert page.evaluate("() => window.queued") == 1 and not dialog.count()
-    server.ask(
-        "ccc", live=False, seconds_left=None, group=2, groups=2
-    )  # the images of prompt 2 have changed, those of prompt 1 not
+    # the images of prompt 2 have changed, those of prompt 1 not
+    server.ask("ccc", live=False, seconds_left=None, group=2, groups=2)
     press(page, "1")
     assert picks() == "aaa: 5\nccc: 1"
     press(page, "Escape")

@@ -38,9 +38,8 @@ def widget(page, name):
 
 def check(page, name, pictures):
     page.load_api(graph(), f"tree {name}")
-    page.load_graph(
-        {**page.evaluate("() => app.graph.serialize()"), "id": str(uuid.uuid4())}, f"tree {name}"
-    )  # as saved workflows have one
+    # as saved workflows have one
+    page.load_graph({**page.evaluate("() => app.graph.serialize()"), "id": str(uuid.uuid4())}, f"tree {name}")
     tree, dialog = page.page.locator(".treerpo-tree"), page.page.locator(".treerpo-dialog")
     assert "appears here" in tree.inner_text()
     page.run()

@@ -18,11 +18,8 @@ from page import ROOT, Page, Problem
 from PIL import Image, ImageDraw, ImageOps
 
 sys.path[:0] = [str(ROOT / "tests")]
-LOOKS = {
-    "Comfy.Minimap.Visible": False,
-    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
-    "Comfy.Graph.CanvasInfo": False,
-}  # all text drawn, nothing over the graph
+# all text drawn, nothing over the graph
+LOOKS = {"Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0, "Comfy.Graph.CanvasInfo": False}
 
 SUBSTITUTE = """(kind) => {
     // loaders of big models -> the tiny model's outputs: [output of the loader, output of the tiny model]
@@ -81,12 +78,8 @@ AREA = """() => {
     return [...at(Math.min(...boxes.map((box) => box[0])), Math.min(...boxes.map((box) => box[1]))),
             ...at(Math.max(...boxes.map((box) => box[0] + box[2])), Math.max(...boxes.map((box) => box[1] + box[3])))];
 }"""
-OUTCOMES = [
-    "TreeRPOTrainer",
-    "TreeRPOPick",
-    "TreeRPOAdvantages",
-    "TreeRPOScore",
-]  # whose picture goes on the card, the first there is
+# whose picture goes on the card, the first there is
+OUTCOMES = ["TreeRPOTrainer", "TreeRPOPick", "TreeRPOAdvantages", "TreeRPOScore"]
 SHOWN = """(types) => {
     for (const type of types)
         for (const node of app.graph._nodes.filter((one) => one.type === type)) {
@@ -244,9 +237,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
-    shipped = sorted(
-        (path.stem for path in (ROOT / "workflows").glob("*.json")), key=lambda name: name == "compare"
-    )  # it needs the LoRA of first_steps
+    # it needs the LoRA of first_steps
+    shipped = sorted((path.stem for path in (ROOT / "workflows").glob("*.json")), key=lambda name: name == "compare")
     page, failed = Page(options.comfyui, options.nodes2, (2400, 1200)), 0
     page.settings |= LOOKS
     with page:

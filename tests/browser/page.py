@@ -203,9 +203,10 @@ def main(check):
         options.pictures.mkdir(parents=True, exist_ok=True)
     try:
         with Page(options.comfyui) as page:
+            # ComfyUI 0.3.64: not yet for users
             hidden = page.evaluate(
                 "() => app.ui.settings.settingsLookup?.['Comfy.VueNodes.Enabled']?.type === 'hidden'"
-            )  # ComfyUI 0.3.64: not yet for users
+            )
             for nodes2 in (False,) if hidden else (False, True):
                 page.nodes2(nodes2)
                 check(page, "nodes2" if nodes2 else "classic", options.pictures)

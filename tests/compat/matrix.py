@@ -37,9 +37,8 @@ ROWS = {
     "4.50": Row("3.10", ("transformers==4.50.3", "torch==2.5.1")),
     "4.57": Row("3.11", ("transformers==4.57.6", "torch==2.8.0")),
     "5.0": Row("3.12", ("transformers==5.0.0", "torch==2.11.0")),
-    "current": Row(
-        "3.13", ("transformers>=5.23", "torch==2.11.0")
-    ),  # torchaudio ends at 2.11, and ComfyUI needs the two to match
+    # torchaudio ends at 2.11, and ComfyUI needs the two to match
+    "current": Row("3.13", ("transformers>=5.23", "torch==2.11.0")),
     "newest-torch": Row("3.12", ("transformers>=5.23", "torch>=2.15"), without="torchaudio"),
     "image-reward": Row("3.11", ("torch==2.2.2", "torchvision==0.17.2"), comfyui=False),
 }

@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 # name: (height, width, mode). The models' inputs are 32 x 32. No picture but the square one has a long side of 32:
-# HPSv2's transform
-# forgets to pad those, and its network then fails.
+# HPSv2's transform forgets to pad those, and its network then fails.
 SIZES = {
     "portrait": (96, 64, "RGB"),
     "landscape": (64, 96, "RGB"),
