@@ -46,7 +46,7 @@ def open_run(folder, resume_from=None, config=CONFIG) -> Run:
 
 
 def learn(run) -> dict:
-    """One update that depends on everything a resume must bring back: weights, moments, average, extra, random state."""
+    """One update that depends on everything a resume must bring back: weights, moments, average, extra, random."""
     optimizer = run.adamw(0.05, weight_decay=0.01)
     for parameter, average in zip(run.adapters.parameters(), run.ema.shadow):
         parameter.grad = 0.1 * parameter.detach() + 0.1 * average + torch.randn(parameter.shape)
@@ -349,7 +349,7 @@ def test_a_kill_at_any_file_operation_changes_nothing(links, through, tmp_path, 
 
 
 def test_what_was_due_once_is_not_done_again(folder):
-    """A rollback leaves a later best/ alone, and an iteration after it is not taken for the best or for a checkpoint."""
+    """A rollback leaves a later best/ alone, and what comes after it is not taken for the best."""
     run = open_run(folder)
     for _ in range(3):
         run.record(learn(run))
@@ -689,7 +689,8 @@ def test_damaged_states_are_refused_in_one_sentence_and_run_no_code(folder):
         corrupt(folder / "state.pt", data)
         with pytest.raises(
             DamagedCheckpoint,
-            match=r"^The checkpoint \S+state.pt cannot be read \(\w+\): it is damaged or not one of TreeRPO's; move it away "
+            match=r"^The checkpoint \S+state.pt cannot be read \(\w+\): it is damaged or not one of TreeRPO's; "
+            r"move it away "
             r"to begin again, or choose another run name\.$",
         ):
             open_run(folder)
@@ -775,7 +776,8 @@ def test_a_newer_format_is_refused_and_todays_first_one_is_read(folder):
     corrupt(folder / "state.pt", saved({**state, "format": checkpoint.FORMAT + 1, "adapters": "something new"}))
     with pytest.raises(
         ValueError,
-        match=r"was made by a newer TreeRPO \(format 3, this one reads up to 2\): update TreeRPO, or choose another run name.$",
+        match=r"was made by a newer TreeRPO \(format 3, this one reads up to 2\): update TreeRPO, or "
+        r"choose another run name.$",
     ):
         open_run(folder)
     first = {key: state[key] for key in ("iteration", "adapters", "optimizer", "metrics", "config")}
@@ -791,7 +793,8 @@ def test_checkpoints_of_another_model_are_refused(folder):
     train(open_run(folder), until=2)
     with pytest.raises(
         ValueError,
-        match=r"^Run 'run' was begun with other settings \(base_model 'Flux' -> 'SD3'\): set them back or choose another run name.$",
+        match=r"^Run 'run' was begun with other settings \(base_model 'Flux' -> 'SD3'\): set them back or "
+        r"choose another run name.$",
     ):
         open_run(folder, config={**CONFIG, "base_model": "SD3"})
     with pytest.raises(

@@ -24,7 +24,9 @@ OPTIONAL = (
 ABSENT = f"""
 import importlib.machinery as machinery
 found = machinery.PathFinder.find_spec
-machinery.PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None: None if name.split(".")[0] in {OPTIONAL} else found(name, path, target))
+machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: None if name.split(".")[0] in {OPTIONAL} else found(name, path, target)
+)
 """
 
 
