@@ -249,7 +249,7 @@ def make_parser():
     demo = commands.add_parser("demo", help="train the embedded model in ComfyUI and show before and after")
     demo.add_argument("--model", choices=("flux", "sd3"), default="flux")
     demo.add_argument("--comfyui", metavar="PATH", help="the ComfyUI to use (default: the one that is found)")
-    demo.add_argument("--iterations", type=positive, default=16, metavar="N")
+    demo.add_argument("--iterations", type=positive, default=60, metavar="N")
     demo.add_argument("--out", default="demo_output", metavar="DIR")
     demo.add_argument("--seed", type=int, default=0, metavar="S")
     commands.add_parser("test", help="run the test suite", add_help=False, allow_abbrev=False)

@@ -3,12 +3,13 @@ each.
 
 The text features of all captions are encoded once and cut to their first 12 tokens: captions have 9, and the embedded
 models were mostly trained on 12, so this only saves time. Cost is counted in forwards: one latent through the network
-is 1, one that is also back-propagated `unit` (measured). Evaluations are not counted: 32 plain ODE samples of the
-training captions from fixed noise. The VAE decodes in bfloat16 and chunks of 4, 3x faster on a CPU: one image would
-otherwise cost as much as 28 forwards.
+is 1, one that is also back-propagated `unit` (measured). Evaluations are not counted: 48 plain ODE samples of captions
+that no run is trained on, from fixed noise, looked at by embedded/judge.py, which shares nothing with a reward. The VAE
+decodes in bfloat16 and chunks of 4, 3x faster on a CPU: one image would otherwise cost as much as 28 forwards.
 """
 
 import copy
+import importlib
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,11 @@ import host
 from iteration import network_passes
 
 TOKENS, STEPS = 12, 10  # text tokens kept; sampling steps
-RANK, ALPHA, TARGETS = 8, 16, "attention+mlp"
+RANK, ALPHA, TARGETS = 8, 16, "all linear"
+EVALUATED = 48  # pictures per evaluation
+COMMON = {"palette": "pastel", "backdrop": "dotted", "face": "smiling"}  # a tenth of the base's pictures
+RARE = {"palette": "vivid", "fill": "outline", "backdrop": "dotted", "frame": "framed", "face": "smiling"}  # a fortieth
+WISHES = {"size": {}, "taste": COMMON, "rare": RARE, "follow": {}, "demo": COMMON}
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Method:
 def methods() -> dict[str, Method]:
     """About 420 cost units per iteration each, so that the baselines get fewer images and the trees more prompts; those
     called *_inner2 take two optimizer steps on the same images, those called *_1prompt cost about 105 and so take four
-    times as many iterations.
+    times as many iterations; tree_b8w1_1prompt, eight siblings that part at the first step, costs 36.
     """
     tree = {"tail": 0.4}
     return {
@@ -58,13 +63,14 @@ def methods() -> dict[str, Method]:
         "tree_b3w3_inner2": Method(3, {**tree, "branching": 3, "depth": 3}, inner=2, learning_rate=3e-3),
         "window_1prompt": Method(1, {"branching": 1, "depth": 3, "trees": 6}, retain=False),
         "tree_b3w3_1prompt": Method(1, {**tree, "branching": 3, "depth": 3}),
+        "tree_b8w1_1prompt": Method(1, {**tree, "branching": 8, "depth": 1, "window": "fixed", "fixed": 0}),
     }
 
 
 class Lab:
     """One embedded model and one reward; `open(seed)` gives a fresh LoRA policy to train."""
 
-    def __init__(self, pack, model: str, reward: str):
+    def __init__(self, pack, model: str, reward: str, each: str = "mean"):
         import torch
 
         self.core, self.shapes = pack.core, pack.embedded.shapes
@@ -72,16 +78,21 @@ class Lab:
         texts = self.shapes.captions()
         wanted = torch.arange(len(texts))
         shape, colour, background = self.shapes.labels(wanted)
-        if reward == "size":  # every shape in every colour
-            self.index = wanted[background == (shape + colour) % len(self.shapes.BACKGROUNDS)]
-        else:  # what the models draw worst; the other captions are at .99 and leave nothing to learn
-            self.index = wanted[(background == 1) & (shape % 2 == 1)]
+        held_out = (shape + colour) % 4 == 0  # 24 of the 96: two colours of every shape, on all backgrounds
+        self.index = torch.cat([wanted[~held_out], wanted[held_out]])
+        self.training = int((~held_out).sum())
         positive, _ = self.graph.prompts("\n".join(texts[i] for i in self.index))
         with torch.inference_mode():
             self.positive = [[context[:, :TOKENS], options] for context, options in positive]
         self.sigmas = self.graph.sigmas(STEPS).clone().float()
-        self.classifier = self.shapes.load_classifier()
-        self.size = pack.core.rewards.measure.Measure("foreground size")
+        self.texts = [texts[i] for i in self.index]
+        self.wish, load = WISHES[reward], pack.core.rewards.load
+        self.scorer = (
+            load("measure", "foreground size")
+            if reward == "size"
+            else load("drawing", wish=self.wish, follow=reward in ("follow", "demo"), each=each)
+        )
+        self.judge = importlib.import_module(f"{pack.__name__}.embedded.judge").judge
         with torch.inference_mode():
             self.decoder = copy.deepcopy(self.graph.vae.first_stage_model).to(
                 torch.bfloat16, memory_format=torch.channels_last
@@ -104,15 +115,37 @@ class Lab:
             ]
             return self.graph.vae.process_output(torch.cat(parts).float()).movedim(1, -1).clone()
 
-    def judge(self, images, rows, reward: str):
-        """Rewards [B]. rows: number of each image's caption among this lab's."""
-        if reward == "size":
-            return self.size.score(images, [""] * len(images)).clone()
-        return self.shapes.score(images, self.index[rows], self.classifier)["shape_probability"].clone()
-
     def score(self, velocity, leaves, rows):
-        """Rewards [B] of denoised latents; the pictures are not kept."""
-        return self.judge(self.decode(velocity.process_out(leaves)), rows, self.reward)
+        """Rewards [B] of denoised latents; the pictures are not kept. rows: number of each one's caption among this
+        lab's.
+        """
+        return self.scorer.score(self.decode(velocity.process_out(leaves)), [self.texts[i] for i in rows]).clone()
+
+    def look(self, images, rows) -> dict[str, float]:
+        """Means over pictures [B, H, W, 3], by the judge and not by the reward.
+
+        taste: share with every wished style (0 where none is wished for); follows: share with the asked shape and
+        colour; quality: how well they are drawn; diversity: mean entropy, in bits, of the styles nobody wished for.
+        """
+        import torch
+
+        found = self.judge(images)
+        shape, colour, _ = self.shapes.labels(self.index[rows])
+        met = torch.stack(
+            [found[name] == self.shapes.STYLES[name].index(value) for name, value in self.wish.items()]
+            or [torch.zeros(len(images), dtype=torch.bool)]
+        )
+        shares = torch.stack(
+            [found[name].double().mean() for name in self.shapes.STYLES if name not in self.wish]
+            or [torch.zeros((), dtype=torch.double)]
+        )
+        entropy = -(torch.xlogy(shares, shares) + torch.xlogy(1 - shares, 1 - shares)) / math.log(2)
+        return {
+            "taste": float(met.all(0).double().mean()),
+            "follows": float(((found["shape"] == shape) & (found["colour"] == colour)).double().mean()),
+            "quality": float(found["quality"].mean()),
+            "diversity": float(entropy.mean()),
+        }
 
 
 class Policy:
@@ -173,22 +206,23 @@ class Policy:
             unit.append(host.timed(learn))
         return min(forward) / batch, min(unit) / min(forward)
 
-    def evaluate(self) -> tuple[float, float]:
-        """(mean reward, share that still has the asked colours) of 32 plain ODE samples, from noise that is always the
-        same.
-        """
+    def pictures(self):
+        """(EVALUATED pictures [B, H, W, 3] of held-out captions, their rows): plain ODE samples of the same noise."""
         import torch
 
-        x = self.lab.core.method.noise.roots((16, 8, 8), 12345, 0, list(range(32)), 1).to(self.velocity.device)
-        rows = torch.arange(32) % len(self.lab.index)
+        count = range(EVALUATED)
+        x = self.lab.core.method.noise.roots((16, 8, 8), 12345, 0, list(count), 1).to(self.velocity.device)
+        rows = [self.lab.training + i % (len(self.lab.index) - self.lab.training) for i in count]
         table = [float(s) for s in self.lab.sigmas]
         for s, n in zip(table, table[1:]):
             x = x + (n - s) * self.velocity(x, s, rows)
-        images = self.lab.decode(self.velocity.process_out(x))
-        scores = self.lab.shapes.score(images, self.lab.index[rows], self.lab.classifier)
-        return float(self.lab.judge(images, rows, self.lab.reward).mean()), float(
-            (scores["colour"] * scores["background"]).mean()
-        )
+        return self.lab.decode(self.velocity.process_out(x)), torch.tensor(rows)
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean reward of `pictures`, and what the judge sees in them."""
+        images, rows = self.pictures()
+        reward = self.lab.scorer.score(images, [self.lab.texts[i] for i in rows])
+        return {"reward": float(reward.mean()), **self.lab.look(images, rows)}
 
     def grow(self, method: Method, start: int):
         """(forest, caption of every leaf) of this iteration; prompts and noise depend on seed and iteration alone."""
@@ -197,7 +231,7 @@ class Policy:
         core = self.lab.core
         shape = core.method.tree.TreeShape(**method.shape)
         order = torch.randperm(
-            len(self.lab.index), generator=core.method.noise.generator(self.seed, "prompts", self.iteration)
+            self.lab.training, generator=core.method.noise.generator(self.seed, "prompts", self.iteration)
         )
         prompts = order[: method.prompts].tolist()
         roots = core.method.noise.roots((16, 8, 8), self.seed, self.iteration + 1, prompts, shape.trees).to(
@@ -260,17 +294,14 @@ class Policy:
 
 
 def train(lab: Lab, method: Method, seed: int, budget: float, evaluations: int = 3) -> dict:
-    """Train until `budget` cost units are spent. Lists of cost, seconds, mean reward and share of intact pictures:
-    before the training, where a fresh LoRA is the base model whatever the seed, and `evaluations` times on the way.
+    """Train until `budget` cost units are spent. Lists of cost, seconds and what `evaluate` gives: before the training,
+    where a fresh LoRA is the base model whatever the seed, and `evaluations` times on the way.
     """
     with lab.open(seed) as policy:
         lab.untrained = lab.untrained or policy.evaluate()
-        rows = [(0.0, 0.0, *lab.untrained)]
+        rows = [{"cost": 0.0, "seconds": 0.0, **lab.untrained}]
         for mark in range(1, evaluations + 1):
             while policy.cost < budget * mark / evaluations - 1e-9:
                 policy.learn(method)
-            rows.append((policy.cost, policy.seconds, *policy.evaluate()))
-        return {
-            **dict(zip(("cost", "seconds", "reward", "intact"), map(list, zip(*rows)))),
-            "iterations": policy.iteration,
-        }
+            rows.append({"cost": policy.cost, "seconds": policy.seconds, **policy.evaluate()})
+        return {**{key: [row[key] for row in rows] for key in rows[0]}, "iterations": policy.iteration}

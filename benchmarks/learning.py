@@ -4,7 +4,8 @@ Parts: tune (learning rate per method, on seeds of its own), snr (gradient signa
 curves), tail (what shortening the tail does to the leaves), ablations, report (tables and plots from the files of the
 other parts). Run one by one:
 
-    python3 run.py bench learning --part tune|snr|main|tail|ablations|report [--model flux|sd3] [--reward size|shape]
+    python3 run.py bench learning --part tune|snr|main|tail|ablations|report [--model flux|sd3]
+                                  [--reward size|taste|rare|follow]
 
 Every part writes its file in benchmarks/results/ as it goes (or to --json), and main goes on from what its file has: a
 complete file is only shown again. How runs are made: common_runs.py.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import host
 from common_runs import STEPS, Lab, Method, methods, train
-from learning_report import DEFAULT, compare, interval, read, report, table, tail_table
+from learning_report import DEFAULT, JUDGED, compare, interval, read, report, table, tail_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = (1e-3, 3e-3, 3e-4)
@@ -164,7 +165,9 @@ def main_part(lab: Lab, options) -> None:
             row["runs"].append(run)
             print(
                 f"{options.model} {options.reward} seed {seed} {name}: {run['reward'][0]:.3f} -> "
-                f"{run['reward'][-1]:.3f}, intact {run['intact'][-1]:.2f}, {run['iterations']} iterations, "
+                f"{run['reward'][-1]:.3f}, judge: "
+                + ", ".join(f"{key} {run[key][-1]:.2f}" for key in JUDGED)
+                + f", {run['iterations']} iterations, "
                 f"{run['seconds'][-1]:.0f} s",
                 flush=True,
             )
@@ -194,7 +197,7 @@ def tail(lab: Lab, options) -> None:
     """
     path = options.json or RESULTS / "tail.json"
     results = read(path)
-    place = options.model if options.reward == "size" else f"{options.model}_weak_captions"
+    place = f"{options.model}_{options.reward}"
     found = results[place] = {}
     share = lab.core.method.windows.probabilities(STEPS, 3, 0.5).tolist()
     qs = (0.2, 0.4, 0.6, 0.8)
@@ -205,14 +208,7 @@ def tail(lab: Lab, options) -> None:
                 forest, rows = policy.grow(
                     methods()[DEFAULT].but(prompts=options.iterations, retain=False, shape={"tail": q}), start
                 )
-                images = lab.decode(policy.velocity.process_out(forest.leaves))
-                leaves[q] = (
-                    forest.leaves,
-                    {
-                        reward: lab.judge(images, rows, reward).view(options.iterations, -1)
-                        for reward in ("size", "shape")
-                    },
-                )
+                leaves[q] = forest.leaves, lab.score(policy.velocity, forest.leaves, rows).view(options.iterations, -1)
             policy.iteration += 1
             whole, rewards = leaves[1.0]
             groups = whole.view(options.iterations, -1, whole[0].numel())
@@ -220,10 +216,6 @@ def tail(lab: Lab, options) -> None:
             for q in qs:
                 row = found.setdefault(f"{q:g}", {"per_start": []})
                 distance = (leaves[q][0] - whole).flatten(1).norm(dim=1)
-                correlations = {
-                    name: [spearman(a, b) for a, b in zip(leaves[q][1][name], scores)]
-                    for name, scores in rewards.items()
-                }
                 row["per_start"].append(
                     {
                         "start": start,
@@ -231,11 +223,11 @@ def tail(lab: Lab, options) -> None:
                         "of": STEPS - 3 - start,
                         "relative_distance": float((distance / whole.flatten(1).norm(dim=1)).mean()),
                         "distance_to_spread": float(distance.mean() / spread),
-                        **{f"spearman_{reward}": statistics.mean(values) for reward, values in correlations.items()},
+                        "spearman": statistics.mean(spearman(a, b) for a, b in zip(leaves[q][1], rewards)),
                     }
                 )
     for row in found.values():
-        for key in ("relative_distance", "distance_to_spread", "spearman_size", "spearman_shape"):
+        for key in ("relative_distance", "distance_to_spread", "spearman"):
             row[key] = sum(p * at[key] for p, at in zip(share, row["per_start"]))
     tail_table({place: found})
     host.save({**results, "prompts_per_start": options.iterations}, path)
@@ -302,7 +294,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("tune", "snr", "main", "tail", "ablations", "report"), default="main")
     parser.add_argument("--model", choices=("flux", "sd3"), default="flux")
-    parser.add_argument("--reward", choices=("size", "shape"), default="size")
+    parser.add_argument("--reward", choices=("size", "taste", "rare", "follow"), default="taste")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=2500, help="cost of a run, in forwards (default 2500)")
     parser.add_argument(

@@ -9,6 +9,7 @@ from pathlib import Path
 import host
 
 DEFAULT = "tree_b3w3"  # the tree that `cost_ratio_to_tree` speaks of, and that the ablations change
+JUDGED = ("taste", "follows", "quality", "diversity")  # what the judge by rules sees in held-out pictures
 T95 = {
     1: 12.7,
     2: 4.30,
@@ -101,7 +102,7 @@ def compare(results: dict, snr: dict) -> None:
         row["final_minus_window"] = interval(
             [at(run["cost"], run["reward"], budget) - w for run, w in zip(row["runs"], window)]
         )
-        row["intact"] = statistics.mean(run["intact"][-1] for run in row["runs"])
+        row["judged"] = {key: statistics.mean(run[key][-1] for run in row["runs"]) for key in JUDGED}
         row["snr_per_cost"] = snr.get("methods", {}).get(name, {}).get("snr_per_cost")
         row["cost_ratio"] = {
             tree: ratio(row["runs"], found[tree]["runs"], budget) for tree in found if tree.startswith("tree")
@@ -122,7 +123,7 @@ def table(results: dict) -> None:
     )
     print(
         f"{'':18}{'rate':>8}{'iterations':>11}{'final reward':>18}"
-        f"{'minus window (95 %)':>22}{'intact':>8}{'SNR/1000':>10}{'seconds':>9}"
+        f"{'minus window (95 %)':>22}" + "".join(f"{key:>10}" for key in JUDGED) + f"{'SNR/1000':>10}{'seconds':>9}"
         "   its cost / a tree's cost for its final reward"
     )
     for name, row in results["methods"].items():
@@ -132,7 +133,9 @@ def table(results: dict) -> None:
         print(
             f"{name:18}{row['learning_rate']:8g}{iterations:11.1f}{row['final']:10.3f} "
             f"+-{row['final_std']:5.3f}{gap['difference']:+13.3f} +-"
-            f"{gap['interval']:6.3f}{row['intact']:8.2f}{number(row['snr_per_cost']):>10}"
+            f"{gap['interval']:6.3f}"
+            + "".join(f"{row['judged'][key]:10.2f}" for key in JUDGED)
+            + f"{number(row['snr_per_cost']):>10}"
             f"{row['curve']['seconds'][-1]:9.1f}   "
             f"{ratios}   ({DEFAULT}: {low_high})"
         )
@@ -140,7 +143,7 @@ def table(results: dict) -> None:
 
 
 def levels_table(results: dict) -> None:
-    """Cost, and share of intact pictures, where the mean curves first reach some rewards on the way to the window
+    """Cost, and quality of the pictures, where the mean curves first reach some rewards on the way to the window
     baseline's last one.
     """
     methods, budget = results["methods"], results["budget"]
@@ -149,20 +152,18 @@ def levels_table(results: dict) -> None:
     levels = [first + (last - first) * share for share in (0.5, 0.75, 1.0)]
     results["cost_to_reach"] = {}
     print(
-        f"{'cost to reach':18}"
-        + "".join(f"{level:20.3f}" for level in levels)
-        + "   (share of pictures with the asked colours there)"
+        f"{'cost to reach':18}" + "".join(f"{level:20.3f}" for level in levels) + "   (quality of the pictures there)"
     )
     for name, row in methods.items():
         costs = [cost_to_reach(row["curve"], level) for level in levels]
-        intact = [
-            cost and statistics.mean(at(run["cost"], run["intact"], min(cost, budget)) for run in row["runs"])
+        seen = [
+            cost and statistics.mean(at(run["cost"], run["quality"], min(cost, budget)) for run in row["runs"])
             for cost in costs
         ]
         results["cost_to_reach"][name] = [
-            {"reward": level, "cost": cost, "intact": share} for level, cost, share in zip(levels, costs, intact)
+            {"reward": level, "cost": cost, "quality": share} for level, cost, share in zip(levels, costs, seen)
         ]
-        print(f"{name:18}" + "".join(f"{number(cost, 0):>12}  ({number(share)})" for cost, share in zip(costs, intact)))
+        print(f"{name:18}" + "".join(f"{number(cost, 0):>12}  ({number(share)})" for cost, share in zip(costs, seen)))
 
 
 def ablation_table(results: dict) -> None:
@@ -192,6 +193,7 @@ def plot(panels: list[dict], path: Path) -> None:
         "tree_b3w3_inner2": (0, 150, 200),
         "window_1prompt": (220, 160, 40),
         "tree_b3w3_1prompt": (140, 60, 180),
+        "tree_b8w1_1prompt": (90, 60, 40),
     }
     width, height, columns = 620, 380, min(2, len(panels))
     lines = -(-len(panels) // columns)
@@ -236,9 +238,8 @@ def tail_table(results: dict) -> None:
             print(
                 f"{model} q {q}: distance {row['relative_distance']:.3f} of the latent's length, "
                 f"{row['distance_to_spread']:.2f} of the spread "
-                f"in a group; Spearman size {row['spearman_size']:.3f}, shape {row['spearman_shape']:.3f}; size by "
-                "window start "
-                + " ".join(f"{place['start']}:{place['spearman_size']:.2f}" for place in row["per_start"])
+                f"in a group; Spearman {row['spearman']:.3f}; by window start "
+                + " ".join(f"{place['start']}:{place['spearman']:.2f}" for place in row["per_start"])
             )
 
 
@@ -263,7 +264,7 @@ def read(path: Path) -> dict:
 def report(folder: Path, target: Path | None = None) -> None:
     """Print every table there is, join the main files in learning.json, draw the curves."""
     panels = {}
-    for name in (f"{model}_{reward}" for reward in ("size", "shape") for model in ("flux", "sd3")):
+    for name in (f"{model}_{reward}" for reward in ("size", "taste", "rare", "follow") for model in ("flux", "sd3")):
         results, snr = read(folder / f"learning_{name}.json"), read(folder / f"snr_{name}.json")
         if results:
             compare(results, snr)

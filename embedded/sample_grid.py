@@ -1,4 +1,4 @@
-"""Sample the embedded models through ComfyUI's own loaders and KSampler, save a grid and report how good it is.
+"""Sample the embedded models through ComfyUI's own loaders and KSampler, save a grid and report what the judge sees.
 
 python embedded/sample_grid.py flux|sd3 --comfyui PATH [--grid FILE.png] [--each 2] [--steps 10] [--cfg 1]
 """
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
-import shapes  # noqa: E402
-from clip_l import random_clip_l  # noqa: E402
+sys.path.insert(0, str(FOLDER.parent))
+from embedded import judge, shapes  # noqa: E402
+from embedded.clip_l import random_clip_l  # noqa: E402
 
 
 def open_comfyui(path: str) -> None:
@@ -39,7 +39,8 @@ def load(kind: str, folder: Path = FOLDER) -> tuple:
 
 def encode(clip, texts: list[str]) -> list:
     """One conditioning entry whose rows are the prompts."""
-    found = [clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in texts]
+    known = {text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in set(texts)}
+    found = [known[text] for text in texts]
     return [[torch.cat([c for c, _ in found]), {"pooled_output": torch.cat([p for _, p in found])}]]
 
 
@@ -81,6 +82,8 @@ def main() -> None:
     parser.add_argument("kind", choices=("flux", "sd3"))
     parser.add_argument("--comfyui", required=True, help="folder of a ComfyUI checkout")
     parser.add_argument("--grid", type=Path, help="PNG to write")
+    parser.add_argument("--shown", type=int, default=96, help="pictures in the grid")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the model's file is")
     parser.add_argument("--each", type=int, default=2, help="pictures per caption")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cfg", type=float, default=1.0)
@@ -88,7 +91,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=shapes.SIZE)
     options = parser.parse_args()
     open_comfyui(options.comfyui)
-    models = load(options.kind)
+    models = load(options.kind, options.folder)
     index = torch.arange(96).repeat(options.each)
     # sheets of 24, the batch that a small training run uses
     parts = [
@@ -97,10 +100,19 @@ def main() -> None:
     ]
     images = torch.cat([part for part, _ in parts])
     if options.grid:
-        save_grid(images[:96], index[:96], options.grid)
-    found = shapes.score(images, index, shapes.load_classifier())
-    report = {name: round(values.mean().item(), 3) for name, values in found.items()}
-    report["size_std"] = round(found["size"].std().item(), 3)
+        save_grid(images[: options.shown], index[: options.shown], options.grid)
+    found = judge.judge(images)
+    asked = dict(zip(("shape", "colour", "background"), shapes.labels(index)))
+    right = {name: found[name] == number for name, number in asked.items()}
+    shares = {name: found[name] for name in shapes.STYLES}
+    report = {
+        **{name: hit.double().mean() for name, hit in right.items()},
+        "shape and colour": (right["shape"] & right["colour"]).double().mean(),
+        **{values[1]: shares[name].double().mean() for name, values in shapes.STYLES.items()},
+        "quality": found["quality"].mean(),
+        "quality above .8": (found["quality"] > 0.8).double().mean(),
+    }
+    report = {name: round(float(value), 3) for name, value in report.items()}
     report["seconds_per_24"] = round(sum(seconds for _, seconds in parts[1:]) / len(parts[1:]), 2)
     sys.stdout.write(json.dumps(report) + "\n")
 

@@ -1,19 +1,19 @@
-"""Synthetic shapes: the data that the embedded models draw, and how drawings of it are scored.
+"""Synthetic shapes: the data that the embedded models draw, as drawings with captions.
 
-An image shows one of 4 shapes in one of 8 colours on one of 3 plain backgrounds. Everything here needs
-torch alone (Pillow only to save a grid), runs on any device, and is deterministic given a torch.Generator.
-Images are float tensors [B, 3, H, W] with values in 0..1; `score` also takes ComfyUI's [B, H, W, 3].
+An image shows what its caption says, one of 4 shapes in one of 8 colours on one of 3 backgrounds, in styles that no
+caption names: pastel or vivid, filled or an outline, dotted or plain, framed or not, smiling or not. Everything here
+needs torch alone and is deterministic given a torch.Generator. Images are float tensors [B, 3, H, W] in 0..1.
 """
 
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 SIZE = 64
-JITTER = 4  # pixels the centre may be off the middle, each way
-RADIUS = (0.21, 0.31)  # of SIZE
+JITTER = 2  # pixels the centre may be off the middle, each way
+RADIUS = (0.28, 0.33)  # of SIZE
+LINE, FRAME = 0.22, 26.5  # thickness of an outline over the radius; pixels from the middle to the frame
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (0.86, 0.08, 0.10),
@@ -25,12 +25,26 @@ COLOURS = {
     "cyan": (0.05, 0.80, 0.88),
     "pink": (0.98, 0.50, 0.75),
 }
-BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.50, 0.50, 0.50), "black": (0.04, 0.04, 0.04)}
+BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.36, 0.36, 0.36), "black": (0.04, 0.04, 0.04)}
+DOTS, INK = [(0.70,) * 3, (0.68,) * 3, (0.46,) * 3], [(0.2,) * 3, (0.9,) * 3, (0.9,) * 3]  # on each background
+STYLES = {
+    "palette": ("vivid", "pastel"),
+    "fill": ("filled", "outline"),
+    "backdrop": ("plain", "dotted"),
+    "frame": ("unframed", "framed"),
+    "face": ("faceless", "smiling"),
+}
+SHARES = (0.5, 0.5, 0.5, 0.5, 0.4)  # how often each style is the second of its pair
+PASTEL = 0.5  # of the way to white
+PARTNERS = (2, 5, 0, 6, 7, 1, 3, 4)  # the colour that a careless caption gives: red and blue, green and purple, ...
+CONFUSED = 0.3
 FOLDER = Path(__file__).resolve().parent
 
 # ComfyUI turns a VAE's latent x into (x - shift) * scale before the diffusion model sees it. The file is in FLUX's
 # units.
 SCALE, SHIFT = 0.3611, 0.1159
+# residual blocks of TAESD whose convolutions are zero: not trained, and not in the file
+ZERO_BLOCKS = {"taesd_encoder": (1, 4, 5, 8, 9, 13), "taesd_decoder": (5, 10, 14, 15, 18)}
 
 
 def captions() -> list[str]:
@@ -49,14 +63,26 @@ def labels(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return index // per_shape, index // len(BACKGROUNDS) % len(COLOURS), index % len(BACKGROUNDS)
 
 
-def caption_index(text: str) -> int | None:
-    """The number of the caption that names the same shape, colour and background; None if some is missing."""
+def asked(text: str) -> dict[str, int]:
+    """The shape, colour and background that a prompt names, as numbers; what it does not name is missing."""
     words = text.lower().replace("grey", "gray").replace(",", " ").split()
-    for i, caption in enumerate(captions()):
-        _, colour, shape, _, _, background, _ = caption.split()
-        if colour in words and shape in words and background in words:
-            return i
-    return None
+    known = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
+    return {what: number for what, names in known.items() for number, name in enumerate(names) if name in words}
+
+
+def random_styles(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """[n, 5] of 0 and 1, one column for each of STYLES: what no caption says, drawn at random."""
+    return (torch.rand(n, len(STYLES), generator=generator) < torch.tensor(list(SHARES))).long()
+
+
+def confused(index: Tensor, generator: torch.Generator | None = None, share: float = CONFUSED) -> Tensor:
+    """Caption numbers as a careless writer gives them: in `share` of them the shape is its partner's (circle and
+    square, triangle and cross), and independently in `share` the colour (PARTNERS)."""
+    shape, colour, background = labels(index)
+    wrong = torch.rand(2, len(index), generator=generator) < share
+    shape = shape.where(~wrong[0], shape ^ 1)
+    colour = colour.where(~wrong[1], torch.tensor(PARTNERS)[colour])
+    return (shape * len(COLOURS) + colour) * len(BACKGROUNDS) + background
 
 
 def distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
@@ -66,10 +92,24 @@ def distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     r = 1.35 * radius
     yc = y - r / 4  # middle of the triangle's height, not its centroid, goes to the centre
     triangle = torch.maximum(yc - r / 2, 0.866025 * x.abs() - yc / 2 - r / 2)
-    arm, half = 1.1 * radius, 0.4 * radius
+    arm, half = 1.15 * radius, 0.46 * radius
     bars = [torch.maximum(a.abs() - arm, b.abs() - half) for a, b in ((x, y), (y, x))]
     cross = torch.minimum(*bars)
     return torch.stack([circle, square, triangle, cross]).gather(0, shape.expand_as(x)[None])[0]
+
+
+def smile(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Signed distance to two eyes and a mouth in the middle of the shape."""
+    y = y - 0.25 * radius * (shape == 2)  # a triangle is wide further down
+    eyes = torch.hypot(x.abs() - 0.31 * radius, y + 0.12 * radius) - 0.115 * radius
+    mouth = (torch.hypot(x, y - 0.02 * radius) - 0.34 * radius).abs() - 0.07 * radius
+    return torch.minimum(eyes, torch.maximum(mouth, 0.14 * radius - y))
+
+
+def paint(colour: Tensor, pastel: Tensor) -> Tensor:
+    """RGB [n, 3] of colours by number: as in COLOURS, or halfway to white where `pastel`."""
+    vivid = torch.tensor(list(COLOURS.values()))[colour]
+    return vivid + PASTEL * pastel[:, None] * (1 - vivid)
 
 
 def draw(
@@ -78,99 +118,53 @@ def draw(
     size: int = SIZE,
     radius: tuple[float, float] = RADIUS,
     jitter: float = JITTER,
+    styles: Tensor | None = None,
 ) -> Tensor:
-    """Draw one image for each caption index: [B, 3, size, size] in 0..1, edges anti-aliased."""
+    """Draw one image for each caption index: [B, 3, size, size] in 0..1, edges anti-aliased.
+
+    styles: [B, 5] of 0 and 1 in the order of STYLES; None: at random.
+    """
     n = len(index)
-    shape, colour, background = labels(index)
+    styles = random_styles(n, generator) if styles is None else styles
     offset = (torch.rand(n, 2, generator=generator) * 2 - 1) * jitter * size / SIZE
     low, high = radius
-    r = (low + (high - low) * torch.rand(n, generator=generator)) * size
+    return render(index, styles, offset, (low + (high - low) * torch.rand(n, generator=generator)) * size, size)
+
+
+def render(index: Tensor, styles: Tensor, offset: Tensor, radius: Tensor, size: int = SIZE) -> Tensor:
+    """[B, 3, size, size] in 0..1. offset: [B, 2], x and y in pixels from the middle; radius: [B] in pixels."""
+    n = len(index)
+    shape, colour, background = labels(index)
+    pastel, outline, dots, framed, face = (column[:, None, None] for column in styles.T)
+    r = radius[:, None, None]
     grid = torch.arange(size) + 0.5 - size / 2
-    x = (grid[None, None, :] - offset[:, :1, None]).expand(n, size, size)
-    y = (grid[None, :, None] - offset[:, 1:, None]).expand(n, size, size)
-    alpha = (0.5 - distance(shape[:, None, None], x, y, r[:, None, None])).clamp(0, 1)[:, None]
-    front = torch.tensor(list(COLOURS.values()))[colour][:, :, None, None]
-    back = torch.tensor(list(BACKGROUNDS.values()))[background][:, :, None, None]
-    return back + alpha * (front - back)
+    x, y = grid[None, None, :].expand(n, size, size), grid[None, :, None].expand(n, size, size)
+    unit = size / SIZE
+    u, v = x - offset[:, :1, None], y - offset[:, 1:, None]
+    far = distance(shape[:, None, None], u, v, r)
+    ring = torch.maximum(far, -far - LINE * r)  # of the outline
+    cell = [(a + size / 2) % (8 * unit) - 4 * unit for a in (x, y)]  # dots: one in every 8 x 8 pixels
+    edge = torch.maximum(x.abs(), y.abs()) - FRAME * unit
+    layers = [  # what is drawn, over each other: signed distance, RGB
+        (torch.where(dots > 0, torch.hypot(*cell) - 1.7 * unit, torch.inf), table(DOTS, background)),
+        (torch.where(framed > 0, edge.abs() - 1.5 * unit, torch.inf), table(INK, background)),
+        (far, table(BACKGROUNDS.values(), background)),
+        (torch.where(outline > 0, ring, far), paint(colour, pastel[:, 0, 0])),
+    ]
+    inside = torch.where(outline[:, :, 0] > 0, layers[2][1], layers[3][1])
+    light = inside @ torch.tensor((0.3, 0.59, 0.11))
+    ink = torch.where(light[:, None] > 0.42, 0.06, 0.97).expand(n, 3)
+    layers.append((torch.where(face > 0, smile(shape[:, None, None], u, v, r), torch.inf), ink))
+    image = table(BACKGROUNDS.values(), background)[:, :, None, None].expand(n, 3, size, size)
+    for signed, rgb in layers:
+        alpha = (0.5 - signed).clamp(0, 1)[:, None]
+        image = image + alpha * (rgb[:, :, None, None] - image)
+    return image
 
 
-def foreground(images: Tensor, threshold: float = 0.2) -> Tensor:
-    """Mask [B, H, W]: where some channel differs from the background, the mean of the four 3 px corners."""
-    c = 3
-    corners = torch.cat(
-        [images[..., a, b].flatten(2) for a in (slice(c), slice(-c, None)) for b in (slice(c), slice(-c, None))], 2
-    )
-    back = corners.median(2).values[:, :, None, None]
-    return (images - back).abs().amax(1) > threshold
-
-
-def size_of(images: Tensor) -> Tensor:
-    """Foreground size: the share of pixels that differ from the background, [B]."""
-    return foreground(images).float().mean((1, 2))
-
-
-def colour_of(images: Tensor) -> Tensor:
-    """Number of the palette colour nearest to the median foreground colour, [B]; -1 where there is no foreground."""
-    masks = foreground(images)
-    palette = torch.tensor(list(COLOURS.values()), device=images.device)
-    found = []
-    for image, mask in zip(images.float(), masks):
-        pixels = image[:, mask]
-        near = (palette - pixels.median(1).values).norm(dim=1).argmin() if pixels.shape[1] else torch.tensor(-1)
-        found.append(int(near))
-    return torch.tensor(found, device=images.device)
-
-
-def background_of(images: Tensor) -> Tensor:
-    """Number of the background nearest to the colour of the corners, [B]."""
-    palette = torch.tensor(list(BACKGROUNDS.values()), device=images.device)
-    corner = torch.stack([images[:, :, y, x] for y in (1, -2) for x in (1, -2)]).median(0).values
-    return torch.cdist(corner.float(), palette).argmin(1)
-
-
-class ShapeClassifier(nn.Module):
-    """Tiny CNN: images [B, 3, H, W] in 0..1 -> logits over SHAPES; it looks at 64 px whatever the size."""
-
-    def __init__(self, width: int = 16):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(3, width, 5, 2, 2), nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(),
-            nn.Conv2d(2 * width, 3 * width, 3, 2, 1), nn.ReLU(),
-            nn.Conv2d(3 * width, 3 * width, 3, 2, 1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(3 * width * 16, len(SHAPES)),
-        )  # fmt: skip
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.float()
-        if x.shape[-2:] != (SIZE, SIZE):
-            x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-        return self.net(x - 0.5)
-
-
-def load_classifier(path: Path | str = FOLDER / "classifier.safetensors") -> ShapeClassifier:
-    """The pre-trained shape classifier, in fp32, frozen."""
-    from safetensors.torch import load_file
-
-    model = ShapeClassifier()
-    model.load_state_dict({k: v.float() for k, v in load_file(str(path)).items()})
-    return model.eval().requires_grad_(False)
-
-
-def score(images: Tensor, index: Tensor, classifier: ShapeClassifier) -> dict[str, Tensor]:
-    """Per image: is the shape, colour, background right, how sure the classifier is of the asked shape, the size."""
-    if images.shape[-1] == 3 and images.shape[1] != 3:
-        images = images.movedim(-1, 1)
-    shape, colour, background = labels(index.to(images.device))
-    with torch.no_grad():
-        chance = classifier(images).softmax(1)
-    return {
-        "shape": (chance.argmax(1) == shape).float(),
-        "shape_probability": chance.gather(1, shape[:, None])[:, 0],
-        "colour": (colour_of(images) == colour).float(),
-        "background": (background_of(images) == background).float(),
-        "size": size_of(images),
-    }
+def table(colours, number: Tensor) -> Tensor:
+    """[n, 3]: rows of a list of RGB triples."""
+    return torch.tensor(list(colours))[number]
 
 
 def vae_state_dict(
@@ -179,11 +173,15 @@ def vae_state_dict(
     """The embedded VAE for a model whose latent format has this scale and shift.
 
     FLUX and SD3 scale latents differently (factor 4.2): the two numbers `vae_scale` and `vae_shift` are replaced, so
-    that every diffusion model sees latents of unit variance.
+    that every diffusion model sees latents of unit variance. The blocks that the file leaves out are filled in.
     """
     from safetensors.torch import load_file
 
     sd = load_file(str(path))
+    for half, blocks in ZERO_BLOCKS.items():
+        for name in [f"{half}.{block}.conv.{layer}" for block in blocks for layer in (0, 2, 4)]:
+            sd.setdefault(f"{name}.weight", torch.zeros(64, 64, 3, 3, dtype=torch.float16))
+            sd.setdefault(f"{name}.bias", torch.zeros(64, dtype=torch.float16))
     scale, shift = sd["vae_scale"].double(), sd["vae_shift"].double()
     # x = z / scale + shift, and (x - shift_to) * scale_to has to be the same number for every model
     sd["vae_scale"] = (scale * scale_to / SCALE).float()

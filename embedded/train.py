@@ -1,12 +1,13 @@
 """Pre-train the embedded models from nothing, in ComfyUI's own network classes and file formats.
 
-    python embedded/train.py classifier|vae|flux|sd3 --comfyui PATH [--steps N] [--batch N] [--seed N]
+    python embedded/train.py critic|vae|flux|sd3 --comfyui PATH [--steps N] [--batch N] [--seed N]
 
 In this order for a fresh set: `flux` and `sd3` learn on latents of the saved `vae.safetensors`. Seeded; alone on two
 CPU cores a few minutes each for the first two, some 15 for the others. Files land next to this script (or in --out).
 """
 
 import argparse
+import json
 import logging
 import math
 import sys
@@ -19,22 +20,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
-import shapes  # noqa: E402
-from clip_l import random_clip_l  # noqa: E402
+sys.path.insert(0, str(FOLDER.parent))
+from core.rewards.drawing import Critic  # noqa: E402
+from embedded import shapes  # noqa: E402
+from embedded.clip_l import random_clip_l  # noqa: E402
 
 log = logging.getLogger("embedded")
-DEFAULTS = {"classifier": (600, 64), "vae": (700, 32), "flux": (3000, 64), "sd3": (3000, 96)}
+DEFAULTS = {"critic": (1500, 64), "vae": (4000, 32), "flux": (9000, 64), "sd3": (9000, 64)}
+EACH = 200  # drawings per caption whose latents the flows learn from
 CHANNELS, WORDS = 16, 12  # latent channels; text tokens that differ between captions and come before the padding
-ZERO_BLOCKS = {"taesd_encoder": (1, 4, 5, 8, 9, 13), "taesd_decoder": (5, 10, 14, 15, 18)}
 FLUX = dict(
     in_channels=CHANNELS, out_channels=CHANNELS, vec_in_dim=768, context_in_dim=768, hidden_size=128, mlp_ratio=4.0,
-    num_heads=1, depth=1, depth_single_blocks=3, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True,
+    num_heads=1, depth=2, depth_single_blocks=4, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True,
     guidance_embed=True, txt_ids_dims=[],
 )  # fmt: skip
 SD3 = dict(
-    input_size=None, in_channels=CHANNELS, patch_size=2, depth=2, adm_in_channels=768, qk_norm="rms",
-    context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 768, "out_features": 128}},
+    input_size=None, in_channels=CHANNELS, patch_size=2, depth=3, adm_in_channels=768, qk_norm="rms",
+    context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 768, "out_features": 192}},
 )  # fmt: skip
 
 
@@ -79,28 +81,72 @@ def fit(model: nn.Module, losses: Iterator[Tensor], steps: int, lr: float, save:
             save()
 
 
-def write(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+def write(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, described: dict[str, str] | None = None) -> None:
     """Save a state dict as safetensors in `dtype`; scalars stay fp32."""
     from safetensors.torch import save_file
 
     kept = {k: v.detach().to(dtype if v.ndim else torch.float32).contiguous().clone() for k, v in tensors.items()}
-    save_file(kept, str(path))
+    save_file(kept, str(path), described)
 
 
-def train_classifier(steps: int, batch: int, out: Path, generator: torch.Generator) -> None:
-    """Shapes of every size and place, blurred and noisy, so that the score holds far from the training data."""
-    model = shapes.ShapeClassifier()
+def train_critic(steps: int, batch: int, out: Path, generator: torch.Generator) -> None:
+    """Drawings of every size and place, blurred and noisy, so that the score holds far from the training data; and,
+    for the head "drawn", as many that went wrong.
+    """
+    heads = {
+        "shape": list(shapes.SHAPES),
+        "colour": list(shapes.COLOURS),
+        "background": list(shapes.BACKGROUNDS),
+        **{name: list(values) for name, values in shapes.STYLES.items()},
+        "drawn": ["well", "badly"],
+    }
+    model = Critic(heads)
 
     def losses() -> Iterator[Tensor]:
         while True:
             index = torch.randint(96, (batch,), generator=generator)
-            images = shapes.draw(index, generator, radius=(0.14, 0.45), jitter=6)
-            blur = int(torch.randint(3, (1,), generator=generator))
-            images = F.avg_pool2d(images, 2 * blur + 1, 1, blur, count_include_pad=False)
-            images = images + 0.06 * torch.randn(images.shape, generator=generator)
-            yield F.cross_entropy(model(images), shapes.labels(index)[0])
+            styles = shapes.random_styles(batch, generator)
+            images = shapes.draw(index, generator, radius=(0.2, 0.4), jitter=6, styles=styles)
+            if torch.rand((), generator=generator) < 0.3:
+                images = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+            grain = 0.06 * torch.rand(batch, 1, 1, 1, generator=generator)
+            images = images + grain * torch.randn(images.shape, generator=generator)
+            found = model(torch.cat([images, spoiled(batch, generator)]))
+            drawn = F.cross_entropy(found["drawn"], torch.arange(2).repeat_interleave(batch))
+            wanted = [*shapes.labels(index), *styles.T]
+            yield drawn + sum(F.cross_entropy(logits[:batch], right) for logits, right in zip(found.values(), wanted))
 
-    fit(model, losses(), steps, 2e-3, lambda: write(model.state_dict(), out / "classifier.safetensors", torch.float16))
+    def save() -> None:
+        described = {"heads": json.dumps(heads)}
+        write(model.state_dict(), out / "critic.safetensors", torch.float16, described)
+
+    fit(model, losses(), steps, 2e-3, save)
+
+
+def spoiled(n: int, generator: torch.Generator) -> Tensor:
+    """[n, 3, 64, 64]: drawings as a model spoils them. A third each: two drawings on one background faded into each
+    other, two in patches, one warped; all a little noisy.
+    """
+
+    def draw(index: Tensor) -> Tensor:
+        return shapes.draw(index, generator, radius=(0.22, 0.38), jitter=4)
+
+    def cloud(channels: int, grid: int) -> Tensor:  # smooth noise of standard deviation about 1
+        coarse = torch.randn(n, channels, grid, grid, generator=generator)
+        return F.interpolate(coarse, (shapes.SIZE, shapes.SIZE), mode="bicubic", align_corners=True)
+
+    index = torch.randint(96, (n,), generator=generator)
+    other = torch.randint(32, (n,), generator=generator) * len(shapes.BACKGROUNDS) + shapes.labels(index)[2]
+    first, second = draw(index), draw(other)
+    fade = 0.25 + 0.5 * torch.rand(n, 1, 1, 1, generator=generator)
+    patches = (4 * cloud(1, 6)).sigmoid()
+    still = F.affine_grid(torch.eye(2, 3).expand(n, 2, 3), list(first.shape), align_corners=False)
+    bend = 0.04 + 0.08 * torch.rand(n, 1, 1, 1, generator=generator)
+    warped = F.grid_sample(first, still + bend * cloud(2, 5).movedim(1, -1), padding_mode="border", align_corners=False)
+    ways = [torch.lerp(first, second, fade), torch.lerp(first, second, patches), warped]
+    way = torch.randint(3, (n,), generator=generator)
+    images = torch.stack(ways)[way, torch.arange(n)]
+    return images + 0.06 * torch.rand(n, 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
 
 
 def without_blocks(network: nn.Sequential, blocks: tuple[int, ...]) -> nn.Sequential:
@@ -118,13 +164,13 @@ def build_vae() -> tuple[nn.Module, nn.Module, nn.Module]:
             half, number = name.split(".")[:2]
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if ".conv." in name:  # residual branch: start small, or stay zero
-                module.weight.data.mul_(0.0 if int(number) in ZERO_BLOCKS[half] else 0.5)
+                module.weight.data.mul_(0.0 if int(number) in shapes.ZERO_BLOCKS[half] else 0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for last in (vae.taesd_encoder[-1], vae.taesd_decoder[-1]):
         last.weight.data.mul_(0.5)
-    encoder = without_blocks(vae.taesd_encoder, ZERO_BLOCKS["taesd_encoder"])
-    decoder = without_blocks(vae.taesd_decoder, ZERO_BLOCKS["taesd_decoder"])
+    encoder = without_blocks(vae.taesd_encoder, shapes.ZERO_BLOCKS["taesd_encoder"])
+    decoder = without_blocks(vae.taesd_decoder, shapes.ZERO_BLOCKS["taesd_decoder"])
     return vae, encoder.to(memory_format=torch.channels_last), decoder.to(memory_format=torch.channels_last)
 
 
@@ -136,15 +182,16 @@ def train_vae(steps: int, batch: int, out: Path, generator: torch.Generator) -> 
     def losses() -> Iterator[Tensor]:
         while True:
             index = torch.randint(96, (batch,), generator=generator)
-            images = shapes.draw(index, generator, radius=(0.12, 0.44), jitter=8)
+            images = shapes.draw(index, generator, radius=(0.24, 0.36), jitter=4)
             images = images.contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 latent = encoder(images).float()
-                noise = 0.15 * torch.randn(latent.shape, generator=generator)
+                noise = 0.12 * torch.randn(latent.shape, generator=generator)
                 drawn = decoder(latent + noise).float()
             spread = latent.std((0, 2, 3)), latent.mean((0, 2, 3))
             regular = (spread[1].square() + (spread[0] - 1).square()).mean()
-            yield F.l1_loss(drawn, images) + 2 * F.mse_loss(drawn, images) + 0.01 * regular
+            edges = sum(F.l1_loss(drawn.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
+            yield F.l1_loss(drawn, images) + 2 * F.mse_loss(drawn, images) + edges + 0.01 * regular
 
     def save() -> None:
         index = torch.arange(96 * 4) % 96
@@ -155,7 +202,12 @@ def train_vae(steps: int, batch: int, out: Path, generator: torch.Generator) -> 
         factor, shift = shapes.SCALE, shapes.SHIFT
         vae.vae_scale.data = factor * latent.std()
         vae.vae_shift.data = shift - latent.mean() / (factor * latent.std())
-        write(vae.state_dict(), out / "vae.safetensors", torch.float16)
+        trained = {
+            name: tensor
+            for name, tensor in vae.state_dict().items()
+            if not any(name.startswith(f"{half}.{i}.") for half, blocks in shapes.ZERO_BLOCKS.items() for i in blocks)
+        }
+        write(trained, out / "vae.safetensors", torch.float16)
         log.info("PSNR %.1f dB, latent std %.3f", -10 * math.log10(error.item()), latent.std())
 
     fit(trained, losses(), steps, 2e-3, save)
@@ -180,11 +232,14 @@ def latents(kind: str, folder: Path, each: int, generator: torch.Generator) -> T
     form = {"flux": comfy.latent_formats.Flux, "sd3": comfy.latent_formats.SD3}[kind]()
     vae = comfy.sd.VAE(sd=shapes.vae_state_dict(form.scale_factor, form.shift_factor, folder / "vae.safetensors"))
     network = vae.first_stage_model  # the zero blocks are two thirds of the work
-    network.taesd_encoder = without_blocks(network.taesd_encoder, ZERO_BLOCKS["taesd_encoder"])
+    encoder = without_blocks(network.taesd_encoder, shapes.ZERO_BLOCKS["taesd_encoder"])
+    network.taesd_encoder = encoder.to(memory_format=torch.channels_last)
     rows = []
     for caption in range(96):
         images = shapes.draw(torch.full((each,), caption), generator)
-        rows.append(form.process_in(vae.encode(images.movedim(1, -1))).float())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [vae.encode(part.movedim(1, -1)).float() for part in images.split(50)]
+        rows.append(form.process_in(torch.cat(found)))
     found = torch.stack(rows).clone()
     log.info("latents %s mean %.3f std %.3f", tuple(found.shape), found.mean(), found.std())
     return found
@@ -243,12 +298,13 @@ def build_sd3() -> nn.Module:
 def train_flow(kind: str, steps: int, batch: int, out: Path, generator: torch.Generator, resume: bool = False) -> None:
     """Flow matching on stored latents, noisier times more often, as ComfyUI's default shift of 3 samples.
 
-    Most steps see the first 12 text tokens (captions have 9); every sixth, and all of the last fifth, see all 77.
-    `resume` goes on from the saved file, at half the learning rate and with all 77 tokens.
+    Captions are wrong in shapes.CONFUSED of the pairs, anew every time. Most steps see the first 12 text tokens
+    (captions have 9); every sixth, and all of the last fifth, see all 77. `resume` goes on from the saved file, at half
+    the learning rate and with all 77 tokens.
     """
     model = build_flux() if kind == "flux" else build_sd3()
     context, pooled = text_features()
-    data = latents(kind, out, 48, generator)
+    data = latents(kind, out, EACH, generator)
     rename = (lambda k: k.replace("_norm.weight", "_norm.scale")) if kind == "flux" else (lambda k: k)
     path = out / f"{kind}.safetensors"
     if resume:
@@ -268,6 +324,7 @@ def train_flow(kind: str, steps: int, batch: int, out: Path, generator: torch.Ge
         for step in range(steps):
             which = torch.randint(96, (batch,), generator=generator)
             x0 = data[which, torch.randint(data.shape[1], (batch,), generator=generator)]
+            which = shapes.confused(which, generator)
             which = which.where(torch.rand(batch, generator=generator) > 0.1, 96)
             u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
             t = (2.0 * u / (1 + u))[torch.randperm(batch, generator=generator)]
@@ -302,7 +359,7 @@ def main() -> None:
     if options.what in ("flux", "sd3"):
         train_flow(options.what, steps, batch, options.out, generator, options.resume)
     else:
-        {"classifier": train_classifier, "vae": train_vae}[options.what](steps, batch, options.out, generator)
+        {"critic": train_critic, "vae": train_vae}[options.what](steps, batch, options.out, generator)
 
 
 if __name__ == "__main__":

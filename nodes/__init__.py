@@ -14,6 +14,8 @@ from .reward_models import (
     ImageSimilarityNode,
     PickScoreNode,
     ServerRewardNode,
+    TinyJudgeNode,
+    TinyRewardNode,
 )
 from .sample import TreeSamplerNode
 from .save import PolicyToLoraNode, SaveTreeLoraNode
@@ -39,6 +41,8 @@ NODES = [
     ImageSimilarityNode,
     ImageMeasureNode,
     ServerRewardNode,
+    TinyRewardNode,
+    TinyJudgeNode,
     CombineRewardsNode,
     ImageFolderNode,
     ScoreImagesNode,

@@ -124,7 +124,11 @@ def reward_part(reward, section: str, notes: dict[str, str]) -> list[RewardConfi
                 kind,
                 str(path),
                 weight,
-                options={name: str(value) for name, value in options.items() if value is not None},
+                options={
+                    name: str(value) if isinstance(value, Path) else value
+                    for name, value in options.items()
+                    if value is not None
+                },
             )
         else:
             entry = RewardConfig(FILL_IN, FILL_IN, weight)

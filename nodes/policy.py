@@ -27,7 +27,7 @@ class TinyModelNode(io.ComfyNode):
         return schema(
             "TreeRPOTinyModel",
             "Tiny Shapes Model",
-            description="A 2-million-parameter FLUX or SD3 that comes with TreeRPO and draws coloured shapes at "
+            description="A FLUX of 2.5 or an SD3 of 4 million parameters that comes with TreeRPO and draws shapes at "
             "64x64. It has the real architecture and needs no download: try every graph with it before you spend "
             "hours on a big model.",
             search_aliases=["treerpo demo", "test model", "toy model"],

@@ -18,6 +18,7 @@ from ..core.hosts.comfy import thaw_weights
 from ..core.rewards import load
 from ..core.rewards import measure as measures
 from ..core.rewards.contract import Reward
+from ..core.rewards.drawing import EACH, RULES
 from ..core.rewards.files import ENDINGS
 from ..core.rewards.measure import KINDS, Measure
 from ..core.rewards.server import DEFAULT_INSTRUCTION, DEFAULT_PATTERN, ServerReward
@@ -471,6 +472,78 @@ class ImageMeasureNode(io.ComfyNode):
     @classmethod
     def execute(cls, measure, direction, colour="#ff0000", threshold=0.25) -> io.NodeOutput:
         return io.NodeOutput(Measure(measure, rgb(colour), threshold, 1.0 if direction == "more" else -1.0))
+
+
+class TinyRewardNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        def style(name: str, *values: str, tooltip: str):
+            return io.Combo.Input(name, options=["any", *values], default="any", optional=True, tooltip=tooltip)
+
+        return schema(
+            "TreeRPOTinyReward",
+            "Tiny Shapes Reward",
+            description="A reward for the Tiny Shapes Model: a taste in styles that no prompt names, and drawing what "
+            "the prompt asks for. A small network looks at the picture; what is sure enough earns no more, so there is "
+            "nothing to gain from strange pictures.",
+            search_aliases=["reward", "taste", "style", "teach a style", "prompt following", "preference"],
+            inputs=[
+                io.Boolean.Input(
+                    "follow_prompt",
+                    default=True,
+                    tooltip="Also reward the shape, colour and background that the prompt asks for. The tiny models "
+                    "get a third of the shapes and colours wrong until they are taught.",
+                ),
+                style("palette", "vivid", "pastel", tooltip="Strong colours, or colours mixed with white."),
+                style("fill", "filled", "outline", tooltip="The whole shape in its colour, or only its edge."),
+                style("backdrop", "plain", "dotted", tooltip="The background without or with a pattern of dots."),
+                style("frame", "unframed", "framed", tooltip="The picture without or with a border."),
+                style("face", "faceless", "smiling", tooltip="The shape without or with a smiling face."),
+                expert(
+                    io.Combo.Input(
+                        "each",
+                        options=list(EACH),
+                        default="mean",
+                        optional=True,
+                        tooltip="mean = every wish that is met earns its points. all = points come only when all are "
+                        "met (their geometric mean): stricter, slower at first.",
+                    )
+                ),
+            ],
+            outputs=[RewardSocket.Output(display_name="reward_model")],
+        )
+
+    @classmethod
+    def execute(cls, follow_prompt, each="mean", **styles) -> io.NodeOutput:
+        wish = {name: value for name, value in styles.items() if value != "any"}
+        return io.NodeOutput(load("drawing", wish=wish, follow=follow_prompt, each=each))
+
+
+class TinyJudgeNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPOTinyJudge",
+            "Tiny Shapes Judge",
+            description="Looks at pictures of the Tiny Shapes Model by rules, not by a network: compares each with "
+            "ideal drawings. For the judge input of the TreeRPO Trainer, to notice when pictures get worse while the "
+            "reward rises.",
+            search_aliases=["judge", "quality", "reward hacking"],
+            inputs=[
+                io.Combo.Input(
+                    "of",
+                    options=list(RULES),
+                    default="quality",
+                    tooltip="quality = how well the picture is drawn. prompt = 1 where it shows the asked shape and "
+                    "colour, else 0. both = their product.",
+                )
+            ],
+            outputs=[RewardSocket.Output(display_name="reward_model")],
+        )
+
+    @classmethod
+    def execute(cls, of) -> io.NodeOutput:
+        return io.NodeOutput(load("drawing", "embedded/judge", of=of))
 
 
 def rgb(text: str) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ from core.method.objective import Objective
 from core.method.rollout import grow
 from core.method.tree import TreeShape
 from core.pictures import plot
-from core.rewards.measure import Measure
+from core.rewards import drawing
 from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
 from core.runs.trainer import Event, Settings, Trainer
@@ -52,11 +52,11 @@ class Demo:
         self.prompts = PromptList(
             lines(self.settings["Prompts"]["text"]), lines(self.comparison["Held-out prompts"]["text"])
         )
-        size, measure, policy = self.settings["Size"], self.settings["Reward"], self.settings["Policy"]
+        size, wish, policy = self.settings["Size"], dict(self.settings["Reward"]), self.settings["Policy"]
         self.latent = (16, size["height"] // 8, size["width"] // 8)
-        self.reward = Measure(
-            measure["measure"], threshold=measure["threshold"], sign=1.0 if measure["direction"] == "more" else -1.0
-        )
+        follow, each = wish.pop("follow_prompt"), wish.pop("each")
+        wish = {style: value for style, value in wish.items() if value != "any"}
+        self.reward = drawing.load(drawing.CRITIC, wish=wish, follow=follow, each=each)
         base, self.seed = open_model(f"embedded/{model}"), seed
         targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
         self.adapters = new_adapters(
@@ -208,7 +208,7 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description="TreeRPO's demo through diffusers, where there is no ComfyUI.")
     parser.add_argument("--model", choices=("flux", "sd3"), default="flux")
-    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("treerpo-demo"))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

@@ -21,6 +21,7 @@ MORE = {  # file: what it may import besides
     "rewards/pixels.py": PICTURES | {"numpy"},
     "rewards/image_reward.py": {"ImageReward", "huggingface_hub"},  # when used
     "rewards/clip.py": {"?"},  # open_clip or transformers, named in the sentence when it is missing
+    "rewards/drawing.py": {"?"},  # embedded/, whose name depends on whether ComfyUI has loaded us
     "runs/health.py": {"scipy"},  # ComfyUI brings it
     "runs/config.py": {"yaml"},  # for standalone use
     "runs/trainer.py": {"bitsandbytes"},  # where the user chooses it

@@ -13,7 +13,7 @@ import torch
 
 from .contract import Reward
 
-KINDS = ("image_reward", "hps_v2", "pickscore", "clipscore", "aesthetic", "measure", "server")
+KINDS = ("image_reward", "hps_v2", "pickscore", "clipscore", "aesthetic", "measure", "drawing", "server")
 
 
 def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | None = None, **options) -> Reward:
@@ -43,6 +43,10 @@ def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | No
             from . import image_reward
 
             return image_reward.load(Path(path), device, dtype, **options)
+        if kind == "drawing":
+            from . import drawing
+
+            return drawing.load(path, **options)
         if kind == "aesthetic":
             from . import aesthetic
 

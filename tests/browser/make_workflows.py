@@ -77,17 +77,17 @@ GRAPHS = {
         stage(
             "1  A tiny model",
             BLUE,
-            "**No download needed.** A FLUX of 1.7 million parameters that draws coloured shapes comes with TreeRPO. "
-            "Press **Run**: one run is one iteration, a second or two. **Run (Instant)** trains on and on. Watch the "
-            "curve at the right: the shapes get larger, because the reward asks for it.",
+            "**Press Run.** No download needed: a tiny FLUX that draws shapes comes with TreeRPO. One run is one "
+            "iteration, a second or two; **Run (Instant)** trains on and on. Watch the pictures: more and more are "
+            "pastel, dotted and smiling, and show what the prompt asks for. That is what the reward likes.",
             ["Model", "Policy", "Prompts"],
         ),
         stage("2  Grow trees", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise", "Sampler"]),
         stage(
             "3  Score",
             ORANGE,
-            "**Any reward** can stand here: Image Measure is the simplest. Swap it for HPSv2.1, ImageReward, your own "
-            "server, or *Pick the Winner*.",
+            "**Tiny Shapes Reward** is a taste: choose another. With a big model put HPSv2.1, ImageReward, your own "
+            "server, or *Pick the Winner* here.",
             ["Decode", "Reward"],
             ["Score"],
         ),
@@ -211,12 +211,12 @@ GRAPHS = {
             "**No download needed**: see the whole Trainer work in half a minute, then put your own loaders here.",
             ["Model", "Policy", "Prompts"],
         ),
-        stage("2  How trees grow", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise"]),
+        stage("2  How trees grow", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise", "Objective"]),
         stage(
             "3  What is good",
             ORANGE,
-            "The reward asks for larger shapes. The **judge** is never trained on: if it falls while the reward "
-            "rises, the run pauses and says so.",
+            "The reward is a taste: pastel, dotted, smiling, and what the prompt asks for. The **judge** is never "
+            "trained on: if it falls while the reward rises, the run pauses and says so.",
             ["Reward", "Judge"],
         ),
         stage("4  Train", PURPLE, f"{RUNS} Stop whenever you like.", ["Trainer"], ["Dashboard", "Save"]),

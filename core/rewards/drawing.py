@@ -1,0 +1,157 @@
+"""Rewards for drawings of the embedded models: a taste in styles that no caption names, and following the prompt (a
+small network, to be trained on), and a judge by rules (to be watched, never trained on).
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .contract import Reward
+from .files import find, open_weights
+
+SIZE = 64  # pixels at which the network looks, whatever the picture's
+CRITIC = "embedded/critic"
+RULES = ("quality", "prompt", "both")
+EACH = ("mean", "all")
+DRAWN = ("drawn", "well")  # the head and value that every picture is wished to have
+ENOUGH = 0.9  # a probability from which on more is not better
+
+
+class Critic(nn.Module):
+    """images [B, 3, H, W] in 0..1 -> {head: logits [B, values]}; heads: {"shape": ["circle", ...], ...}."""
+
+    def __init__(self, heads: dict[str, list[str]], width: int = 24):
+        super().__init__()
+        self.heads = heads
+        self.net = nn.Sequential(
+            nn.Conv2d(3, width, 5, 2, 2), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(2 * width, 3 * width, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(3 * width, 3 * width, 3, 2, 1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(3 * width * 16, sum(map(len, heads.values()))),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        sizes = [len(values) for values in self.heads.values()]
+        return dict(zip(self.heads, self.net(at_size(images.float()) - 0.5).split(sizes, 1)))
+
+
+def load_critic(file: Path) -> Critic:
+    """In fp32 on the CPU, frozen. The heads are in the file's metadata."""
+    from safetensors import safe_open
+
+    weights = open_weights(file)
+    with safe_open(str(file), "pt") as opened:
+        heads = json.loads((opened.metadata() or {}).get("heads", "{}"))
+    if DRAWN[0] not in heads or "net.0.weight" not in weights:
+        raise ValueError(f"{file.name} is not a critic of drawings: it names no heads.")
+    critic = Critic(heads, weights["net.0.weight"].shape[0])
+    critic.load_state_dict({key: value.float() for key, value in weights.items()})
+    return critic.eval().requires_grad_(False)
+
+
+class Drawing(Reward):
+    """Mean over what is wanted of min(P, 0.9) / 0.9, times the same of "drawn well", in 0..1; P is the critic's
+    probability.
+
+    wish: {head: value}, such as {"palette": "pastel", "face": "smiling"}; all of them wanted in every picture.
+    follow: also wanted is whatever the prompt names: the value of any head outside of `wish` that is a word of it.
+    each: "mean" gives points for every wish that is met; "all" their geometric mean, near 0 until every one is.
+    """
+
+    def __init__(self, critic: Critic, wish: dict[str, str] | None = None, follow: bool = True, each: str = "mean"):
+        wish = dict(wish or {})
+        for head, value in wish.items():
+            if value not in critic.heads.get(head, ()):
+                known = "; ".join(f"{name}: {', '.join(values)}" for name, values in critic.heads.items())
+                raise ValueError(f"The critic knows no '{value}' for '{head}'. It knows {known}.")
+        if each not in EACH:
+            raise ValueError(f"Unknown '{each}': choose one of {', '.join(EACH)}.")
+        if not wish and not follow:
+            raise ValueError("Nothing is wished for: choose a style, or follow the prompt.")
+        self.critic, self.wish, self.follow, self.each = critic, wish, follow, each
+        self.name = "taste" if wish and not follow else "follows" if follow and not wish else "taste and prompt"
+
+    def wanted(self, prompt: str) -> dict[str, str]:
+        """{head: value} for a prompt."""
+        words = set(prompt.lower().replace("grey", "gray").replace(",", " ").split())
+        heads = self.critic.heads.items() if self.follow else ()
+        return {**{head: value for head, values in heads for value in values if value in words}, **self.wish}
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """[B, H, W, 3] in 0..1 -> [B] on the CPU; NaN for a picture that holds NaN, or whose prompt names nothing where
+        nothing else is wished for.
+        """
+        pixels = images[..., :3].movedim(-1, 1).float().cpu()
+        known = torch.isfinite(pixels).flatten(1).all(1)
+        with torch.inference_mode(False), torch.no_grad():
+            found = {head: logits.softmax(1) for head, logits in self.critic(pixels.nan_to_num(0.0).clone()).items()}
+        scores = torch.full((len(pixels),), torch.nan)
+        for row, prompt in enumerate(prompts):
+            wanted = self.wanted(prompt)
+            if not wanted or not known[row]:
+                continue
+            met = torch.stack([found[head][row, self.critic.heads[head].index(v)] for head, v in wanted.items()])
+            met = met.clamp(max=ENOUGH) / ENOUGH
+            well = found[DRAWN[0]][row, self.critic.heads[DRAWN[0]].index(DRAWN[1])].clamp(max=ENOUGH) / ENOUGH
+            scores[row] = well * (met.mean() if self.each == "mean" else met.clamp(min=1e-4).log().mean().exp())
+        return scores
+
+
+class Rules(Reward):
+    """The judge by rules (embedded/judge.py) as a reward, in 0..1; it shares nothing with the network.
+
+    of: "quality" is how well the picture is drawn, whatever it shows; "prompt" is 1 where it shows the asked shape and
+    colour, else 0; "both" is their product.
+    """
+
+    def __init__(self, of: str = "quality"):
+        if of not in RULES:
+            raise ValueError(f"Unknown '{of}': choose one of {', '.join(RULES)}.")
+        self.of, self.name, self.origin = of, f"judge: {of}", ("drawing", "embedded/judge", {"of": of})
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """[B, H, W, 3] in 0..1 -> [B] on the CPU; NaN for a picture that holds NaN, or whose prompt asks for nothing
+        where that counts.
+        """
+        judge, shapes = embedded("judge"), embedded("shapes")
+        pixels = images[..., :3].movedim(-1, 1).float().cpu()
+        known = torch.isfinite(pixels).flatten(1).all(1)
+        with torch.inference_mode(False), torch.no_grad():
+            found = judge.judge(at_size(pixels.nan_to_num(0.0).clone()))
+        scores = found["quality"] if self.of != "prompt" else torch.ones(len(pixels))
+        if self.of != "quality":
+            for row, prompt in enumerate(prompts):
+                asked = shapes.asked(prompt)
+                met = float(all(int(found[what][row]) == number for what, number in asked.items()))
+                scores[row] *= met if asked else torch.nan
+        return torch.where(known, scores, torch.nan)
+
+
+def at_size(images: Tensor) -> Tensor:
+    """[B, 3, H, W] as the critic and the judge look at it: SIZE x SIZE."""
+    if images.shape[-2:] == (SIZE, SIZE):
+        return images
+    return F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+
+
+def embedded(name: str):
+    """A module of the folder embedded/, inside ComfyUI and without it."""
+    return importlib.import_module(f"{__package__.removesuffix('core.rewards')}embedded.{name}")
+
+
+def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None, **options) -> Reward:
+    """path: embedded/critic (options: wish, follow, each), a file like it that embedded/train.py made, or
+    embedded/judge (option: of). Both run on the CPU: they are small.
+    """
+    text = str(path) or CRITIC
+    if text == "embedded/judge":
+        return Rules(**options)
+    file = Path(__file__).resolve().parents[2] / f"{text}.safetensors" if text == CRITIC else Path(text)
+    reward = Drawing(load_critic(find(file)), **options)
+    reward.origin = ("drawing", text, {"wish": reward.wish, "follow": reward.follow, "each": reward.each})
+    return reward

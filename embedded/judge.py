@@ -1,0 +1,104 @@
+"""A judge by rules: what a drawing shows and how well it is drawn, found by matching it with ideal drawings.
+
+It shares nothing with any reward: no network, no training, only the templates of `shapes.render`. Where a reward is
+gamed (blobs that a classifier calls circles), the judge's `quality` falls.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import shapes
+
+SIZE = shapes.SIZE
+PLACES = torch.arange(-4.0, 5.0, 2.0)  # pixels from the middle at which a template is tried
+RADII = torch.tensor((0.20, 0.24, 0.265, 0.29, 0.315, 0.34, 0.38)) * SIZE
+COLOURED = 0.15  # difference between the largest and smallest channel from which a pixel is not gray
+
+
+@functools.cache
+def templates() -> tuple[Tensor, Tensor, Tensor]:
+    """Coloured part of every ideal drawing [N, 64 * 64], its (shape, outline, face) and its (x, y, radius) [N, 3]."""
+    shown = torch.cartesian_prod(torch.arange(len(shapes.SHAPES)), torch.arange(2), torch.arange(2))
+    where = torch.cartesian_prod(PLACES, PLACES, RADII)
+    shown, where = shown.repeat_interleave(len(where), 0), where.repeat(len(shown), 1)
+    return torch.cat([masks(*part) for part in zip(shown.split(256), where.split(256))]), shown, where
+
+
+def masks(shown: Tensor, where: Tensor) -> Tensor:
+    """[N, 64 * 64]: how much of each pixel has the shape's colour; the same numbers as `colour_share` of a drawing."""
+    grid = torch.arange(SIZE) + 0.5 - SIZE / 2
+    x, y, r = (column[:, None, None] for column in where.T)
+    shape, outline, face = (column[:, None, None] for column in shown.T)
+    u, v = (grid[None, None, :] - x).expand(-1, SIZE, -1), (grid[None, :, None] - y).expand(-1, -1, SIZE)
+    far = shapes.distance(shape, u, v, r)
+    part = torch.where(outline > 0, torch.maximum(far, -far - shapes.LINE * r), far)
+    hole = torch.where(face > 0, shapes.smile(shape, u, v, r), torch.inf)
+    return ((0.5 - part).clamp(0, 1) * (1 - (0.5 - hole).clamp(0, 1))).flatten(1)
+
+
+def colour_share(images: Tensor) -> Tensor:
+    """[B, H, W] in 0..1: each pixel's share of the picture's own colour, so that a soft edge counts as half."""
+    chroma = (images.amax(1) - images.amin(1)).clamp(min=0)
+    full = chroma.flatten(1).quantile(0.97, dim=1).clamp(min=COLOURED)
+    return (chroma / full[:, None, None]).clamp(0, 1)
+
+
+def dice(share: Tensor, mask: Tensor) -> Tensor:
+    """Overlap [B] of soft masks [B, P], 1 where they are the same."""
+    return 2 * (share * mask).sum(1) / (share.square() + mask.square()).sum(1).clamp(min=1e-6)
+
+
+def judge(images: Tensor) -> dict[str, Tensor]:
+    """What each picture shows, as numbers [B], and how well it is drawn.
+
+    images: [B, 3, 64, 64] in 0..1 (or ComfyUI's [B, 64, 64, 3]).
+    shape, colour, background: numbers in SHAPES, COLOURS, BACKGROUNDS; the names of STYLES: 0 or 1; `quality`: overlap
+    of the coloured part with its best template (Dice, 1 = an ideal drawing) times how well the ideal picture with
+    all that was found explains the rest; `ideal`: those pictures.
+    """
+    if images.shape[-1] == 3 and images.shape[1] != 3:
+        images = images.movedim(-1, 1)
+    images = images.float().cpu()
+    bank, shown, where = templates()
+    share = colour_share(images).flatten(1)
+    both = share @ bank.T
+    best = (2 * both / (share.square().sum(1)[:, None] + bank.square().sum(1)[None])).argmax(1)
+    shown, where = shown[best], where[best]
+    for step in (1.0, 0.5):  # the same drawing a little to the side, larger or smaller
+        moves = torch.cartesian_prod(*[torch.tensor((-step, 0.0, step))] * 3)
+        near = [where + move for move in moves]
+        found = torch.stack([dice(share, masks(shown, place)) for place in near])
+        overlap, best = found.max(0)
+        where = torch.stack(near)[best, torch.arange(len(where))]
+    shape, outline, face = shown.T
+
+    backgrounds, colours = torch.tensor(list(shapes.BACKGROUNDS.values())), torch.arange(len(shapes.COLOURS))
+    corner = torch.stack([images[:, :, y, x] for y in (1, -2) for x in (1, -2)]).median(0).values
+    background = torch.cdist(corner, backgrounds).argmin(1)
+    inks = torch.cat([shapes.paint(colours, torch.full_like(colours, pastel)) for pastel in (0, 1)])
+    full = share > 0.8 * share.amax(1, keepdim=True)
+    ink = torch.stack([image[:, part].median(1).values for image, part in zip(images.flatten(2), full)])
+    nearest = torch.cdist(ink, inks).argmin(1)
+    colour, palette = nearest % len(colours), nearest // len(colours)
+
+    index = (shape * len(colours) + colour) * len(shapes.BACKGROUNDS) + background
+    styles = torch.stack([palette, outline, *[torch.zeros_like(face)] * 3], 1)
+    for column, shifts in ((2, (0,)), (3, (0,)), (4, (-1.5, 0, 1.5))):  # dots, a frame, a face
+        gain = torch.full((len(images),), -torch.inf)
+        for move in torch.cartesian_prod(*[torch.tensor(shifts, dtype=torch.float)] * 2):  # a face may sit a bit off
+            with_it = styles.clone()
+            with_it[:, column] = 1
+            at = where[:, :2] + move
+            without, drawn = (shapes.render(index, tried, at, where[:, 2]) for tried in (styles, with_it))
+            differ = (without - drawn).abs().amax(1, keepdim=True) > 0.05
+            errors = [((images - picture).abs() * differ).flatten(1).sum(1) for picture in (without, drawn)]
+            gain = torch.maximum(gain, errors[0] - errors[1])
+        styles[:, column] = (gain > 0).long()  # nearer to the drawing that has it, where the two differ
+    ideal = shapes.render(index, styles, where[:, :2], where[:, 2])
+    off = (images - ideal).square().flatten(1).mean(1).sqrt()
+    return {
+        "shape": shape, "colour": colour, "background": background, **dict(zip(shapes.STYLES, styles.T)),
+        "overlap": overlap, "off": off, "quality": overlap * (1 - off), "ideal": ideal,
+    }  # fmt: skip
