@@ -78,7 +78,7 @@ def judge(images: Tensor) -> dict[str, Tensor]:
     corner = torch.stack([images[:, :, y, x] for y in (1, -2) for x in (1, -2)]).median(0).values
     background = torch.cdist(corner, backgrounds).argmin(1)
     inks = torch.cat([shapes.paint(colours, torch.full_like(colours, pastel)) for pastel in (0, 1)])
-    full = share > 0.8 * share.amax(1, keepdim=True)
+    full = share >= 0.8 * share.amax(1, keepdim=True)
     ink = torch.stack([image[:, part].median(1).values for image, part in zip(images.flatten(2), full)])
     nearest = torch.cdist(ink, inks).argmin(1)
     colour, palette = nearest % len(colours), nearest // len(colours)

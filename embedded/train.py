@@ -26,7 +26,7 @@ from embedded import shapes  # noqa: E402
 from embedded.clip_l import random_clip_l  # noqa: E402
 
 log = logging.getLogger("embedded")
-DEFAULTS = {"critic": (1500, 64), "vae": (4000, 32), "flux": (9000, 64), "sd3": (9000, 64)}
+DEFAULTS = {"critic": (2400, 64), "vae": (4000, 32), "flux": (9000, 64), "sd3": (9000, 64)}
 EACH = 200  # drawings per caption whose latents the flows learn from
 CHANNELS, WORDS = 16, 12  # latent channels; text tokens that differ between captions and come before the padding
 FLUX = dict(

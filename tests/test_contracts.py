@@ -19,8 +19,8 @@ PLAYERS = [
     (Host, "diffusers_models", "DiffusersHost"),
 ]
 GIVEN = {"fingerprint"}  # what a Protocol has an answer for itself
-REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "human.HumanReward", "image_reward.ImageReward", "measure.Measure",
-           "measure.Similarity", "server.ServerReward"]  # fmt: skip
+REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "human.HumanReward",
+           "image_reward.ImageReward", "measure.Measure", "measure.Similarity", "server.ServerReward"]  # fmt: skip
 
 
 def promised(protocol) -> dict:

@@ -16,7 +16,12 @@ from embedded.shapes import captions, draw
 
 def sample(index, score, prompt=None, size=96):
     return Sample(
-        draw(torch.tensor([index]), torch.Generator().manual_seed(0), size=size).movedim(1, -1)[0],
+        draw(
+            torch.tensor([index]),
+            torch.Generator().manual_seed(0),
+            size=size,
+            styles=torch.zeros(1, 5, dtype=torch.long),
+        ).movedim(1, -1)[0],
         score,
         prompt or captions()[index],
     )
