@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(FOLDER.parent))
 from embedded import judge, shapes  # noqa: E402
 from embedded.clip_l import random_clip_l  # noqa: E402
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(FOLDER.parent))
 from core.rewards.drawing import Critic  # noqa: E402
 from embedded import shapes  # noqa: E402
 from embedded.clip_l import random_clip_l  # noqa: E402
