@@ -238,7 +238,7 @@ def test_the_stop_button_keeps_the_run_and_the_next_queue_run_goes_on(server):
 def test_the_trainer_graph_shows_and_leaves_what_it_promises(server):
     client, seen = run.Client(server.url), []
     outputs = client.run(
-        trainer("shown", {("Trainer", "iterations"): 5}),
+        trainer("shown", {("Trainer", "iterations"): 5, ("Trainer", "evaluate_every"): 5}),
         lambda title, value, maximum: seen.append((title, value, maximum)),
     )
     graph = trainer("shown")
