@@ -9,7 +9,6 @@ decodes in bfloat16 and chunks of 4, 3x faster on a CPU: one image would otherwi
 """
 
 import copy
-import importlib
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ RANK, ALPHA, TARGETS = 8, 16, "all linear"
 EVALUATED = 48  # pictures per evaluation
 COMMON = {"palette": "pastel", "backdrop": "dotted", "face": "smiling"}  # a tenth of the base's pictures
 RARE = {"palette": "vivid", "fill": "outline", "backdrop": "dotted", "frame": "framed", "face": "smiling"}  # a fortieth
-WISHES = {"size": {}, "taste": COMMON, "rare": RARE, "follow": {}, "demo": COMMON}
+WISHES = {"size": {}, "taste": COMMON, "rare": RARE, "follow": {}, "demo": COMMON}  # demo: as the templates, and follow
 
 
 @dataclass
@@ -70,11 +69,11 @@ def methods() -> dict[str, Method]:
 class Lab:
     """One embedded model and one reward; `open(seed)` gives a fresh LoRA policy to train."""
 
-    def __init__(self, pack, model: str, reward: str, each: str = "mean"):
+    def __init__(self, pack, model: str, reward: str):
         import torch
 
         self.core, self.shapes = pack.core, pack.embedded.shapes
-        self.graph, self.reward = host.graph(pack, model), reward
+        self.graph = host.graph(pack, model)
         texts = self.shapes.captions()
         wanted = torch.arange(len(texts))
         shape, colour, background = self.shapes.labels(wanted)
@@ -90,9 +89,14 @@ class Lab:
         self.scorer = (
             load("measure", "foreground size")
             if reward == "size"
-            else load("drawing", wish=self.wish, follow=reward in ("follow", "demo"), each=each)
+            else load(
+                "drawing",
+                wish=self.wish,
+                follow=reward in ("follow", "demo"),
+                each="all" if reward == "demo" else "mean",
+            )
         )
-        self.judge = importlib.import_module(f"{pack.__name__}.embedded.judge").judge
+        self.judge = pack.core.rewards.drawing.embedded("judge").judge
         with torch.inference_mode():
             self.decoder = copy.deepcopy(self.graph.vae.first_stage_model).to(
                 torch.bfloat16, memory_format=torch.channels_last

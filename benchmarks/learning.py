@@ -5,7 +5,7 @@ curves), tail (what shortening the tail does to the leaves), ablations, report (
 other parts). Run one by one:
 
     python3 run.py bench learning --part tune|snr|main|tail|ablations|report [--model flux|sd3]
-                                  [--reward size|taste|rare|follow]
+                                  [--reward size|taste|rare|follow|demo]
 
 Every part writes its file in benchmarks/results/ as it goes (or to --json), and main goes on from what its file has: a
 complete file is only shown again. How runs are made: common_runs.py.
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import host
-from common_runs import STEPS, Lab, Method, methods, train
+from common_runs import STEPS, WISHES, Lab, Method, methods, train
 from learning_report import DEFAULT, JUDGED, compare, interval, read, report, table, tail_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -294,7 +294,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("tune", "snr", "main", "tail", "ablations", "report"), default="main")
     parser.add_argument("--model", choices=("flux", "sd3"), default="flux")
-    parser.add_argument("--reward", choices=("size", "taste", "rare", "follow"), default="taste")
+    parser.add_argument("--reward", choices=tuple(WISHES), default="taste")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=2500, help="cost of a run, in forwards (default 2500)")
     parser.add_argument(

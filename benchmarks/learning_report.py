@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import host
+from common_runs import WISHES
 
 DEFAULT = "tree_b3w3"  # the tree that `cost_ratio_to_tree` speaks of, and that the ablations change
 JUDGED = ("taste", "follows", "quality", "diversity")  # what the judge by rules sees in held-out pictures
@@ -264,7 +265,7 @@ def read(path: Path) -> dict:
 def report(folder: Path, target: Path | None = None) -> None:
     """Print every table there is, join the main files in learning.json, draw the curves."""
     panels = {}
-    for name in (f"{model}_{reward}" for reward in ("size", "taste", "rare", "follow") for model in ("flux", "sd3")):
+    for name in (f"{model}_{reward}" for reward in WISHES for model in ("flux", "sd3")):
         results, snr = read(folder / f"learning_{name}.json"), read(folder / f"snr_{name}.json")
         if results:
             compare(results, snr)

@@ -1,6 +1,6 @@
 """A judge by rules: what a drawing shows and how well it is drawn, found by matching it with ideal drawings.
 
-It shares nothing with any reward: no network, no training, only the templates of `shapes.render`. Where a reward is
+It shares nothing with any reward: no network, no training, only the drawings of `shapes.render`. Where a reward is
 gamed (blobs that a classifier calls circles), the judge's `quality` falls.
 """
 
@@ -33,7 +33,7 @@ def masks(shown: Tensor, where: Tensor) -> Tensor:
     shape, outline, face = (column[:, None, None] for column in shown.T)
     u, v = (grid[None, None, :] - x).expand(-1, SIZE, -1), (grid[None, :, None] - y).expand(-1, -1, SIZE)
     far = shapes.distance(shape, u, v, r)
-    part = torch.where(outline > 0, torch.maximum(far, -far - shapes.LINE * r), far)
+    part = shapes.inked(far, outline, r)
     hole = torch.where(face > 0, shapes.smile(shape, u, v, r), torch.inf)
     return ((0.5 - part).clamp(0, 1) * (1 - (0.5 - hole).clamp(0, 1))).flatten(1)
 
@@ -55,8 +55,8 @@ def judge(images: Tensor) -> dict[str, Tensor]:
 
     images: [B, 3, 64, 64] in 0..1 (or ComfyUI's [B, 64, 64, 3]).
     shape, colour, background: numbers in SHAPES, COLOURS, BACKGROUNDS; the names of STYLES: 0 or 1; `quality`: overlap
-    of the coloured part with its best template (Dice, 1 = an ideal drawing) times how well the ideal picture with
-    all that was found explains the rest; `ideal`: those pictures.
+    of the coloured part with its best template (Dice, 1 = an ideal drawing) times 1 minus the distance (root mean
+    square) to the ideal picture with all that was found.
     """
     if images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.movedim(-1, 1)
@@ -83,7 +83,7 @@ def judge(images: Tensor) -> dict[str, Tensor]:
     nearest = torch.cdist(ink, inks).argmin(1)
     colour, palette = nearest % len(colours), nearest // len(colours)
 
-    index = (shape * len(colours) + colour) * len(shapes.BACKGROUNDS) + background
+    index = shapes.caption_numbers(shape, colour, background)
     styles = torch.stack([palette, outline, *[torch.zeros_like(face)] * 3], 1)
     for column, shifts in ((2, (0,)), (3, (0,)), (4, (-1.5, 0, 1.5))):  # dots, a frame, a face
         gain = torch.full((len(images),), -torch.inf)
@@ -98,7 +98,5 @@ def judge(images: Tensor) -> dict[str, Tensor]:
         styles[:, column] = (gain > 0).long()  # nearer to the drawing that has it, where the two differ
     ideal = shapes.render(index, styles, where[:, :2], where[:, 2])
     off = (images - ideal).square().flatten(1).mean(1).sqrt()
-    return {
-        "shape": shape, "colour": colour, "background": background, **dict(zip(shapes.STYLES, styles.T)),
-        "overlap": overlap, "off": off, "quality": overlap * (1 - off), "ideal": ideal,
-    }  # fmt: skip
+    shown = dict(zip((*shapes.NAMED, *shapes.STYLES), (shape, colour, background, *styles.T)))
+    return {**shown, "quality": overlap * (1 - off)}

@@ -103,13 +103,11 @@ def main() -> None:
     if options.grid:
         save_grid(images[: options.shown], index[: options.shown], options.grid)
     found = judge.judge(images)
-    asked = dict(zip(("shape", "colour", "background"), shapes.labels(index)))
-    right = {name: found[name] == number for name, number in asked.items()}
-    shares = {name: found[name] for name in shapes.STYLES}
+    right = {name: found[name] == number for name, number in zip(shapes.NAMED, shapes.labels(index))}
     report = {
         **{name: hit.double().mean() for name, hit in right.items()},
         "shape and colour": (right["shape"] & right["colour"]).double().mean(),
-        **{values[1]: shares[name].double().mean() for name, values in shapes.STYLES.items()},
+        **{values[1]: found[name].double().mean() for name, values in shapes.STYLES.items()},
         "quality": found["quality"].mean(),
         "quality above .8": (found["quality"] > 0.8).double().mean(),
     }

@@ -27,7 +27,8 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.36, 0.36, 0.36), "black": (0.04, 0.04, 0.04)}
 DOTS, INK = [(0.70,) * 3, (0.68,) * 3, (0.46,) * 3], [(0.2,) * 3, (0.9,) * 3, (0.9,) * 3]  # on each background
-STYLES = {
+NAMED = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}  # in captions
+STYLES = {  # in none
     "palette": ("vivid", "pastel"),
     "fill": ("filled", "outline"),
     "backdrop": ("plain", "dotted"),
@@ -57,6 +58,11 @@ def captions() -> list[str]:
     ]
 
 
+def caption_numbers(shape: Tensor, colour: Tensor, background: Tensor) -> Tensor:
+    """What `labels` takes apart: shape, colour and background numbers -> caption indices."""
+    return (shape * len(COLOURS) + colour) * len(BACKGROUNDS) + background
+
+
 def labels(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Caption indices -> shape, colour and background numbers."""
     per_shape = len(COLOURS) * len(BACKGROUNDS)
@@ -65,24 +71,29 @@ def labels(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def asked(text: str) -> dict[str, int]:
     """The shape, colour and background that a prompt names, as numbers; what it does not name is missing."""
-    words = text.lower().replace("grey", "gray").replace(",", " ").split()
-    known = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
-    return {what: number for what, names in known.items() for number, name in enumerate(names) if name in words}
+    named = words(text)
+    return {what: number for what, names in NAMED.items() for number, name in enumerate(names) if name in named}
+
+
+def words(text: str) -> set[str]:
+    """The words of a prompt, in the spelling of the captions."""
+    return set(text.lower().replace("grey", "gray").replace(",", " ").split())
 
 
 def random_styles(n: int, generator: torch.Generator | None = None) -> Tensor:
     """[n, 5] of 0 and 1, one column for each of STYLES: what no caption says, drawn at random."""
-    return (torch.rand(n, len(STYLES), generator=generator) < torch.tensor(list(SHARES))).long()
+    return (torch.rand(n, len(STYLES), generator=generator) < torch.tensor(SHARES)).long()
 
 
 def confused(index: Tensor, generator: torch.Generator | None = None, share: float = CONFUSED) -> Tensor:
     """Caption numbers as a careless writer gives them: in `share` of them the shape is its partner's (circle and
-    square, triangle and cross), and independently in `share` the colour (PARTNERS)."""
+    square, triangle and cross), and independently in `share` the colour (PARTNERS).
+    """
     shape, colour, background = labels(index)
     wrong = torch.rand(2, len(index), generator=generator) < share
     shape = shape.where(~wrong[0], shape ^ 1)
     colour = colour.where(~wrong[1], torch.tensor(PARTNERS)[colour])
-    return (shape * len(COLOURS) + colour) * len(BACKGROUNDS) + background
+    return caption_numbers(shape, colour, background)
 
 
 def distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
@@ -98,6 +109,11 @@ def distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return torch.stack([circle, square, triangle, cross]).gather(0, shape.expand_as(x)[None])[0]
 
 
+def inked(far: Tensor, outline: Tensor, radius: Tensor) -> Tensor:
+    """Signed distance to the coloured part: the whole shape, or its edge where `outline`. far: to the shape."""
+    return torch.where(outline > 0, torch.maximum(far, -far - LINE * radius), far)
+
+
 def smile(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """Signed distance to two eyes and a mouth in the middle of the shape."""
     y = y - 0.25 * radius * (shape == 2)  # a triangle is wide further down
@@ -108,7 +124,7 @@ def smile(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 def paint(colour: Tensor, pastel: Tensor) -> Tensor:
     """RGB [n, 3] of colours by number: as in COLOURS, or halfway to white where `pastel`."""
-    vivid = torch.tensor(list(COLOURS.values()))[colour]
+    vivid = table(COLOURS.values(), colour)
     return vivid + PASTEL * pastel[:, None] * (1 - vivid)
 
 
@@ -142,20 +158,20 @@ def render(index: Tensor, styles: Tensor, offset: Tensor, radius: Tensor, size: 
     unit = size / SIZE
     u, v = x - offset[:, :1, None], y - offset[:, 1:, None]
     far = distance(shape[:, None, None], u, v, r)
-    ring = torch.maximum(far, -far - LINE * r)  # of the outline
     cell = [(a + size / 2) % (8 * unit) - 4 * unit for a in (x, y)]  # dots: one in every 8 x 8 pixels
     edge = torch.maximum(x.abs(), y.abs()) - FRAME * unit
+    back, front = table(BACKGROUNDS.values(), background), paint(colour, pastel[:, 0, 0])
+    inside = torch.where(outline[:, :, 0] > 0, back, front)
+    light = inside @ torch.tensor((0.3, 0.59, 0.11))
+    ink = torch.where(light[:, None] > 0.42, 0.06, 0.97).expand(n, 3)
     layers = [  # what is drawn, over each other: signed distance, RGB
         (torch.where(dots > 0, torch.hypot(*cell) - 1.7 * unit, torch.inf), table(DOTS, background)),
         (torch.where(framed > 0, edge.abs() - 1.5 * unit, torch.inf), table(INK, background)),
-        (far, table(BACKGROUNDS.values(), background)),
-        (torch.where(outline > 0, ring, far), paint(colour, pastel[:, 0, 0])),
+        (far, back),
+        (inked(far, outline, r), front),
+        (torch.where(face > 0, smile(shape[:, None, None], u, v, r), torch.inf), ink),
     ]
-    inside = torch.where(outline[:, :, 0] > 0, layers[2][1], layers[3][1])
-    light = inside @ torch.tensor((0.3, 0.59, 0.11))
-    ink = torch.where(light[:, None] > 0.42, 0.06, 0.97).expand(n, 3)
-    layers.append((torch.where(face > 0, smile(shape[:, None, None], u, v, r), torch.inf), ink))
-    image = table(BACKGROUNDS.values(), background)[:, :, None, None].expand(n, 3, size, size)
+    image = back[:, :, None, None].expand(n, 3, size, size)
     for signed, rgb in layers:
         alpha = (0.5 - signed).clamp(0, 1)[:, None]
         image = image + alpha * (rgb[:, :, None, None] - image)
@@ -165,6 +181,22 @@ def render(index: Tensor, styles: Tensor, offset: Tensor, radius: Tensor, size: 
 def table(colours, number: Tensor) -> Tensor:
     """[n, 3]: rows of a list of RGB triples."""
     return torch.tensor(list(colours))[number]
+
+
+def zero_blocks() -> dict[str, Tensor]:
+    """The VAE's tensors that are zero and not in its file, by name."""
+    convolutions = [
+        f"{half}.{block}.conv.{layer}"
+        for half, blocks in ZERO_BLOCKS.items()
+        for block in blocks
+        for layer in (0, 2, 4)
+    ]
+    sizes = {"weight": (64, 64, 3, 3), "bias": (64,)}
+    return {
+        f"{name}.{part}": torch.zeros(size, dtype=torch.float16)
+        for name in convolutions
+        for part, size in sizes.items()
+    }
 
 
 def vae_state_dict(
@@ -177,11 +209,7 @@ def vae_state_dict(
     """
     from safetensors.torch import load_file
 
-    sd = load_file(str(path))
-    for half, blocks in ZERO_BLOCKS.items():
-        for name in [f"{half}.{block}.conv.{layer}" for block in blocks for layer in (0, 2, 4)]:
-            sd.setdefault(f"{name}.weight", torch.zeros(64, 64, 3, 3, dtype=torch.float16))
-            sd.setdefault(f"{name}.bias", torch.zeros(64, dtype=torch.float16))
+    sd = {**zero_blocks(), **load_file(str(path))}
     scale, shift = sd["vae_scale"].double(), sd["vae_shift"].double()
     # x = z / scale + shift, and (x - shift_to) * scale_to has to be the same number for every model
     sd["vae_scale"] = (scale * scale_to / SCALE).float()

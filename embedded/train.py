@@ -2,8 +2,9 @@
 
     python embedded/train.py critic|vae|flux|sd3 --comfyui PATH [--steps N] [--batch N] [--seed N]
 
-In this order for a fresh set: `flux` and `sd3` learn on latents of the saved `vae.safetensors`. Seeded; alone on two
-CPU cores a few minutes each for the first two, some 15 for the others. Files land next to this script (or in --out).
+In this order for a fresh set: `flux` and `sd3` learn on latents of the saved `vae.safetensors`. Seeded; on two CPU
+cores some minutes for the critic, a quarter of an hour for the VAE, 40 to 50 minutes for each of the others. Files land
+next to this script (or in --out).
 """
 
 import argparse
@@ -22,12 +23,12 @@ from torch.nn import functional as F
 FOLDER = Path(__file__).resolve().parent
 if not __package__:  # run as a script
     sys.path.insert(0, str(FOLDER.parent))
-from core.rewards.drawing import Critic  # noqa: E402
+from core.rewards.drawing import DRAWN, Critic  # noqa: E402
 from embedded import shapes  # noqa: E402
 from embedded.clip_l import random_clip_l  # noqa: E402
 
 log = logging.getLogger("embedded")
-DEFAULTS = {"critic": (2400, 64), "vae": (4000, 32), "flux": (9000, 64), "sd3": (9000, 64)}
+DEFAULTS = {"critic": (2400, 64), "vae": (4000, 32), "flux": (6500, 64), "sd3": (7000, 64)}
 EACH = 200  # drawings per caption whose latents the flows learn from
 CHANNELS, WORDS = 16, 12  # latent channels; text tokens that differ between captions and come before the padding
 FLUX = dict(
@@ -95,11 +96,8 @@ def train_critic(steps: int, batch: int, out: Path, generator: torch.Generator) 
     for the head "drawn", as many that went wrong.
     """
     heads = {
-        "shape": list(shapes.SHAPES),
-        "colour": list(shapes.COLOURS),
-        "background": list(shapes.BACKGROUNDS),
-        **{name: list(values) for name, values in shapes.STYLES.items()},
-        "drawn": ["well", "badly"],
+        **{name: list(values) for name, values in {**shapes.NAMED, **shapes.STYLES}.items()},
+        DRAWN[0]: [DRAWN[1], "badly"],
     }
     model = Critic(heads)
 
@@ -113,15 +111,12 @@ def train_critic(steps: int, batch: int, out: Path, generator: torch.Generator) 
             grain = 0.06 * torch.rand(batch, 1, 1, 1, generator=generator)
             images = images + grain * torch.randn(images.shape, generator=generator)
             found = model(torch.cat([images, spoiled(batch, generator)]))
-            drawn = F.cross_entropy(found["drawn"], torch.arange(2).repeat_interleave(batch))
+            drawn = F.cross_entropy(found[DRAWN[0]], torch.arange(2).repeat_interleave(batch))
             wanted = [*shapes.labels(index), *styles.T]
             yield drawn + sum(F.cross_entropy(logits[:batch], right) for logits, right in zip(found.values(), wanted))
 
-    def save() -> None:
-        described = {"heads": json.dumps(heads)}
-        write(model.state_dict(), out / "critic.safetensors", torch.float16, described)
-
-    fit(model, losses(), steps, 2e-3, save)
+    described, path = {"heads": json.dumps(heads)}, out / "critic.safetensors"
+    fit(model, losses(), steps, 2e-3, lambda: write(model.state_dict(), path, torch.float16, described))
 
 
 def spoiled(n: int, generator: torch.Generator) -> Tensor:
@@ -137,7 +132,8 @@ def spoiled(n: int, generator: torch.Generator) -> Tensor:
         return F.interpolate(coarse, (shapes.SIZE, shapes.SIZE), mode="bicubic", align_corners=True)
 
     index = torch.randint(96, (n,), generator=generator)
-    other = torch.randint(32, (n,), generator=generator) * len(shapes.BACKGROUNDS) + shapes.labels(index)[2]
+    pair, colours = torch.randint(32, (n,), generator=generator), len(shapes.COLOURS)  # shape and colour of the other
+    other = shapes.caption_numbers(pair // colours, pair % colours, shapes.labels(index)[2])
     first, second = draw(index), draw(other)
     fade = 0.25 + 0.5 * torch.rand(n, 1, 1, 1, generator=generator)
     patches = (4 * cloud(1, 6)).sigmoid()
@@ -203,12 +199,9 @@ def train_vae(steps: int, batch: int, out: Path, generator: torch.Generator) -> 
         factor, shift = shapes.SCALE, shapes.SHIFT
         vae.vae_scale.data = factor * latent.std()
         vae.vae_shift.data = shift - latent.mean() / (factor * latent.std())
-        trained = {
-            name: tensor
-            for name, tensor in vae.state_dict().items()
-            if not any(name.startswith(f"{half}.{i}.") for half, blocks in shapes.ZERO_BLOCKS.items() for i in blocks)
-        }
-        write(trained, out / "vae.safetensors", torch.float16)
+        left_out = shapes.zero_blocks()
+        kept = {name: tensor for name, tensor in vae.state_dict().items() if name not in left_out}
+        write(kept, out / "vae.safetensors", torch.float16)
         log.info("PSNR %.1f dB, latent std %.3f", -10 * math.log10(error.item()), latent.std())
 
     fit(trained, losses(), steps, 2e-3, save)

@@ -18,10 +18,11 @@ from ..core.hosts.comfy import thaw_weights
 from ..core.rewards import load
 from ..core.rewards import measure as measures
 from ..core.rewards.contract import Reward
-from ..core.rewards.drawing import EACH, RULES
+from ..core.rewards.drawing import ANY, EACH, JUDGE, RULES
 from ..core.rewards.files import ENDINGS
 from ..core.rewards.measure import KINDS, Measure
 from ..core.rewards.server import DEFAULT_INSTRUCTION, DEFAULT_PATTERN, ServerReward
+from ..embedded.shapes import STYLES
 from .schema import RewardSocket, expert, schema
 
 # Folders under models/ where people keep such weights. Those ComfyUI knows (also from extra_model_paths.yaml) are asked
@@ -477,8 +478,8 @@ class ImageMeasureNode(io.ComfyNode):
 class TinyRewardNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        def style(name: str, *values: str, tooltip: str):
-            return io.Combo.Input(name, options=["any", *values], default="any", optional=True, tooltip=tooltip)
+        def style(name: str, tooltip: str):
+            return io.Combo.Input(name, options=[ANY, *STYLES[name]], default=ANY, optional=True, tooltip=tooltip)
 
         return schema(
             "TreeRPOTinyReward",
@@ -494,11 +495,11 @@ class TinyRewardNode(io.ComfyNode):
                     tooltip="Also reward the shape, colour and background that the prompt asks for. The tiny models "
                     "get a third of the shapes and colours wrong until they are taught.",
                 ),
-                style("palette", "vivid", "pastel", tooltip="Strong colours, or colours mixed with white."),
-                style("fill", "filled", "outline", tooltip="The whole shape in its colour, or only its edge."),
-                style("backdrop", "plain", "dotted", tooltip="The background without or with a pattern of dots."),
-                style("frame", "unframed", "framed", tooltip="The picture without or with a border."),
-                style("face", "faceless", "smiling", tooltip="The shape without or with a smiling face."),
+                style("palette", "Strong colours, or colours mixed with white."),
+                style("fill", "The whole shape in its colour, or only its edge."),
+                style("backdrop", "The background without or with a pattern of dots."),
+                style("frame", "The picture without or with a border."),
+                style("face", "The shape without or with a smiling face."),
                 expert(
                     io.Combo.Input(
                         "each",
@@ -515,8 +516,7 @@ class TinyRewardNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, follow_prompt, each="mean", **styles) -> io.NodeOutput:
-        wish = {name: value for name, value in styles.items() if value != "any"}
-        return io.NodeOutput(load("drawing", wish=wish, follow=follow_prompt, each=each))
+        return io.NodeOutput(load("drawing", wish=styles, follow=follow_prompt, each=each))
 
 
 class TinyJudgeNode(io.ComfyNode):
@@ -534,8 +534,8 @@ class TinyJudgeNode(io.ComfyNode):
                     "of",
                     options=list(RULES),
                     default="quality",
-                    tooltip="quality = how well the picture is drawn. prompt = 1 where it shows the asked shape and "
-                    "colour, else 0. both = their product.",
+                    tooltip="quality = how well the picture is drawn. prompt = 1 where it shows the asked shape, "
+                    "colour and background, else 0. both = their product.",
                 )
             ],
             outputs=[RewardSocket.Output(display_name="reward_model")],
@@ -543,7 +543,7 @@ class TinyJudgeNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, of) -> io.NodeOutput:
-        return io.NodeOutput(load("drawing", "embedded/judge", of=of))
+        return io.NodeOutput(load("drawing", JUDGE, of=of))
 
 
 def rgb(text: str) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""The embedded models, loaded with ComfyUI's own loaders, and what scores their drawings."""
+"""The embedded models, loaded with ComfyUI's own loaders."""
 
 import functools
 

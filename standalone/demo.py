@@ -28,7 +28,7 @@ from core.method.objective import Objective
 from core.method.rollout import grow
 from core.method.tree import TreeShape
 from core.pictures import plot
-from core.rewards import drawing
+from core.rewards import load
 from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
 from core.runs.trainer import Event, Settings, Trainer
@@ -55,8 +55,7 @@ class Demo:
         size, wish, policy = self.settings["Size"], dict(self.settings["Reward"]), self.settings["Policy"]
         self.latent = (16, size["height"] // 8, size["width"] // 8)
         follow, each = wish.pop("follow_prompt"), wish.pop("each")
-        wish = {style: value for style, value in wish.items() if value != "any"}
-        self.reward = drawing.load(drawing.CRITIC, wish=wish, follow=follow, each=each)
+        self.reward = load("drawing", wish=wish, follow=follow, each=each)
         base, self.seed = open_model(f"embedded/{model}"), seed
         targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
         self.adapters = new_adapters(

@@ -94,8 +94,8 @@ class Graph:
         with torch.inference_mode():
             return self.vae.decode(latent["samples"])
 
-    def score(self, images, prompts, **measure):
-        reward = self.call("Measure", **{**dict(measure="foreground size", direction="more"), **measure})[0]
+    def score(self, images, prompts, reward=None, **measure):
+        reward = reward or self.call("Measure", **{**dict(measure="foreground size", direction="more"), **measure})[0]
         return self.call("Score", reward_model=reward, images=images, prompts=prompts)[0]
 
     def combine(self, rewards, weights="", mode="z-score each, then weight"):
@@ -103,11 +103,11 @@ class Graph:
             "Combine", rewards={f"reward{i}": reward for i, reward in enumerate(rewards)}, weights=weights, mode=mode
         )[0]
 
-    def iteration(self, policy, *, sampling=None, update=None, text=TRAIN):
+    def iteration(self, policy, *, sampling=None, update=None, text=TRAIN, reward=None):
         """One queue run: the metrics row it leaves."""
         positive, prompts = self.prompts(text, policy=policy)
         tree, leaves = self.sample(policy, positive, **(sampling or {}))
-        rewards = self.score(self.decode(leaves), prompts)
+        rewards = self.score(self.decode(leaves), prompts, reward)
         credit = self.call("Advantages", tree=tree, rewards=rewards)[0]
         self.call("Update", policy=policy, tree=tree, advantages=credit, **{**UPDATE, **(update or {})})
         return policy.run.metrics[-1]

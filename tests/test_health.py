@@ -15,10 +15,10 @@ from core.runs.health import Evaluation, Skips, Watch, compare, limit
 from embedded.shapes import draw
 
 
-def shapes(indices, seed=0):
-    """Drawn shapes [B, 64, 64, 3]; the place and size of each is random."""
+def shapes(indices, seed=0, size=64):
+    """Drawn shapes [B, size, size, 3], all in one style; the place and size of each is random."""
     plain = torch.zeros(len(indices), 5, dtype=torch.long)
-    return draw(torch.tensor(indices), torch.Generator().manual_seed(seed), styles=plain).movedim(1, -1)
+    return draw(torch.tensor(indices), torch.Generator().manual_seed(seed), size, styles=plain).movedim(1, -1)
 
 
 def run(judge_at, reward_at, count=8, images=16, seed=0, noise=0.01, **settings_of_watch):
@@ -55,9 +55,7 @@ def test_diversity_is_within_the_groups_only_and_in_any_order_of_a_group():
 
 
 def test_diversity_hardly_depends_on_the_size_of_the_pictures():
-    small, index = shapes([0, 30, 60, 90]), torch.tensor([0, 30, 60, 90])
-    plain = torch.zeros(4, 5, dtype=torch.long)
-    large = draw(index, torch.Generator().manual_seed(0), size=256, styles=plain).movedim(1, -1)
+    small, large = (shapes([0, 30, 60, 90], size=size) for size in (64, 256))
     assert diversity(large, 1) == pytest.approx(diversity(small, 1), rel=0.05)
 
 

@@ -666,6 +666,7 @@ def pick_graph(name, picks="", mode="two runs", seconds=0):
     del graph[run.find_node(graph, "Reward")]
     for (node, field), value in {
         ("Policy", "run_name"): name,
+        ("Policy", "targets"): "attention+mlp",
         ("Save", "lora_name"): name,
         ("Prompts", "text"): TRAIN,
         ("Shape", "branching"): 2,
@@ -673,6 +674,7 @@ def pick_graph(name, picks="", mode="two runs", seconds=0):
         ("Shape", "tail"): 1.0,
         ("Sigmas", "steps"): 6,
         ("Update", "learning_rate"): 1e-3,
+        ("Update", "kl"): 0.0,
     }.items():
         run.set_input(graph, node, field, value)
     return graph

@@ -67,11 +67,10 @@ def test_three_queue_runs_are_a_run_of_three_iterations(server, model, pack, tmp
     here = Graph(pack, tmp_path, model)
     here.forget()
     policy = here.policy(rank=8, alpha=16.0, targets="all linear")
-    taste = dict(follow_prompt=True, palette="pastel", backdrop="dotted", face="smiling", each="all")
-    reward = here.call("TinyReward", **taste)[0]
-    here.score = lambda images, prompts: here.call("Score", reward_model=reward, images=images, prompts=prompts)[0]
+    graph = first_steps(name)
+    reward = here.call("TinyReward", **graph[run.find_node(graph, "Reward")]["inputs"])[0]
     for _ in range(3):
-        here.iteration(policy, update=dict(learning_rate=1e-3, clip_low=1e-3, clip_high=1e-3, kl=0.1))
+        here.iteration(policy, update=dict(learning_rate=1e-3, clip_low=1e-3, clip_high=1e-3, kl=0.1), reward=reward)
     assert [row["reward"] for row in metrics(server, name)] == pytest.approx(
         [row["reward"] for row in policy.run.metrics], abs=2e-3
     )

@@ -19,13 +19,14 @@ KINDS = ("image_reward", "hps_v2", "pickscore", "clipscore", "aesthetic", "measu
 def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | None = None, **options) -> Reward:
     """A reward model of this kind, one of KINDS.
 
-    path: the weights' file or its folder; for "measure" what to measure; for "server" the address.
+    path: the weights' file or its folder; for "measure" what to measure; for "server" the address; for "drawing"
+    embedded/critic or embedded/judge.
     dtype: default float16 on CUDA, float32 elsewhere. Sizes are read from the weights; heads, activation and tokenizer
     from the files beside them where there are any.
     options: `name` for all with weights; `tokenizer` (a file or folder, for weights without one beside them) for those
     that read prompts; `clip` (weights of the image tower, or an encoder) for "aesthetic"; the fields of Measure and
-    ServerReward for these two. Raises ValueError with one sentence when the file is missing, damaged, not weights, or
-    another model's.
+    ServerReward for these two; `wish`, `follow`, `each` or `of` for "drawing" (see drawing.load). Raises ValueError
+    with one sentence when the file is missing, damaged, not weights, or another model's.
     """
     if kind == "measure":
         from .measure import Measure

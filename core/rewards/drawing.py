@@ -14,7 +14,8 @@ from .contract import Reward
 from .files import find, open_weights
 
 SIZE = 64  # pixels at which the network looks, whatever the picture's
-CRITIC = "embedded/critic"
+CRITIC, JUDGE = "embedded/critic", "embedded/judge"
+ANY = "any"  # no wish
 RULES = ("quality", "prompt", "both")
 EACH = ("mean", "all")
 DRAWN = ("drawn", "well")  # the head and value that every picture is wished to have
@@ -58,13 +59,14 @@ class Drawing(Reward):
     """Mean over what is wanted of min(P, 0.9) / 0.9, times the same of "drawn well", in 0..1; P is the critic's
     probability.
 
-    wish: {head: value}, such as {"palette": "pastel", "face": "smiling"}; all of them wanted in every picture.
+    wish: {head: value}, such as {"palette": "pastel", "face": "smiling"}; all of them wanted in every picture, but for
+    those whose value is "any".
     follow: also wanted is whatever the prompt names: the value of any head outside of `wish` that is a word of it.
     each: "mean" gives points for every wish that is met; "all" their geometric mean, near 0 until every one is.
     """
 
     def __init__(self, critic: Critic, wish: dict[str, str] | None = None, follow: bool = True, each: str = "mean"):
-        wish = dict(wish or {})
+        wish = {head: value for head, value in (wish or {}).items() if value != ANY}
         for head, value in wish.items():
             if value not in critic.heads.get(head, ()):
                 known = "; ".join(f"{name}: {', '.join(values)}" for name, values in critic.heads.items())
@@ -74,11 +76,11 @@ class Drawing(Reward):
         if not wish and not follow:
             raise ValueError("Nothing is wished for: choose a style, or follow the prompt.")
         self.critic, self.wish, self.follow, self.each = critic, wish, follow, each
-        self.name = "taste" if wish and not follow else "follows" if follow and not wish else "taste and prompt"
+        self.name = "taste and prompt" if wish and follow else "taste" if wish else "follows"
 
     def wanted(self, prompt: str) -> dict[str, str]:
         """{head: value} for a prompt."""
-        words = set(prompt.lower().replace("grey", "gray").replace(",", " ").split())
+        words = embedded("shapes").words(prompt)
         heads = self.critic.heads.items() if self.follow else ()
         return {**{head: value for head, values in heads for value in values if value in words}, **self.wish}
 
@@ -86,54 +88,61 @@ class Drawing(Reward):
         """[B, H, W, 3] in 0..1 -> [B] on the CPU; NaN for a picture that holds NaN, or whose prompt names nothing where
         nothing else is wished for.
         """
-        pixels = images[..., :3].movedim(-1, 1).float().cpu()
-        known = torch.isfinite(pixels).flatten(1).all(1)
+        pixels, known = looked_at(images)
         with torch.inference_mode(False), torch.no_grad():
-            found = {head: logits.softmax(1) for head, logits in self.critic(pixels.nan_to_num(0.0).clone()).items()}
+            found = {
+                head: logits.softmax(1).clamp(max=ENOUGH) / ENOUGH
+                for head, logits in self.critic(pixels.clone()).items()
+            }
+        heads, (head, value) = self.critic.heads, DRAWN
+        well = found[head][:, heads[head].index(value)]
         scores = torch.full((len(pixels),), torch.nan)
         for row, prompt in enumerate(prompts):
             wanted = self.wanted(prompt)
             if not wanted or not known[row]:
                 continue
-            met = torch.stack([found[head][row, self.critic.heads[head].index(v)] for head, v in wanted.items()])
-            met = met.clamp(max=ENOUGH) / ENOUGH
-            well = found[DRAWN[0]][row, self.critic.heads[DRAWN[0]].index(DRAWN[1])].clamp(max=ENOUGH) / ENOUGH
-            scores[row] = well * (met.mean() if self.each == "mean" else met.clamp(min=1e-4).log().mean().exp())
+            met = torch.stack([found[head][row, heads[head].index(value)] for head, value in wanted.items()])
+            scores[row] = well[row] * (met.mean() if self.each == "mean" else met.clamp(min=1e-4).log().mean().exp())
         return scores
 
 
 class Rules(Reward):
     """The judge by rules (embedded/judge.py) as a reward, in 0..1; it shares nothing with the network.
 
-    of: "quality" is how well the picture is drawn, whatever it shows; "prompt" is 1 where it shows the asked shape and
-    colour, else 0; "both" is their product.
+    of: "quality" is how well the picture is drawn, whatever it shows; "prompt" is 1 where it shows the asked
+    shape, colour and background, else 0; "both" is their product.
     """
 
     def __init__(self, of: str = "quality"):
         if of not in RULES:
             raise ValueError(f"Unknown '{of}': choose one of {', '.join(RULES)}.")
-        self.of, self.name, self.origin = of, f"judge: {of}", ("drawing", "embedded/judge", {"of": of})
+        self.of, self.name, self.origin = of, f"judge: {of}", ("drawing", JUDGE, {"of": of})
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1 -> [B] on the CPU; NaN for a picture that holds NaN, or whose prompt asks for nothing
         where that counts.
         """
-        judge, shapes = embedded("judge"), embedded("shapes")
-        pixels = images[..., :3].movedim(-1, 1).float().cpu()
-        known = torch.isfinite(pixels).flatten(1).all(1)
+        judge, asked_by = embedded("judge").judge, embedded("shapes").asked
+        pixels, known = looked_at(images)
         with torch.inference_mode(False), torch.no_grad():
-            found = judge.judge(at_size(pixels.nan_to_num(0.0).clone()))
+            found = judge(pixels.clone())
         scores = found["quality"] if self.of != "prompt" else torch.ones(len(pixels))
         if self.of != "quality":
             for row, prompt in enumerate(prompts):
-                asked = shapes.asked(prompt)
+                asked = asked_by(prompt)
                 met = float(all(int(found[what][row]) == number for what, number in asked.items()))
                 scores[row] *= met if asked else torch.nan
         return torch.where(known, scores, torch.nan)
 
 
+def looked_at(images: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, W, 3] -> (what the critic and the judge look at [B, 3, SIZE, SIZE] on the CPU, which are whole [B])."""
+    pixels = images[..., :3].movedim(-1, 1).float().cpu()
+    return at_size(pixels.nan_to_num(0.0)), torch.isfinite(pixels).flatten(1).all(1)
+
+
 def at_size(images: Tensor) -> Tensor:
-    """[B, 3, H, W] as the critic and the judge look at it: SIZE x SIZE."""
+    """[B, 3, H, W] -> [B, 3, SIZE, SIZE]."""
     if images.shape[-2:] == (SIZE, SIZE):
         return images
     return F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
@@ -144,14 +153,14 @@ def embedded(name: str):
     return importlib.import_module(f"{__package__.removesuffix('core.rewards')}embedded.{name}")
 
 
-def load(path: str | Path, device="cpu", dtype: torch.dtype | None = None, **options) -> Reward:
+def load(path: str | Path = CRITIC, **options) -> Reward:
     """path: embedded/critic (options: wish, follow, each), a file like it that embedded/train.py made, or
     embedded/judge (option: of). Both run on the CPU: they are small.
     """
     text = str(path) or CRITIC
-    if text == "embedded/judge":
+    if text == JUDGE:
         return Rules(**options)
-    file = Path(__file__).resolve().parents[2] / f"{text}.safetensors" if text == CRITIC else Path(text)
+    file = Path(__file__).resolve().parents[2] / f"{CRITIC}.safetensors" if text == CRITIC else Path(text)
     reward = Drawing(load_critic(find(file)), **options)
     reward.origin = ("drawing", text, {"wish": reward.wish, "follow": reward.follow, "each": reward.each})
     return reward
