@@ -294,7 +294,7 @@ def train_flow(kind: str, steps: int, batch: int, out: Path, generator: torch.Ge
 
     Captions are wrong in shapes.CONFUSED of the pairs, anew every time. Most steps see the first 12 text tokens
     (captions have 9); every sixth, and all of the last fifth, see all 77. `resume` goes on from the saved file, at half
-    the learning rate and with all 77 tokens.
+    the learning rate.
     """
     model = build_flux() if kind == "flux" else build_sd3()
     context, pooled = text_features()
@@ -324,7 +324,7 @@ def train_flow(kind: str, steps: int, batch: int, out: Path, generator: torch.Ge
             t = (2.0 * u / (1 + u))[torch.randperm(batch, generator=generator)]
             noise = torch.randn(x0.shape, generator=generator)
             x = torch.lerp(x0, noise, t[:, None, None, None])
-            words = 77 if step % 6 == 5 or resume or step > steps * 0.8 else WORDS
+            words = 77 if step % 6 == 5 or step > steps * 0.8 else WORDS
             with torch.autocast("cpu", torch.bfloat16):
                 found = velocity(x, t, which, words)
             yield F.mse_loss(found.float(), noise - x0)

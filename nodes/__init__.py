@@ -22,7 +22,7 @@ from .save import PolicyToLoraNode, SaveTreeLoraNode
 from .shape import DepthNoiseNode, TreeShapeNode
 from .advantages import AdvantagesNode
 from .objective import ObjectiveNode
-from .update import LayerTuningNode, UpdateNode
+from .update import LayerTuningNode, RegressionNode, UpdateNode
 from .trainer import TrainerNode
 from .tree_view import TreeViewNode
 
@@ -49,6 +49,7 @@ NODES = [
     AdvantagesNode,
     UpdateNode,
     LayerTuningNode,
+    RegressionNode,
     PromptListNode,
     ObjectiveNode,
     PreflightNode,

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..core.method.objective import RATIOS, STEP_WEIGHTS, TARGETS, Objective
+from ..core.method.objective import LEAF_WEIGHTS, RATIOS, STEP_WEIGHTS, TARGETS, Objective
 from .schema import ObjectiveSocket, expert, schema
 
-CLIPPING = [  # also Training Objective's
+CLIPPING = [  # of both GRPO updates and Training Objective
     expert(
         io.Float.Input(
             "clip_low",
@@ -56,17 +56,51 @@ CLIPPING = [  # also Training Objective's
             "larger clip range.",
         )
     ),
-    expert(
-        io.Combo.Input(
-            "step_weight",
-            options=list(STEP_WEIGHTS),
-            default="none",
-            optional=True,
-            tooltip="How much each step of the window counts. tau = more for noisier steps (TempFlow-GRPO); guard = "
-            "more for small steps.",
-        )
-    ),
 ]
+STEP_WEIGHT = expert(  # of every update and Training Objective
+    io.Combo.Input(
+        "step_weight",
+        options=list(STEP_WEIGHTS),
+        default="none",
+        optional=True,
+        tooltip="How much each step of the window counts. none = every branch alike, so that late steps, which have "
+        "more of them, count more; layer = every step alike; tau = more for noisier steps (TempFlow-GRPO); guard = "
+        "more for small steps (GRPO-Guard); flash = Flash-GRPO's.",
+    )
+)
+ETA = expert(
+    io.Float.Input(
+        "eta",
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        optional=True,
+        tooltip="Tree regression: how far an update aims beyond what the policy did. Higher = pulls more against the "
+        "anchor, and further with several inner updates.",
+    )
+)
+ANCHOR = io.Float.Input(
+    "anchor",
+    default=0.05,
+    min=0.0,
+    max=1.0,
+    step=0.01,
+    optional=True,
+    tooltip="Tree regression: how much every update pulls back towards the base model. Higher = prettier and more "
+    "varied, but learns less. Above 0 costs one more forward per node.",
+)
+LEAF_WEIGHT = expert(
+    io.Combo.Input(
+        "leaf_weights",
+        options=list(LEAF_WEIGHTS),
+        default="group",
+        optional=True,
+        tooltip="Tree regression: an image counts by its advantage in its prompt's group, or only against the images "
+        "of the same branch (node).",
+    )
+)
+METHODS = ("GRPO", "LayerTuning-RL", "Tree Regression")
 
 
 class ObjectiveNode(io.ComfyNode):
@@ -77,14 +111,15 @@ class ObjectiveNode(io.ComfyNode):
             "Training Objective",
             description="What the Trainer makes more likely, and how carefully. Without this node it is GRPO with the "
             "usual settings.",
-            search_aliases=["grpo", "layertuning-rl", "clip range", "kl", "loss"],
+            search_aliases=["grpo", "layertuning-rl", "tree regression", "diffusionnft", "clip range", "kl", "loss"],
             inputs=[
                 io.Combo.Input(
                     "method",
-                    options=["GRPO", "LayerTuning-RL"],
+                    options=list(METHODS),
                     default="GRPO",
                     tooltip="LayerTuning-RL adds Dynamic-TreeRPO's supervised term towards each prompt's best image "
-                    "(its weights' formula is our reading).",
+                    "(its weights' formula is our reading). Tree Regression (ours) learns where the better images are "
+                    "instead of which branch led there: faster on the tiny models.",
                 ),
                 io.Float.Input(
                     "kl",
@@ -124,6 +159,10 @@ class ObjectiveNode(io.ComfyNode):
                     )
                 ),
                 *CLIPPING,
+                STEP_WEIGHT,
+                ANCHOR,
+                ETA,
+                LEAF_WEIGHT,
             ],
             outputs=[ObjectiveSocket.Output(display_name="objective")],
         )
@@ -140,9 +179,18 @@ class ObjectiveNode(io.ComfyNode):
         sensitivity=0.0,
         ratio="plain",
         step_weight="none",
+        anchor=0.05,
+        eta=1.0,
+        leaf_weights="group",
         **named,
     ) -> io.NodeOutput:
         sft = named.get("lambda", 0.001) if method == "LayerTuning-RL" else 0.0
-        return io.NodeOutput(
-            (Objective(clip_low, clip_high, sensitivity, ratio, step_weight, kl, sft, target), only_good and sft > 0)
-        )
+        goal = Objective(clip_low, clip_high, sensitivity, ratio, step_weight, kl, sft, target)
+        if method == "Tree Regression":
+            goal = Objective(step_weight=step_weight, kl=kl, **regression(anchor, eta, leaf_weights))
+        return io.NodeOutput((goal, only_good and sft > 0))
+
+
+def regression(anchor: float, eta: float, leaf_weights: str) -> dict:
+    """Fields of Objective for tree regression."""
+    return {"loss": "regression", "anchor": anchor, "eta": eta, "leaf_weights": leaf_weights}

@@ -11,11 +11,11 @@ from ..core.method.iteration import learn
 from ..core.method.memory import MicroBatch
 from ..core.method.objective import TARGETS, Objective
 from ..core.pictures import plot
-from .objective import CLIPPING
+from .objective import ANCHOR, CLIPPING, ETA, LEAF_WEIGHT, STEP_WEIGHT, regression
 from .policy import LivePolicy
 from .schema import AdvantagesSocket, PolicySocket, TreeSocket, expert, schema
 
-# Inputs that both update nodes share.
+# Inputs that the update nodes share.
 _WIRES = [PolicySocket.Input("policy"), TreeSocket.Input("tree"), AdvantagesSocket.Input("advantages")]
 _RATE = io.Float.Input(
     "learning_rate",
@@ -61,8 +61,19 @@ STEP = [  # also the Trainer's
         )
     ),
 ]
+_MICRO_BATCH = expert(
+    io.Int.Input(
+        "micro_batch",
+        default=0,
+        min=0,
+        max=4096,
+        optional=True,
+        tooltip="Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler.",
+    )
+)
 _EXPERT = [
     *CLIPPING,
+    STEP_WEIGHT,
     expert(
         io.Float.Input(
             "kl",
@@ -76,16 +87,7 @@ _EXPERT = [
         )
     ),
     *STEP,
-    expert(
-        io.Int.Input(
-            "micro_batch",
-            default=0,
-            min=0,
-            max=4096,
-            optional=True,
-            tooltip="Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler.",
-        )
-    ),
+    _MICRO_BATCH,
 ]
 _OUTPUTS = [
     PolicySocket.Output(display_name="policy"),
@@ -172,6 +174,29 @@ class LayerTuningNode(io.ComfyNode):
         return update_policy(cls, policy, tree, advantages, learning_rate, only_good=only_good, sft=sft, **settings)
 
 
+class RegressionNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPORegression",
+            "Tree Regression Update",
+            description="One step of learning without trajectories (ours): from every branching point of the tree, the "
+            "velocity moves towards its better images and away from its worse ones, by how good each is. Needs no clip "
+            f"range, and learned faster than GRPO Update on the tiny models. {_SAVED}",
+            search_aliases=["diffusionnft", "awm", "ram", "forward process", "train", "grpo"],
+            is_output_node=True,
+            inputs=[*_WIRES, _RATE, ANCHOR, ETA, LEAF_WEIGHT, STEP_WEIGHT, *STEP, _MICRO_BATCH],
+            outputs=_OUTPUTS,
+        )
+
+    @classmethod
+    def execute(
+        cls, policy, tree, advantages, learning_rate, anchor=0.05, eta=1.0, leaf_weights="group", **settings
+    ) -> io.NodeOutput:
+        goal = regression(anchor, eta, leaf_weights)
+        return update_policy(cls, policy, tree, advantages, learning_rate, **goal, **settings)
+
+
 def update_policy(
     cls,
     policy,
@@ -187,7 +212,7 @@ def update_policy(
     micro_batch=0,
     **objective,
 ) -> io.NodeOutput:
-    """What both update nodes do: one update of the policy, one row of metrics, the run on disk.
+    """What all update nodes do: one update of the policy, one row of metrics, the run on disk.
 
     objective: fields of Objective; those that a graph does not name have its defaults.
     """

@@ -103,13 +103,14 @@ class Graph:
             "Combine", rewards={f"reward{i}": reward for i, reward in enumerate(rewards)}, weights=weights, mode=mode
         )[0]
 
-    def iteration(self, policy, *, sampling=None, update=None, text=TRAIN, reward=None):
-        """One queue run: the metrics row it leaves."""
+    def iteration(self, policy, *, sampling=None, update=None, text=TRAIN, reward=None, node="Update"):
+        """One queue run, with this update node: the metrics row it leaves."""
         positive, prompts = self.prompts(text, policy=policy)
         tree, leaves = self.sample(policy, positive, **(sampling or {}))
         rewards = self.score(self.decode(leaves), prompts, reward)
         credit = self.call("Advantages", tree=tree, rewards=rewards)[0]
-        self.call("Update", policy=policy, tree=tree, advantages=credit, **{**UPDATE, **(update or {})})
+        fixed = UPDATE if node == "Update" else {"learning_rate": UPDATE["learning_rate"]}
+        self.call(node, policy=policy, tree=tree, advantages=credit, **{**fixed, **(update or {})})
         return policy.run.metrics[-1]
 
     def train(

@@ -384,6 +384,29 @@ def test_every_option_of_the_update_node(graph, settings):
     assert row["update_forwards"] == passes and (row["kl"] > 0) == ("kl" in settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(anchor=0.0),
+        dict(anchor=0.3, eta=0.5, leaf_weights="node"),
+        dict(step_weight="layer", inner_updates=2),
+    ],
+)
+def test_every_option_of_the_regression_node_and_the_trainer_learns_the_same(graph, settings):
+    inner, updates = settings.get("inner_updates", 1), dict(inner_updates=settings.get("inner_updates", 1))
+    policy = graph.policy(run_name="nodes")
+    with network_forwards(graph.model) as count:
+        row = graph.iteration(policy, node="Regression", update=settings)
+    assert row["grad_norm"] > 0 and row["skipped"] == 0 and row["ratio_first"] == pytest.approx(1, abs=1e-4)
+    assert row["update_forwards"] == 2 * 3 * inner * (1 if settings.get("anchor") == 0 else 2)
+    assert row["forwards"] == count.total
+    theirs, goal = graph.policy(run_name="trainer"), {k: v for k, v in settings.items() if k != "inner_updates"}
+    objective = graph.call("Objective", method="Tree Regression", kl=0.0, **goal)[0]
+    graph.train(theirs, 1, objective=objective, **updates)
+    for mine, other in zip(policy.run.adapters.parameters(), theirs.run.adapters.parameters()):
+        assert torch.equal(mine, other)
+
+
 def test_combined_rewards_are_compared_each_on_its_own_scale(graph):
     policy = graph.policy()
     positive, prompts = graph.prompts()

@@ -34,6 +34,11 @@ TERMS = {
     "sft best-path": Objective(sft=0.5, target="best-path", **WIDE),
     "sft best-leaf": Objective(sft=0.5, target="best-leaf", **WIDE),
     "sft images": Objective(sft=0.5, target="images", **WIDE),
+    "layer": Objective(step_weight="layer", **WIDE),
+    "flash": Objective(step_weight="flash", **WIDE),
+    "regression": Objective(loss="regression", eta=0.7),
+    "regression to the base": Objective(loss="regression", anchor=1.0, step_weight="layer"),
+    "regression within a node": Objective(loss="regression", anchor=0.3, leaf_weights="node", kl=0.2, sft=0.2),
     "everything": Objective(0.01, 0.02, 1.0, "guard", "tau", 0.1, 0.2, "best-leaf"),
 }
 
@@ -105,7 +110,7 @@ def test_every_term_is_the_same_on_any_split_and_with_retained_graphs(name):
     before = fresh.forwards
     policy_gradient(fresh, kept, advantages, objective, images=images(forest))
     torch.testing.assert_close(fresh.delta.grad, whole, atol=1e-13, rtol=1e-9)
-    assert fresh.forwards - before == (2 * 2 * 4 if objective.kl else 0) and not kept.graphs
+    assert fresh.forwards - before == (2 * 2 * 4 if objective.needs_reference else 0) and not kept.graphs
 
 
 @pytest.mark.parametrize("kind", RANDOM_KINDS)
@@ -147,9 +152,75 @@ def test_dynamic_clip_widens_for_the_deserving():
 
 def test_step_weights_have_mean_one():
     forest, _, _ = case()
-    for kind in ("none", "tau", "guard"):
+    for kind in ("none", "tau", "guard", "flash"):
         assert sum(step_weights(kind, forest, [0.2, 0.6])) / 2 == pytest.approx(1)
     assert step_weights("tau", forest, [0.2, 0.6]) == pytest.approx([0.5, 1.5])
+    first, second = step_weights("layer", forest, [0.2, 0.6])
+    assert first == pytest.approx(3 * second) and (first * 3 + second * 9) / 12 == pytest.approx(1)
+
+
+def test_layer_weights_give_every_layer_its_own_mean():
+    forest, velocity, advantages = off_policy()
+    whole = total(Objective(step_weight="layer", **WIDE), forest, velocity, advantages)
+    means = []
+    for layer, advantage in enumerate(advantages):
+        v = velocity(forest.states[layer], forest.sigma(layer)[0], forest.rows(layer))
+        log_prob = score_edges(forest, layer, slice(0, len(v)), v).log_prob
+        means.append(-(torch.exp(log_prob - forest.log_probs[layer]) * advantage).mean())
+    torch.testing.assert_close(whole, sum(means) / 2)
+
+
+def leaf_by_leaf(objective, forest, velocity, leaf):
+    """Tree regression as it is defined: every leaf of every node on its own."""
+    losses = []
+    for layer in range(forest.depth):
+        below = len(leaf) // len(forest.states[layer])
+        for node, x in enumerate(forest.states[layer]):
+            sigma, row = forest.sigma(layer)[0], forest.rows(layer)[node : node + 1]
+            old, own = forest.velocities[layer][node], range(node * below, (node + 1) * below)
+            mean = sum(leaf[l] for l in own) / below if objective.leaf_weights == "node" else 0.0
+            pull = sum((leaf[l] - mean) * ((x - forest.leaves[l]) / sigma - old) for l in own) / below
+            with velocity.reference(), torch.no_grad():
+                base = velocity(x[None], sigma, row)[0]
+            goal = (1 - objective.anchor) * old + objective.anchor * base + objective.eta * pull
+            losses.append(((velocity(x[None], sigma, row)[0] - goal) ** 2).mean())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("leaf_weights", ["group", "node"])
+@pytest.mark.parametrize("anchor", [0.0, 0.4, 1.0])
+def test_tree_regression_is_its_leaf_by_leaf_definition(anchor, leaf_weights):
+    objective = Objective(loss="regression", eta=0.6, anchor=anchor, leaf_weights=leaf_weights)
+    forest, velocity, advantages = off_policy(shape=TreeShape(3, 2, trees=2))
+    torch.testing.assert_close(
+        total(objective, forest, velocity, advantages), leaf_by_leaf(objective, forest, velocity, advantages[-1])
+    )
+
+
+def test_regression_without_advantages_and_anchor_costs_nothing():
+    forest, velocity, advantages = case()
+    before = velocity.forwards
+    none = [torch.zeros_like(layer) for layer in advantages]
+    metrics = policy_gradient(velocity, forest, none, Objective(loss="regression"))
+    assert velocity.forwards == before and metrics["edges_trained"] == 0
+
+
+def test_on_the_sampling_policy_regression_without_anchor_is_diffusion_nfts_loss():
+    """DiffusionNFT (arXiv 2509.16117) on one leaf: its implicit positive and negative velocities around v_old.
+    Its minimiser is v_old + (2r - 1)/beta (u - v_old), so both gradients point the same way at any policy."""
+    forest, velocity, _ = off_policy(shape=TreeShape(1, 1))
+    beta, r = 0.5, torch.tensor(0.8, dtype=torch.float64)
+    x, sigma, old = forest.states[0], forest.sigma(0)[0], forest.velocities[0]
+    u = (x - forest.leaves) / sigma
+    v = velocity(x, sigma, forest.rows(0))
+    positive, negative = (1 - beta) * old + beta * v, (1 + beta) * old - beta * v
+    r = r.expand(len(x)).view(-1, 1, 1, 1)
+    published = (r * (positive - u) ** 2 + (1 - r) * (negative - u) ** 2).flatten(1).mean(1).mean()
+    (theirs,) = torch.autograd.grad(published, velocity.delta)
+    leaf = (2 * r.flatten() - 1) / beta
+    ours = _Loss(velocity, forest, [leaf], Objective(loss="regression"), torch.ones(2, dtype=torch.bool), None, 2)
+    (mine,) = torch.autograd.grad(ours(0, slice(0, len(x)), velocity(x, sigma, forest.rows(0)))[0], velocity.delta)
+    torch.testing.assert_close(theirs, beta**2 * mine)
 
 
 def test_imitation_targets():
@@ -185,9 +256,11 @@ def test_the_worst_learn_most_and_bad_groups_are_not_imitated():
 
 
 def test_unknown_choices_are_named():
-    for bad in (dict(ratio="x"), dict(step_weight="x"), dict(target="x")):
+    for bad in (dict(ratio="x"), dict(step_weight="x"), dict(target="x"), dict(loss="x"), dict(leaf_weights="x")):
         with pytest.raises(ValueError, match="choose one of"):
             Objective(**bad)
+    with pytest.raises(ValueError, match="a share between 0 and 1, not 2"):
+        Objective(anchor=2.0)
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on():

@@ -1,4 +1,4 @@
-"""The loss of the trees' edges: clipped GRPO and its variants, KL, and LayerTuning-RL's supervised term."""
+"""The loss on the trees: GRPO of the edges, tree regression of the nodes, KL, and LayerTuning-RL's supervised term."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,10 @@ from torch import Tensor
 from .steps import Step
 from .tree import Forest
 
+LOSSES = ("grpo", "regression")
 RATIOS = ("plain", "guard")
-STEP_WEIGHTS = ("none", "tau", "guard")
+STEP_WEIGHTS = ("none", "layer", "tau", "guard", "flash")
+LEAF_WEIGHTS = ("group", "node")
 TARGETS = ("best-path", "best-leaf", "images")
 
 
@@ -21,19 +23,32 @@ class Objective:
     clip_high: float = 1e-4  # ... and rise to 1 + clip_high before a positive-advantage edge stops
     sensitivity: float = 0.0  # eta: how much an edge's reward widens its own clip range; 0 = fixed ranges (our reading)
     ratio: str = "plain"  # plain | guard: GRPO-Guard's normalised ratio
-    step_weight: str = "none"  # none | tau (TempFlow-GRPO) | guard (1/-dt); scaled to mean 1 over the window
+    step_weight: str = "none"  # none | layer | tau | guard | flash: see step_weights
     kl: float = 0.0  # coefficient of the KL divergence from the base model
     sft: float = 0.0  # lambda of LayerTuning-RL; 0 = plain GRPO
     target: str = "best-path"  # LayerTuning-RL's target: best-path | best-leaf | images
+    loss: str = "grpo"  # grpo | regression: see regression_targets
+    eta: float = 1.0  # regression: how far one update aims from the old velocity, in leaves of advantage 1
+    anchor: float = 0.0  # regression: share of the base model's velocity in what is aimed from; 0 = only the old one's
+    leaf_weights: str = "group"  # regression: a leaf's advantage, or that less the mean of the leaves of its node
 
     def __post_init__(self):
+        if not 0 <= self.anchor <= 1:
+            raise ValueError(f"The anchor is a share between 0 and 1, not {self.anchor:g}.")
         for name, value, options in (
+            ("loss", self.loss, LOSSES),
+            ("leaf weights", self.leaf_weights, LEAF_WEIGHTS),
             ("ratio", self.ratio, RATIOS),
             ("step weight", self.step_weight, STEP_WEIGHTS),
             ("target", self.target, TARGETS),
         ):
             if value not in options:
                 raise ValueError(f"Unknown {name} '{value}': choose one of {', '.join(options)}.")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether every node costs one more forward, of the base model."""
+        return self.kl > 0 or (self.loss == "regression" and self.anchor > 0)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low, clip_high) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,18 +87,57 @@ def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor) -> Tensor:
 
 
 def step_weights(kind: str, forest: Forest, stds: list[float]) -> list[float]:
-    """Weight of each window layer, mean 1. tau: TempFlow-GRPO (arXiv 2508.04324). guard: 1/-dt (GRPO-Guard).
+    """Weight of each window layer, mean 1. tau: TempFlow-GRPO (arXiv 2508.04324). guard: 1/-dt (GRPO-Guard). flash:
+    sqrt(-dt)/tau + tau sqrt(-dt) (1 - sigma) / (2 sigma) (Flash-GRPO's public code).
 
-    The published code does not scale to mean 1; we do, so that the learning rate keeps its meaning.
+    The published code of tau and guard does not scale to mean 1; we do, so that the learning rate keeps its meaning.
+    layer (ours): every layer counts as much as every other, as its edges' mean; a mean over all edges weighs a layer by
+    its number of edges, which on a tree is branching times that of the layer above.
     """
     if kind == "none":
         return [1.0] * forest.depth
+    if kind == "layer":
+        counts = [forest.branching**k for k in range(forest.depth)]
+        return [sum(counts) / (forest.depth * count) for count in counts]
+    steps = [forest.sigma(k) for k in range(forest.depth)]
     if kind == "tau":
         raw = stds
+    elif kind == "guard":
+        raw = [1 / (sigma - below) for sigma, below in steps]
+    elif any(std <= 0 for std in stds):
+        raw = [0.0]  # no noise, no weight that means anything: all alike
     else:
-        raw = [1 / (forest.sigma(k)[0] - forest.sigma(k)[1]) for k in range(forest.depth)]
+        raw = [
+            (sigma - below) ** 0.5 * (1 / std + std * (1 - sigma) / (2 * sigma))
+            for (sigma, below), std in zip(steps, stds)
+        ]
     scale = sum(raw) / len(raw)
     return [value / scale for value in raw] if scale > 0 else [1.0] * forest.depth
+
+
+def regression_targets(
+    objective: Objective, forest: Forest, leaf: Tensor, layer: int, parents: slice, reference: Tensor | None = None
+) -> Tensor:
+    """Tree regression's goal for the velocity of these nodes, [n, C, H, W], without gradient (ours, docs/method.md):
+
+        v* = anchor + eta * mean over the node's leaves of a_l (u_l - v_old),   u_l = (x_j - x0_l) / sigma_j
+
+    u_l leads from the node's noisy state x_j straight to the leaf l, so that one forward of the node serves all its
+    leaves, and no log-probability is needed. anchor = v_old is DiffusionNFT (arXiv 2509.16117) on the tree's own
+    states, without its adaptive weight; anchor = the base model's velocity is RAM's (arXiv 2605.10759, inferred from
+    its summary); `objective.anchor` mixes the two. leaf: a_l of every leaf [P * K]. reference: the base model's
+    velocities [n, C, H, W].
+    """
+    x, v_old = forest.states[layer][parents], forest.velocities[layer][parents]
+    below = len(forest.leaves) // len(forest.states[layer])
+    rows = slice(parents.start * below, parents.stop * below)
+    weight = leaf[rows].view(-1, below).to(x)
+    if objective.leaf_weights == "node":
+        weight = weight - weight.mean(1, keepdim=True)
+    mean = weight.mean(1).view(-1, *[1] * (x.dim() - 1))
+    goal = torch.einsum("nk,nk...->n...", weight, forest.leaves[rows].unflatten(0, (-1, below))) / below
+    target = v_old + objective.eta * ((mean * x - goal) / forest.sigma(layer)[0] - mean * v_old)
+    return target if reference is None else target + objective.anchor * (reference - v_old)
 
 
 def node_values(leaf: Tensor, forest: Forest) -> list[Tensor]:

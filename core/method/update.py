@@ -1,4 +1,4 @@
-"""One policy update over the trees of an iteration: a forward and a backward per parent, shared by its children."""
+"""One policy update over the trees of an iteration: a forward and a backward per parent, shared by all below it."""
 
 import copy
 import math
@@ -15,6 +15,7 @@ from .objective import (
     gaussian_kl,
     log_ratio,
     node_values,
+    regression_targets,
     relative,
     sft_targets,
     sft_weights,
@@ -95,31 +96,39 @@ class _Loss:
 
     def is_empty(self, layer: int, parents: slice) -> bool:
         """Nothing to learn from these nodes: groups without spread cost nothing."""
-        if self.objective.kl > 0 or bool(children_of(self.advantages[layer], parents, self.forest.branching).any()):
+        objective, below = self.objective, len(self.leaf) // len(self.forest.states[layer])
+        if objective.loss == "regression":
+            learned = self.leaf[parents.start * below : parents.stop * below]
+        else:
+            learned = children_of(self.advantages[layer], parents, self.forest.branching)
+        if objective.needs_reference or bool(learned.any()):
             return False
         return self.wanted_sft is None or not bool(self.wanted_sft[layer][parents].any())
 
     def __call__(self, layer: int, parents: slice, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss of the slice, its share of the whole, diagnostics [6]: grpo, ratio, clipped, edges, kl, sft sums)."""
+        """(loss of the slice, its share of the whole, diagnostics [6]: loss, ratio, clipped, edges, kl, sft sums).
+
+        The loss's sum counts edges: a node's regression loss counts once for each of its edges.
+        """
         forest, objective, b = self.forest, self.objective, self.forest.branching
         new = score_edges(forest, layer, parents, v)
-        old_mean = None
-        if objective.ratio == "guard":
-            with torch.no_grad():
-                old_mean = score_edges(forest, layer, parents, forest.velocities[layer][parents]).mean
-        old_log_prob = children_of(forest.log_probs[layer], parents, b)
-        low, high = clip_ranges(objective, children_of(self.shares[layer + 1], parents, b).to(v.device))
-        advantage = children_of(self.advantages[layer], parents, b).to(new.log_prob)
-        grpo, ratio, clipped = clipped_surrogate(
-            log_ratio(objective.ratio, new, old_log_prob, old_mean), advantage, low, high
-        )
-        loss = self.layer_weights[layer] * grpo.sum() / self.edges
-        kl = sft = torch.zeros((), device=v.device)
-        if objective.kl > 0:
+        reference = None
+        if objective.needs_reference:
             with torch.no_grad(), self.velocity.reference():
                 reference = self.velocity(
                     forest.states[layer][parents], forest.sigma(layer)[0], forest.rows(layer)[parents]
                 )
+        if objective.loss == "regression":
+            goal = regression_targets(objective, forest, self.leaf, layer, parents, reference)
+            each = b * ((v - goal) ** 2).flatten(1).mean(1)
+            ratio = torch.exp(new.log_prob.detach() - children_of(forest.log_probs[layer], parents, b))
+            clipped = torch.zeros_like(ratio)
+        else:
+            each, ratio, clipped = self._surrogate(new, layer, parents)
+        loss = self.layer_weights[layer] * each.sum() / self.edges
+        kl = sft = torch.zeros((), device=v.device)
+        if objective.kl > 0:
+            with torch.no_grad():
                 reference_mean = score_edges(forest, layer, parents, reference).mean
             kl = gaussian_kl(new.mean, reference_mean, new.std).sum()
             loss = loss + objective.kl * kl / self.edges
@@ -131,7 +140,7 @@ class _Loss:
             loss = loss + objective.sft * sft / self.nodes
         return loss, torch.stack(
             [
-                grpo.detach().sum(),
+                each.detach().sum(),
                 ratio.sum(),
                 clipped.to(ratio).sum(),
                 torch.ones_like(ratio).sum(),
@@ -139,6 +148,18 @@ class _Loss:
                 sft.detach().to(ratio),
             ]
         )
+
+    def _surrogate(self, new: Step, layer: int, parents: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """GRPO's clipped surrogate per edge, the ratios, and which edges were clipped: each [E]."""
+        forest, objective, b = self.forest, self.objective, self.forest.branching
+        old_mean = None
+        if objective.ratio == "guard":
+            with torch.no_grad():
+                old_mean = score_edges(forest, layer, parents, forest.velocities[layer][parents]).mean
+        old_log_prob = children_of(forest.log_probs[layer], parents, b)
+        low, high = clip_ranges(objective, children_of(self.shares[layer + 1], parents, b).to(new.log_prob.device))
+        advantage = children_of(self.advantages[layer], parents, b).to(new.log_prob)
+        return clipped_surrogate(log_ratio(objective.ratio, new, old_log_prob, old_mean), advantage, low, high)
 
 
 def policy_gradient(
@@ -209,10 +230,10 @@ def policy_gradient(
                 learn(layer, 0, 0)
     forest.graphs.clear()
     own = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 6
-    grpo, ratio, clipped, scored, kl, sft = map(sum, zip(*ranks.gather(own)))
+    total, ratio, clipped, scored, kl, sft = map(sum, zip(*ranks.gather(own)))
     nodes = edges // forest.branching
     return {
-        "loss": grpo / edges,
+        "loss": total / edges,
         "ratio_mean": ratio / scored if scored else 1.0,
         "clip_frac": clipped / scored if scored else 0.0,
         "kl": kl / edges,
@@ -225,7 +246,7 @@ def policy_gradient(
 def _idle(velocity, forest: Forest, objective: Objective, parameters: list) -> None:
     """The model calls of a slice, on nothing, for the other processes' sake; they are not counted."""
     blank, row, counted = torch.zeros((1, *forest.states[0].shape[1:])), [0], velocity.forwards
-    if objective.kl > 0:
+    if objective.needs_reference:
         with torch.no_grad(), velocity.reference():
             velocity(blank, 0.5, row)
     with velocity.grad():
