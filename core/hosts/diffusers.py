@@ -259,10 +259,10 @@ class DiffusersVelocity(Velocity):
 
 class TinyVae:
     """A TAESD in ComfyUI's file form (taesd_encoder.*, taesd_decoder.*, vae_scale, vae_shift) for latents of `kind`,
-    "flux" or "sd3".
+    "flux" or "sd3", computing in `dtype`.
     """
 
-    def __init__(self, state_dict: dict[str, Tensor], kind: str):
+    def __init__(self, state_dict: dict[str, Tensor], kind: str, dtype: torch.dtype = torch.float32):
         from diffusers import AutoencoderTiny
 
         sd = {key: tensor.float() for key, tensor in state_dict.items()}
@@ -276,13 +276,15 @@ class TinyVae:
             # ComfyUI counts the decoder's clamp as layer 0.
             renamed[f"{half}.layers.{int(number) - (half == 'decoder')}.{rest}"] = tensor
         self.net.load_state_dict(renamed)
-        self.net.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # a third faster on CPUs
+        self.net.eval().requires_grad_(False)
+        # channels_last is a third faster on CPUs; torch's own `to`, because diffusers' warns of a choice made on purpose
+        torch.nn.Module.to(self.net, dtype, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] as the diffusion model sees them -> images [B, 8h, 8w, 3] in 0..1."""
         raw = (latents.float() / self.factor + self.offset - self.shift) * self.scale
-        return ((self.net.decode(raw).sample + 1) / 2).clamp(0, 1).movedim(1, -1)
+        return ((self.net.decode(raw.to(self.net.dtype)).sample.float() + 1) / 2).clamp(0, 1).movedim(1, -1)
 
 
 def clip_l_features(state_dict: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
