@@ -70,6 +70,7 @@ def command_demo(args, rest):
         try:
             rows = train(client, server.base, name, args)
             scores, pictures = compare(client, name, args, out)
+            found = figures(client, server.base, name, args, python)
         finally:
             files = collect(server.base, name, out)
     ends = [sum(row["reward"] for row in part) / len(part) for part in (rows[:4], rows[-4:])]
@@ -78,6 +79,7 @@ def command_demo(args, rest):
         "reward_first": ends[0],
         "reward_last": ends[1],
         "held_out": scores,
+        **found,
         "seconds": time.monotonic() - started,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
@@ -88,26 +90,34 @@ def command_demo(args, rest):
     return 0
 
 
+def shipped(name):
+    """A shipped graph in API format."""
+    return load_graph(REPO / "workflows" / "api" / f"{name}.json")
+
+
 def train(client, base, name, args):
-    """Queue the one-iteration graph N times; the rows of metrics.jsonl."""
-    graph = load_graph(REPO / "workflows" / "api" / "first_steps.json")
+    """Run the Trainer's graph, without its evaluations; the rows of metrics.jsonl."""
+    graph, listed = shipped("trainer"), shipped("first_steps")
     settings = [
         ("Model", "model", args.model),
         ("Policy", "run_name", name),
-        ("Sampler", "seed", args.seed),
+        ("Prompts", "text", listed[find_node(listed, "Prompts")]["inputs"]["text"]),
+        ("Prompts", "held_out", 0.0),
+        ("Trainer", "iterations", args.iterations),
+        ("Trainer", "seed", args.seed),
+        ("Trainer", "evaluate_every", 0),
         ("Save", "lora_name", name),
     ]
     for setting in settings:
         set_input(graph, *setting)
-    metrics, rows = base / "output" / "treerpo" / name / "metrics.jsonl", []
-    for number in range(1, args.iterations + 1):
-        client.run(graph, progress_bar(f"  {number}/{args.iterations} "))
-        if not metrics.is_file():
-            raise Problem(f"The graph ran but left no {metrics.name} in {metrics.parent}.")
-        rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.strip()]
-        row = rows[-1]
-        text = f"iteration {number:3d}/{args.iterations}   reward {row['reward']:.4f} ± {row['reward_std']:.4f}"
-        say(f"{text}   {row['forwards']} forwards   {row['seconds']:.1f} s")
+    client.run(graph, progress_bar("  training "))
+    metrics = base / "output" / "treerpo" / name / "metrics.jsonl"
+    if not metrics.is_file():
+        raise Problem(f"The graph ran but left no {metrics.name} in {metrics.parent}.")
+    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.strip()]
+    for row in rows[9::10]:
+        text = f"iteration {row['iteration'] + 1:3d}/{args.iterations}   reward {row['reward']:.4f}"
+        say(f"{text} ± {row['reward_std']:.4f}   {row['forwards']} forwards   {row['seconds']:.1f} s")
     return rows
 
 
@@ -115,7 +125,7 @@ def compare(client, name, args, out):
     """Held-out prompts on fixed seeds, without and with the trained LoRA: (mean scores, names of the pictures in
     `out`).
     """
-    graph = load_graph(REPO / "workflows" / "api" / "compare.json")
+    graph = shipped("compare")
     set_input(graph, "Model", "model", args.model)
     set_input(graph, "LoRA", "lora_name", f"{name}.safetensors")
     known = client.object_info()
@@ -131,6 +141,32 @@ def compare(client, name, args, out):
         pictures += [client.download(image, out, file).name for image, file in zip(images, names)]
         scores[when] = mean_score(outputs.get(find_node(graph, f"Score {when}"), {}).get("text", ""))
     return scores, pictures
+
+
+def figures(client, base, name, args, python):
+    """What the judge sees in 48 pictures of the held-out prompts, before and after: {figure: {before, after}}."""
+    graph = shipped("compare")
+    for setting in (
+        ("Model", "model", args.model),
+        ("LoRA", "lora_name", f"{name}.safetensors"),
+        ("Size", "batch_size", 48),
+    ):
+        set_input(graph, *setting)
+    for when in ("before", "after"):
+        pictures = graph[find_node(graph, when.capitalize())]["inputs"]
+        pictures |= {"images": [find_node(graph, f"Decode {when}"), 0], "filename_prefix": f"figures/{when}"}
+        del graph[find_node(graph, f"Score {when}")]
+    for unused in ("Reward", "Compare"):
+        del graph[find_node(graph, unused)]
+    client.run(graph)
+    command = [str(python), "-m", "standalone.figures", str(base / "output" / "figures")]
+    done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise Problem(f"The judge could not look at the pictures: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    parts = (f"{figure} {at['before']:.2f} -> {at['after']:.2f}" for figure, at in found.items())
+    say(f"The judge: {', '.join(parts)}")
+    return found
 
 
 def mean_score(text):
@@ -249,7 +285,7 @@ def make_parser():
     demo = commands.add_parser("demo", help="train the embedded model in ComfyUI and show before and after")
     demo.add_argument("--model", choices=("flux", "sd3"), default="flux")
     demo.add_argument("--comfyui", metavar="PATH", help="the ComfyUI to use (default: the one that is found)")
-    demo.add_argument("--iterations", type=positive, default=60, metavar="N")
+    demo.add_argument("--iterations", type=positive, default=80, metavar="N")
     demo.add_argument("--out", default="demo_output", metavar="DIR")
     demo.add_argument("--seed", type=int, default=0, metavar="S")
     commands.add_parser("test", help="run the test suite", add_help=False, allow_abbrev=False)

@@ -50,9 +50,13 @@ class Method:
 def methods() -> dict[str, Method]:
     """About 420 cost units per iteration each, so that the baselines get fewer images and the trees more prompts; those
     called *_inner2 take two optimizer steps on the same images, those called *_1prompt cost about 105 and so take four
-    times as many iterations; tree_b8w1_1prompt, eight siblings that part at the first step, costs 36.
+    times as many iterations; tree_b8w1_1prompt, eight siblings that part at the first step, costs 36. early_*: the
+    templates' trees, whose window starts early more often, by policy gradient and by tree regression, and what is left
+    of the latter without a tree: as many independent images of the same windows and tails (flat_regression).
     """
     tree = {"tail": 0.4}
+    early = {"tail": 0.3, "ratio": 0.3}
+    regression = {"loss": "regression", "anchor": 0.05, "step_weight": "layer"}
     return {
         "independent": Method(2, {"branching": 1, "depth": STEPS - 2, "trees": 7}, retain=False),
         "window": Method(2, {"branching": 1, "depth": 3, "trees": 12}, retain=False),
@@ -62,6 +66,11 @@ def methods() -> dict[str, Method]:
         "tree_b3w3_inner2": Method(3, {**tree, "branching": 3, "depth": 3}, inner=2, learning_rate=3e-3),
         "window_1prompt": Method(1, {"branching": 1, "depth": 3, "trees": 6}, retain=False),
         "tree_b3w3_1prompt": Method(1, {**tree, "branching": 3, "depth": 3}),
+        "early_b4w2": Method(4, {**early, "branching": 4, "depth": 2}),
+        "early_b4w2_regression": Method(4, {**early, "branching": 4, "depth": 2}, objective=regression),
+        "flat_regression": Method(
+            4, {**early, "branching": 1, "depth": 2, "trees": 16}, retain=False, objective=regression
+        ),
         "tree_b8w1_1prompt": Method(1, {**tree, "branching": 8, "depth": 1, "window": "fixed", "fixed": 0}),
     }
 
@@ -96,7 +105,7 @@ class Lab:
                 each="all" if reward == "demo" else "mean",
             )
         )
-        self.judge = pack.core.rewards.drawing.embedded("judge").judge
+        self.figures = pack.core.rewards.drawing.embedded("judge").figures
         with torch.inference_mode():
             self.decoder = copy.deepcopy(self.graph.vae.first_stage_model).to(
                 torch.bfloat16, memory_format=torch.channels_last
@@ -126,30 +135,8 @@ class Lab:
         return self.scorer.score(self.decode(velocity.process_out(leaves)), [self.texts[i] for i in rows]).clone()
 
     def look(self, images, rows) -> dict[str, float]:
-        """Means over pictures [B, H, W, 3], by the judge and not by the reward.
-
-        taste: share with every wished style (0 where none is wished for); follows: share with the asked shape and
-        colour; quality: how well they are drawn; diversity: mean entropy, in bits, of the styles nobody wished for.
-        """
-        import torch
-
-        found = self.judge(images)
-        shape, colour, _ = self.shapes.labels(self.index[rows])
-        met = torch.stack(
-            [found[name] == self.shapes.STYLES[name].index(value) for name, value in self.wish.items()]
-            or [torch.zeros(len(images), dtype=torch.bool)]
-        )
-        shares = torch.stack(
-            [found[name].double().mean() for name in self.shapes.STYLES if name not in self.wish]
-            or [torch.zeros((), dtype=torch.double)]
-        )
-        entropy = -(torch.xlogy(shares, shares) + torch.xlogy(1 - shares, 1 - shares)) / math.log(2)
-        return {
-            "taste": float(met.all(0).double().mean()),
-            "follows": float(((found["shape"] == shape) & (found["colour"] == colour)).double().mean()),
-            "quality": float(found["quality"].mean()),
-            "diversity": float(entropy.mean()),
-        }
+        """Means over pictures [B, H, W, 3], by the judge and not by the reward: embedded/judge.py, figures."""
+        return self.figures(images, [self.texts[i] for i in rows], self.wish)
 
 
 class Policy:

@@ -5,6 +5,7 @@ gamed (blobs that a classifier calls circles), the judge's `quality` falls.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -100,3 +101,27 @@ def judge(images: Tensor) -> dict[str, Tensor]:
     off = (images - ideal).square().flatten(1).mean(1).sqrt()
     shown = dict(zip((*shapes.NAMED, *shapes.STYLES), (shape, colour, background, *styles.T)))
     return {**shown, "quality": overlap * (1 - off)}
+
+
+def figures(images: Tensor, prompts: list[str], wish: dict[str, str]) -> dict[str, float]:
+    """What the judge sees in pictures [B, 3, 64, 64] (or [B, 64, 64, 3]) of these prompts [B], on average.
+
+    taste: share with every wished style (0 where none is wished for); follows: share with the asked shape and colour;
+    quality: how well they are drawn; diversity: mean entropy, in bits, of the styles that nobody wished for.
+    """
+    found = judge(images)
+    met = [found[name] == shapes.STYLES[name].index(value) for name, value in wish.items()]
+    met = torch.stack(met or [torch.zeros(len(images), dtype=torch.bool)])
+    asked = [shapes.asked(prompt) for prompt in prompts]
+    follows = torch.stack(
+        [found[what] == torch.tensor([one.get(what, -1) for one in asked]) for what in ("shape", "colour")]
+    )
+    free = [found[name].double().mean() for name in shapes.STYLES if name not in wish]
+    shares = torch.stack(free or [torch.zeros((), dtype=torch.double)])
+    entropy = -(torch.xlogy(shares, shares) + torch.xlogy(1 - shares, 1 - shares)) / math.log(2)
+    return {
+        "taste": float(met.all(0).double().mean()),
+        "follows": float(follows.all(0).double().mean()),
+        "quality": float(found["quality"].mean()),
+        "diversity": float(entropy.mean()),
+    }

@@ -2,8 +2,9 @@
 
     python -m standalone.demo --model flux|sd3 --iterations N --out DIR --seed S
 
-Settings and prompts are read from workflows/api/first_steps.json (training) and compare.json (held-out prompts before
-and after), by node title. Left out: resuming; each call begins a new run in DIR and replaces the one before.
+Settings are read from workflows/api/trainer.json (training), the prompts from first_steps.json, and those before and
+after from compare.json, by node title. Left out: resuming; each call begins a new run in DIR and replaces the one
+before.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -32,25 +34,19 @@ from core.rewards import load
 from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
 from core.runs.trainer import Event, Settings, Trainer
+from standalone.figures import PICTURES, graph, in_turn, seen
 
 log = logging.getLogger("treerpo")
 PACKAGES = {"diffusers": "diffusers", "peft": "peft", "transformers": "transformers", "open_clip": "open_clip_torch"}
-REPO = Path(__file__).resolve().parent.parent
-
-
-def graph(name: str) -> dict[str, dict]:
-    """Inputs of every node of a shipped graph, by the node's title."""
-    nodes = json.loads((REPO / "workflows" / "api" / f"{name}.json").read_text("utf-8"))
-    return {node["_meta"]["title"]: node["inputs"] for node in nodes.values()}
 
 
 class Demo:
     """The embedded model with a LoRA, and the settings of the shipped graphs."""
 
     def __init__(self, model: str, seed: int):
-        self.settings, self.comparison = graph("first_steps"), graph("compare")
+        self.settings, self.comparison = graph("trainer"), graph("compare")
         self.prompts = PromptList(
-            lines(self.settings["Prompts"]["text"]), lines(self.comparison["Held-out prompts"]["text"])
+            lines(graph("first_steps")["Prompts"]["text"]), lines(self.comparison["Held-out prompts"]["text"])
         )
         size, wish, policy = self.settings["Size"], dict(self.settings["Reward"]), self.settings["Policy"]
         self.latent = (16, size["height"] // 8, size["width"] // 8)
@@ -72,21 +68,12 @@ class Demo:
 
     def trainer(self, run: Run) -> Trainer:
         """The run's trainer, with the settings of the graph's nodes."""
-        training, credit = self.settings["Update"], self.settings["Advantages"]
-        named = {name: training[name] for name in ("learning_rate", "weight_decay", "max_grad_norm", "inner_updates")}
-        settings = Settings(
-            per_iteration=self.settings["Prompts"]["per_iteration"],
-            shuffle=False,
-            seed=self.seed,
-            **named,
-            estimator=credit["estimator"],
-            weights=credit["weights"],
-            advantage_clip=credit["clip"],
-            only_good=False,
-            on_alarm="off",
-        )
+        training, goal = self.settings["Trainer"], self.settings["Objective"]
+        named = ("per_iteration", "learning_rate", "ema")
+        settings = Settings(seed=self.seed, only_good=False, on_alarm="off", **{name: training[name] for name in named})
         objective = Objective(
-            **{field.name: training[field.name] for field in fields(Objective) if field.name in training}
+            loss="regression" if goal["method"] == "Tree Regression" else "grpo",
+            **{field.name: goal[field.name] for field in fields(Objective) if field.name in goal},
         )
         return Trainer(
             run,
@@ -115,13 +102,15 @@ class Demo:
             )
             return self.host.decode(velocity, forest.leaves)
 
-    def compare(self, path: Path) -> float:
-        """Draw the held-out prompts on fixed noise with the policy as it is, save the pictures; their mean reward."""
-        settings = self.comparison["Sample after"]
-        images = self.draw(self.prompts.held_out, settings["seed"], settings["steps"])
-        scores = self.reward.score(images, self.prompts.held_out)
-        plot.score_sheet(images, scores, self.prompts.held_out, self.reward.name).save(path)
-        return float(scores.mean())
+    def compare(self, path: Path) -> tuple[float, Tensor]:
+        """Draw the held-out prompts on fixed noise with the policy as it is, save the first of each: the mean reward of
+        those, and all pictures [PICTURES, H, W, 3], the prompts in turn.
+        """
+        settings, texts = self.comparison["Sample after"], self.prompts.held_out
+        images = self.draw(in_turn(texts, PICTURES), settings["seed"], settings["steps"])
+        scores = self.reward.score(images[: len(texts)], texts)
+        plot.score_sheet(images[: len(texts)], scores, texts, self.reward.name).save(path)
+        return float(scores.mean()), images
 
 
 def tree_shape(settings: dict) -> TreeShape:
@@ -151,7 +140,7 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     demo = Demo(model, seed)
     run = Run(out, demo.adapters, {"model": model, "seed": seed, "backend": "diffusers", **demo.settings})
-    before = demo.compare(out / "before.png")
+    before, pictures = demo.compare(out / "before.png")
     log.info(
         "%s through diffusers, loaded in %.0f s; held-out prompts %.4f",
         model.upper(),
@@ -177,9 +166,11 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
         )
 
     demo.trainer(run).train(iterations, report)
-    after = demo.compare(out / "after.png")
+    with run.ema.applied() if run.ema is not None else nullcontext():
+        after, trained = demo.compare(out / "after.png")
+    found = seen(pictures, trained, demo.prompts.held_out, demo.reward.wish)
     name = f"treerpo-shapes-{model}.safetensors"
-    write_atomically(out / name, save(run.adapters.state_dict(), metadata=run.metadata()))
+    write_atomically(out / name, save(run.lora(averaged=True), metadata=run.metadata()))
     first, last = ([row["reward"] for row in part] for part in (run.metrics[:4], run.metrics[-4:]))
     summary = {
         "backend": "diffusers",
@@ -189,6 +180,7 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
         "reward_first": sum(first) / len(first),
         "reward_last": sum(last) / len(last),
         "held_out": {"before": before, "after": after},
+        **found,
         "seconds": time.perf_counter() - began,
     }
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -200,14 +192,20 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
         summary["reward_last"],
     )
     log.info("Held-out prompts, before -> after: %.4f -> %.4f", before, after)
+    log.info(said(found))
     log.info("In %s: metrics.jsonl, reward_curve.png, tree.png, before.png, after.png, %s, summary.json", out, name)
     return summary
+
+
+def said(found: dict[str, dict[str, float]]) -> str:
+    """One line of figures before and after."""
+    return "The judge: " + ", ".join(f"{name} {at['before']:.2f} -> {at['after']:.2f}" for name, at in found.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="TreeRPO's demo through diffusers, where there is no ComfyUI.")
     parser.add_argument("--model", choices=("flux", "sd3"), default="flux")
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=80)
     parser.add_argument("--out", type=Path, default=Path("treerpo-demo"))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

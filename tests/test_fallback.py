@@ -3,6 +3,7 @@ it.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 from core.method import cost
 from standalone import demo as fallback
 
-EMBEDDED = fallback.REPO / "embedded"
+EMBEDDED = Path(fallback.__file__).parents[1] / "embedded"
 KINDS = [kind for kind in ("flux", "sd3") if (EMBEDDED / f"{kind}.safetensors").exists()]
 FILES = ["metrics.jsonl", "reward_curve.png", "tree.png", "before.png", "after.png", "summary.json", "config.json"]
 
@@ -76,6 +77,9 @@ def test_every_file_is_there(demo):
     )
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["backend"] == "diffusers" and summary["held_out"]["before"] != summary["held_out"]["after"]
+    for figure in ("taste", "follows", "quality", "diversity"):
+        assert all(0 <= summary[figure][when] <= 1 for when in ("before", "after")), figure
+    assert summary["quality"]["before"] != summary["quality"]["after"]
     assert summary["reward_first"] == pytest.approx(sum(row["reward"] for row in rows(folder)) / 2)
 
 

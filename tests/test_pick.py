@@ -674,7 +674,7 @@ def pick_graph(name, picks="", mode="two runs", seconds=0):
         ("Shape", "tail"): 1.0,
         ("Sigmas", "steps"): 6,
         ("Update", "learning_rate"): 1e-3,
-        ("Update", "kl"): 0.0,
+        ("Update", "anchor"): 0.0,
     }.items():
         run.set_input(graph, node, field, value)
     return graph
@@ -763,15 +763,9 @@ def test_http_two_runs_train_as_the_same_scores_given_by_hand(comfyui_server, cl
     by_measure = here.score(here.decode(leaves), prompts)
     values = torch.cat([choice_scores([parse(text, 4)]) for text in ("2", "4 / 1")])
     given = type(by_measure)({"person": values}, {"person": 1.0}, None, by_measure.prompts, by_measure.images)
-    here.call(
-        "Update",
-        policy=policy,
-        tree=tree,
-        advantages=here.call("Advantages", tree=tree, rewards=given)[0],
-        learning_rate=1e-3,
-        clip_low=1e-3,
-        clip_high=1e-3,
-    )
+    advantages = here.call("Advantages", tree=tree, rewards=given)[0]
+    settings = dict(learning_rate=1e-3, anchor=0.0, step_weight="layer")
+    here.call("Regression", policy=policy, tree=tree, advantages=advantages, **settings)
     mine = policy.run.lora()
     theirs = load_file(comfyui_server.base / "output/treerpo/two/adapter.safetensors")
     moved = [key for key in theirs if key.endswith("lora_up.weight") and theirs[key].abs().sum() > 0]

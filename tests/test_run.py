@@ -453,19 +453,20 @@ class Slow:
         return {"ui": {"text": ["size: mean 0.2500, std 0.1"]}}
 
 class Update:
-    """Stands in for a training iteration: writes what GRPO Update and Save write."""
+    """Stands in for a training: writes what the Trainer and Save write."""
     INPUT_TYPES = classmethod(lambda s: {"required": {name: (kind, {}) for name, kind in
-        {"model": "STRING", "run_name": "STRING", "seed": "INT", "lora_name": "STRING"}.items()}})
+        {"model": "STRING", "run_name": "STRING", "seed": "INT", "lora_name": "STRING", "text": "STRING",
+          "held_out": "FLOAT", "iterations": "INT", "evaluate_every": "INT"}.items()}})
     RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "go", True
     IS_CHANGED = classmethod(lambda s, **_: float("nan"))
-    def go(self, model, run_name, seed, lora_name):
+    def go(self, run_name, lora_name, iterations, **_):
         run = os.path.join(folder_paths.get_output_directory(), "treerpo", run_name)
         os.makedirs(run, exist_ok=True)
         metrics = os.path.join(run, "metrics.jsonl")
-        n = len(open(metrics).readlines()) if os.path.exists(metrics) else 0
-        row = {"iteration": n, "reward": 0.1 * (n + 1), "reward_std": 0.01, "forwards": 24, "seconds": 0.5}
-        with open(metrics, "a") as file:
-            file.write(json.dumps(row) + "\\n")
+        with open(metrics, "w") as file:
+            for n in range(iterations):
+                row = {"iteration": n, "reward": 0.1 * (n + 1), "reward_std": 0.01, "forwards": 24, "seconds": 0.5}
+                file.write(json.dumps(row) + "\\n")
         loras = os.path.join(folder_paths.models_dir, "loras")
         for path in (os.path.join(run, "tree.png"), os.path.join(loras, lora_name + ".safetensors")):
             open(path, "wb").close()
@@ -572,8 +573,12 @@ def test_the_demo_command(comfyui, pack, tmp_path, capsys, monkeypatch):
     flows.mkdir(parents=True)
     (tmp_path / "repo" / "__init__.py").write_text(PACK)
     inputs = {"model": "flux", "run_name": "r", "seed": 5, "lora_name": "l"}
-    update = {"class_type": "Update", "inputs": inputs, "_meta": {"title": "Update"}}
-    (flows / "first_steps.json").write_text(json.dumps({"1": update}))
+    inputs |= {"text": "a", "held_out": 8.0, "iterations": 1, "evaluate_every": 1}
+    (flows / "trainer.json").write_text(
+        json.dumps({"1": {"class_type": "Update", "inputs": inputs, "_meta": {"title": "Trainer"}}})
+    )
+    prompts = {"class_type": "Prompts", "inputs": {"text": "of first_steps"}, "_meta": {"title": "Prompts"}}
+    (flows / "first_steps.json").write_text(json.dumps({"1": prompts}))
     compare = picture_graph(steps=1)
     compare["4"] = {
         "class_type": "SaveImage",
@@ -592,21 +597,38 @@ def test_the_demo_command(comfyui, pack, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "REPO", tmp_path / "repo")
     monkeypatch.setattr(run, "ensure_env", lambda comfyui: sys.executable)
     monkeypatch.setattr(run, "set_input", set_input)
+    monkeypatch.setattr(run, "figures", lambda *_: {"taste": {"before": 0.1, "after": 0.9}})
     out = tmp_path / "out"
     assert (
         run.main(
-            ["demo", "--comfyui", str(comfyui), "--model", "sd3", "--iterations", "4", "--out", str(out), "--seed", "9"]
+            [
+                "demo",
+                "--comfyui",
+                str(comfyui),
+                "--model",
+                "sd3",
+                "--iterations",
+                "12",
+                "--out",
+                str(out),
+                "--seed",
+                "9",
+            ]
         )
         == 0
     )
     name = "treerpo_demo_sd3"
-    assert done[:4] == [
+    assert done[:8] == [
         ("Model", "model", "sd3"),
         ("Policy", "run_name", name),
-        ("Sampler", "seed", 9),
+        ("Prompts", "text", "of first_steps"),
+        ("Prompts", "held_out", 0.0),
+        ("Trainer", "iterations", 12),
+        ("Trainer", "seed", 9),
+        ("Trainer", "evaluate_every", 0),
         ("Save", "lora_name", name),
     ]
-    assert done[4:] == [("Model", "model", "sd3"), ("LoRA", "lora_name", f"{name}.safetensors")]
+    assert done[8:] == [("Model", "model", "sd3"), ("LoRA", "lora_name", f"{name}.safetensors")]
     left = {
         "metrics.jsonl",
         "tree.png",
@@ -620,12 +642,14 @@ def test_the_demo_command(comfyui, pack, tmp_path, capsys, monkeypatch):
     assert {path.name for path in out.iterdir()} == left
     summary = json.loads((out / "summary.json").read_text())
     assert (
-        summary["iterations"] == 4
+        summary["iterations"] == 12
+        and summary["taste"] == {"before": 0.1, "after": 0.9}
         and summary["reward_first"] == pytest.approx(0.25)
+        and summary["reward_last"] == pytest.approx(1.05)
         and summary["held_out"] == {"before": 0.25, "after": 0.25}
     )
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("iteration") for line in lines) == 4 and "24 forwards" in "".join(lines)
+    assert sum(line.startswith("iteration  10/12") for line in lines) == 1 and "24 forwards" in "".join(lines)
 
 
 def test_a_server_that_cannot_start_says_why(comfyui):

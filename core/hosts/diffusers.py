@@ -277,7 +277,7 @@ class TinyVae:
             renamed[f"{half}.layers.{int(number) - (half == 'decoder')}.{rest}"] = tensor
         self.net.load_state_dict(renamed)
         self.net.eval().requires_grad_(False)
-        # channels_last is a third faster on CPUs; torch's own `to`, because diffusers' warns of a choice made on purpose
+        # channels_last: a third faster on CPUs. torch's own `to`: diffusers' warns of what is meant here
         torch.nn.Module.to(self.net, dtype, memory_format=torch.channels_last)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ WIDE = {
     "TreeRPOScore": 460,
     "ImageCompare": 420,
     "TreeRPOUpdate": 400,
+    "TreeRPORegression": 400,
     "TreeRPOPick": 460,
     "PreviewImage": 560,
     "SaveImage": 400,
@@ -32,6 +33,7 @@ ROOM = {
     "TreeRPOAdvantages": 330,
     "TreeRPOScore": 400,
     "TreeRPOUpdate": 200,
+    "TreeRPORegression": 200,
     "TreeRPONoise": 200,
     "TreeRPOPick": 420,
     "PreviewImage": 300,
@@ -94,8 +96,9 @@ GRAPHS = {
         stage(
             "4  Learn",
             PURPLE,
-            "**Tree Advantages** compares the images of each prompt and hands credit up the tree. **GRPO Update** "
-            "makes the better branches more likely, and saves the run. **Tree View**: click a leaf.",
+            "**Tree Advantages** compares the images of each prompt and hands credit up the tree. **Tree "
+            "Regression Update** learns to go where the better images are, and saves the run; *GRPO Update* is the "
+            "papers' way. **Tree View**: click a leaf.",
             ["Advantages", "Tree View"],
             ["Update", "Save"],
         ),
@@ -208,7 +211,7 @@ GRAPHS = {
         stage(
             "1  A tiny model",
             BLUE,
-            "**No download needed**: see the whole Trainer work in half a minute, then put your own loaders here.",
+            "**No download needed**: see the whole Trainer work in some three minutes, then put your own loaders here.",
             ["Model", "Policy", "Prompts"],
         ),
         stage("2  How trees grow", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise", "Objective"]),
@@ -216,7 +219,8 @@ GRAPHS = {
             "3  What is good",
             ORANGE,
             "The reward is a taste: pastel, dotted, smiling, and what the prompt asks for. The **judge** is never "
-            "trained on: if it falls while the reward rises, the run pauses and says so.",
+            "trained on: if it falls while the reward rises, the run pauses and says so. **Training Objective**: Tree "
+            "Regression learns fastest on this model; GRPO and LayerTuning-RL are the papers' ways.",
             ["Reward", "Judge"],
         ),
         stage("4  Train", PURPLE, f"{RUNS} Stop whenever you like.", ["Trainer"], ["Dashboard", "Save"]),
@@ -404,15 +408,16 @@ def make(page: Page, name: str) -> None:
 
 BLUEPRINT = """(name) => {
     const one = (type) => app.graph._nodes.find((node) => node.type === type);
-    const inside = ["TreeRPOSampler", "VAEDecode", "TreeRPOScore", "TreeRPOAdvantages", "TreeRPOUpdate"].map(one);
-    const outlets = [["TreeRPOScore", "sheet"], ["TreeRPOAdvantages", "picture"], ["TreeRPOUpdate", "curve"]];
+    const inside = ["TreeRPOSampler", "VAEDecode", "TreeRPOScore", "TreeRPOAdvantages", "TreeRPORegression"].map(one);
+    const outlets = [["TreeRPOScore", "sheet"], ["TreeRPOAdvantages", "picture"], ["TreeRPORegression", "curve"]];
     for (const [type, slot] of outlets) {  // what is connected to the outside becomes an output
         const preview = LiteGraph.createNode("PreviewImage");
         app.graph.add(preview);
         one(type).connect(one(type).findOutputSlot(slot), preview, 0);
     }
     const { subgraph, node } = app.graph.convertToSubgraph(new Set(inside));
-    const update = subgraph._nodes.find((one) => one.type === "TreeRPOUpdate");
+    const update = subgraph._nodes.find((one) => one.type === "TreeRPORegression");
+    update.widgets.find((widget) => widget.name === "learning_rate").value = 3e-4;  // for a model of true size
     subgraph.addInput("learning_rate", "FLOAT").connect(update.inputs.find((input) => input.name === "learning_rate"), update);
     subgraph.name = node.title = name;
     const graph = app.graph.serialize();

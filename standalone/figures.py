@@ -1,0 +1,54 @@
+"""What the judge sees in the demo's pictures before and after: one JSON object on the last line.
+
+    python -m standalone.figures FOLDER
+
+FOLDER has before*.png and after*.png, which show the prompts of workflows/api/compare.json in turn.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.pictures.reading import read_picture
+from core.runs.prompts import lines
+from embedded import shapes
+from embedded.judge import figures
+
+GRAPHS = Path(__file__).resolve().parent.parent / "workflows" / "api"
+PICTURES = 48  # before, and after
+
+
+def graph(name: str) -> dict[str, dict]:
+    """Inputs of every node of a shipped graph, by the node's title."""
+    nodes = json.loads((GRAPHS / f"{name}.json").read_text("utf-8"))
+    return {node["_meta"]["title"]: node["inputs"] for node in nodes.values()}
+
+
+def seen(before: Tensor, after: Tensor, prompts: list[str], wish: dict[str, str]) -> dict[str, dict[str, float]]:
+    """taste, follows, quality and diversity (embedded/judge.py), each before and after, of pictures [B, H, W, 3] that
+    show the prompts in turn.
+    """
+    both = [figures(images, in_turn(prompts, len(images)), wish) for images in (before, after)]
+    return {name: {"before": both[0][name], "after": both[1][name]} for name in both[0]}
+
+
+def in_turn(prompts: list[str], count: int) -> list[str]:
+    """Prompts of `count` pictures."""
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def main() -> None:
+    folder, comparison = Path(sys.argv[1]), graph("compare")
+    styles = comparison["Reward"].items()
+    wish = {name: value for name, value in styles if name in shapes.STYLES and value in shapes.STYLES[name]}
+    pictures = [
+        torch.cat([read_picture(path) for path in sorted(folder.glob(f"{when}*.png"))]) for when in ("before", "after")
+    ]
+    print(json.dumps(seen(*pictures, lines(comparison["Held-out prompts"]["text"]), wish)))
+
+
+if __name__ == "__main__":
+    main()
