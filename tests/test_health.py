@@ -171,6 +171,17 @@ def test_without_a_judge_the_reward_decides_where_to_go_back():
     assert "held-out prompts fell" in watch.verdict() and watch.rollback == 2
 
 
+def test_when_nothing_is_left_to_learn():
+    risen = lambda n: 0.2 * min(n, 3)  # noqa: E731
+    watch = run(lambda n: 0.5, risen, count=13, noise=0)
+    assert watch.verdict() is None
+    watch = run(lambda n: 0.5, risen, count=14, noise=0)
+    assert "of iteration 30 in 10 evaluations: nothing is left to learn" in watch.verdict()
+    assert "nothing has been learned" in run(lambda n: 0.5, lambda n: 0.0, count=11, noise=0).verdict()
+    assert run(lambda n: 0.5, risen, count=14, noise=0, settled=0).verdict() is None
+    assert run(lambda n: 0.5, lambda n: 0.01 * n, count=40, noise=0).verdict() is None
+
+
 def test_too_few_images_are_no_evidence():
     assert run(lambda n: 0.27 - 0.05 * n, lambda n: n, images=3).verdict() is None
     assert run(lambda n: 0.27 - 0.05 * n, lambda n: n, images=5).verdict() is not None

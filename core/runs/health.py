@@ -44,6 +44,7 @@ class Watch:
     )
     patience: int = 2  # evaluations in a row that have to agree
     least_diversity: float = 0.5  # of the base model's; below it the images have become alike. 0 = off
+    settled: int = 10  # evaluations in a row without a new best reward before it is said that nothing is left. 0 = off
     flat: int = 20  # iterations in a row without any difference within any group before it is said. 0 = off
     kl_limit: float | None = None  # largest mean KL to the base model over `kl_window` iterations; None = no limit
     kl_window: int = 5  # iterations
@@ -90,7 +91,7 @@ class Watch:
 
     def verdict(self) -> str | None:
         """What goes wrong and what to do, in one or two sentences, the worst first; None while all is well."""
-        return self._judged() or self._unlearned() or self._alike() or self._flat() or self._far()
+        return self._judged() or self._unlearned() or self._alike() or self._flat() or self._far() or self._settled()
 
     @property
     def rollback(self) -> int | None:
@@ -186,6 +187,21 @@ class Watch:
             f"The images of a prompt have become alike: their diversity is {now.diversity:.3g}, the base model's was "
             f"{base:.3g}. {back} and use more noise, more prompts or a KL above 0?"
         )
+
+    def _settled(self) -> str | None:
+        earlier = len(self.evaluations) - self.settled
+        if not self.settled or earlier < 1:
+            return None
+        best, *newest = max(self.evaluations[:earlier], key=lambda e: _mean(e.reward)), *self.evaluations[earlier:]
+        if max(_mean(one.reward) for one in newest) > _mean(best.reward):
+            return None
+        why = (
+            f"The trained reward on the held-out prompts has not risen above the {_mean(best.reward):.3g} of iteration "
+            f"{best.iteration} in {self.settled} evaluations"
+        )
+        if best is self.evaluations[0]:
+            return f"{why}: nothing has been learned. Raise the learning rate, or use a reward that tells images apart?"
+        return f"{why}: nothing is left to learn. Take the LoRA of iteration {self.rollback}?"
 
     def _flat(self) -> str | None:
         if not self.flat or self.flat_rows < self.flat:
