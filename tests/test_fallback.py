@@ -121,7 +121,7 @@ def test_pictures_are_those_of_comfyuis_ksampler(kind, small, comfy, monkeypatch
     import comfy.sample
     import comfy.sd
 
-    monkeypatch.setattr("embedded.shapes.decodes_in", lambda device: torch.float32)  # to compare exactly
+    monkeypatch.setattr(fallback, "decodes_in", lambda device: torch.float32)  # to compare exactly
     demo = small.Demo(kind, 0)
     model = comfy.sd.load_diffusion_model(str(EMBEDDED / f"{kind}.safetensors"), model_options={"dtype": torch.float32})
     from embedded.shapes import vae_state_dict

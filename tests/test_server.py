@@ -42,6 +42,7 @@ def first_steps(name, change={}, model="flux"):
         ("Shape", "branching"): 2,
         ("Shape", "depth"): 2,
         ("Shape", "tail"): 1.0,
+        ("Shape", "ratio"): 0.5,
         ("Sigmas", "steps"): 6,
         ("Update", "learning_rate"): 1e-3,
     }
@@ -69,8 +70,9 @@ def test_three_queue_runs_are_a_run_of_three_iterations(server, model, pack, tmp
     policy = here.policy(rank=8, alpha=16.0, targets="all linear")
     graph = first_steps(name)
     reward = here.call("TinyReward", **graph[run.find_node(graph, "Reward")]["inputs"])[0]
+    settings = dict(learning_rate=1e-3, anchor=0.05, step_weight="layer")
     for _ in range(3):
-        here.iteration(policy, update=dict(learning_rate=1e-3, clip_low=1e-3, clip_high=1e-3, kl=0.1), reward=reward)
+        here.iteration(policy, node="Regression", update=settings, reward=reward)
     assert [row["reward"] for row in metrics(server, name)] == pytest.approx(
         [row["reward"] for row in policy.run.metrics], abs=2e-3
     )
@@ -199,6 +201,7 @@ def trainer(name, change={}):
         ("Save", "lora_name"): name,
         ("Shape", "branching"): 2,
         ("Shape", "tail"): 1.0,
+        ("Shape", "ratio"): 0.5,
         ("Sigmas", "steps"): 6,
         ("Trainer", "learning_rate"): 1e-3,
     }

@@ -106,7 +106,7 @@ def open_model(
     """
     device = device or torch.device("cpu")
     model = (
-        _embedded(EMBEDDED[source], dtype, device)
+        _embedded(EMBEDDED[source], dtype)
         if source in EMBEDDED
         else _folder(Path(source), dtype)
         if Path(source).is_dir()
@@ -124,16 +124,16 @@ def open_model(
     return model
 
 
-def _embedded(kind: str, dtype: str, device) -> Model:
+def _embedded(kind: str, dtype: str) -> Model:
     from embedded.clip_l import random_clip_l
-    from embedded.shapes import decodes_in, vae_state_dict
+    from embedded.shapes import vae_state_dict
 
     def encode(texts: list[str]) -> list[Feature]:
         return list(zip(*clip_l_features(random_clip_l(), texts)))
 
     return Model(
         load_transformer(load_file(str(REPO / "embedded" / f"{kind}.safetensors")), DTYPES[dtype]),
-        TinyVae(vae_state_dict(*LATENT_FORMATS[kind]), kind, decodes_in(torch.device(device))),
+        TinyVae(vae_state_dict(*LATENT_FORMATS[kind]), kind),
         encode,
     )
 
