@@ -121,13 +121,19 @@ def train(client, base, name, args):
     return rows
 
 
+def comparison(name, args):
+    """The shipped graph that draws without and with this LoRA."""
+    graph = shipped("compare")
+    set_input(graph, "Model", "model", args.model)
+    set_input(graph, "LoRA", "lora_name", f"{name}.safetensors")
+    return graph
+
+
 def compare(client, name, args, out):
     """Held-out prompts on fixed seeds, without and with the trained LoRA: (mean scores, names of the pictures in
     `out`).
     """
-    graph = shipped("compare")
-    set_input(graph, "Model", "model", args.model)
-    set_input(graph, "LoRA", "lora_name", f"{name}.safetensors")
+    graph = comparison(name, args)
     known = client.object_info()
     # older ComfyUI has no Compare Images
     graph = {node_id: node for node_id, node in graph.items() if node["class_type"] in known}
@@ -145,13 +151,8 @@ def compare(client, name, args, out):
 
 def figures(client, base, name, args, python):
     """What the judge sees in 48 pictures of the held-out prompts, before and after: {figure: {before, after}}."""
-    graph = shipped("compare")
-    for setting in (
-        ("Model", "model", args.model),
-        ("LoRA", "lora_name", f"{name}.safetensors"),
-        ("Size", "batch_size", 48),
-    ):
-        set_input(graph, *setting)
+    graph = comparison(name, args)
+    set_input(graph, "Size", "batch_size", 48)
     for when in ("before", "after"):
         pictures = graph[find_node(graph, when.capitalize())]["inputs"]
         pictures |= {"images": [find_node(graph, f"Decode {when}"), 0], "filename_prefix": f"figures/{when}"}
@@ -163,10 +164,9 @@ def figures(client, base, name, args, python):
     done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True)
     if done.returncode:
         raise Problem(f"The judge could not look at the pictures: {done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    parts = (f"{figure} {at['before']:.2f} -> {at['after']:.2f}" for figure, at in found.items())
-    say(f"The judge: {', '.join(parts)}")
-    return found
+    sentence, found = done.stdout.strip().splitlines()[-2:]
+    say(sentence)
+    return json.loads(found)
 
 
 def mean_score(text):

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..core.hosts.comfy_host import start_latent
 from ..core.method.tree import TreeShape as Shape
 from ..core.model import DECODED_AT_ONCE
-from .schema import PolicySocket, RewardSocket, ShapeSocket, expert, schema
+from .schema import PolicySocket, RewardSocket, ShapeSocket, expert, micro_batch_input, schema
 
 GB = 1e9
 
@@ -34,13 +34,8 @@ class PreflightNode(io.ComfyNode):
                     optional=True,
                     tooltip="Prompts per iteration, as in the Trainer.",
                 ),
-                io.Int.Input(
-                    "micro_batch",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    optional=True,
-                    tooltip="Latents per model call, as in the Trainer. Lower = less memory. 0 = all.",
+                micro_batch_input(
+                    "Latents per model call, as in the Trainer. Lower = less memory. 0 = all.",
                 ),
                 io.Float.Input(
                     "cfg",

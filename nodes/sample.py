@@ -15,7 +15,7 @@ from ..core.method.iteration import Sampled, sample
 from ..core.method.memory import MicroBatch
 from ..core.method.rollout import check_sigmas
 from ..core.method.tree import Forest
-from .schema import NoiseSocket, PolicySocket, ShapeSocket, TreeSocket, expert, schema
+from .schema import NoiseSocket, PolicySocket, ShapeSocket, TreeSocket, expert, micro_batch_input, schema
 
 RETAIN_SHARE = 0.6  # of the free memory: decoding and scoring come between sampling and the update
 
@@ -90,13 +90,8 @@ class TreeSamplerNode(io.ComfyNode):
                     )
                 ),
                 expert(
-                    io.Int.Input(
-                        "micro_batch",
-                        default=0,
-                        min=0,
-                        max=4096,
-                        optional=True,
-                        tooltip="Latents per model call. Lower = less memory. 0 = all at once; halves by itself when "
+                    micro_batch_input(
+                        "Latents per model call. Lower = less memory. 0 = all at once; halves by itself when "
                         "memory runs out.",
                     )
                 ),

@@ -78,3 +78,8 @@ def grown(together: dict | None, apart: dict, name: str, prefix: str, most: int)
     """What is connected to growing inputs, in their order: a dict on new ComfyUI, single inputs on old."""
     found = {**{key.removeprefix(f"{name}."): value for key, value in apart.items()}, **(together or {})}
     return [found[key] for key in (f"{prefix}{i}" for i in range(most)) if found.get(key) is not None]
+
+
+def micro_batch_input(tooltip: str) -> io.Int.Input:
+    """How many latents go through the model at once."""
+    return io.Int.Input("micro_batch", default=0, min=0, max=4096, optional=True, tooltip=tooltip)

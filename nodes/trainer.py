@@ -26,6 +26,7 @@ from .schema import (
     RewardSocket,
     ShapeSocket,
     expert,
+    micro_batch_input,
     schema,
 )
 from .update import STEP, own_images
@@ -281,14 +282,8 @@ def _advanced() -> list[io.Input]:
             tooltip="adamw8bit needs the package bitsandbytes and an NVIDIA GPU; it saves three quarters of the "
             "optimizer's memory.",
         ),
-        io.Int.Input(
-            "micro_batch",
-            default=0,
-            min=0,
-            max=4096,
-            optional=True,
-            tooltip="Latents per model call. Lower = less memory. 0 = all at once; halves by itself when memory runs "
-            "out.",
+        micro_batch_input(
+            "Latents per model call. Lower = less memory. 0 = all at once; halves by itself when memory runs out.",
         ),
         io.Boolean.Input(
             "retain_graphs",

@@ -13,7 +13,7 @@ from ..core.method.objective import TARGETS, Objective
 from ..core.pictures import plot
 from .objective import ANCHOR, CLIPPING, ETA, LEAF_WEIGHT, STEP_WEIGHT, regression
 from .policy import LivePolicy
-from .schema import AdvantagesSocket, PolicySocket, TreeSocket, expert, schema
+from .schema import AdvantagesSocket, PolicySocket, TreeSocket, expert, micro_batch_input, schema
 
 # Inputs that the update nodes share.
 _WIRES = [PolicySocket.Input("policy"), TreeSocket.Input("tree"), AdvantagesSocket.Input("advantages")]
@@ -62,13 +62,8 @@ STEP = [  # also the Trainer's
     ),
 ]
 _MICRO_BATCH = expert(
-    io.Int.Input(
-        "micro_batch",
-        default=0,
-        min=0,
-        max=4096,
-        optional=True,
-        tooltip="Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler.",
+    micro_batch_input(
+        "Latents per forward and backward pass. Lower = less memory. 0 = as Tree Sampler.",
     )
 )
 _EXPERT = [

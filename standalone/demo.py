@@ -36,7 +36,7 @@ from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
 from core.runs.trainer import Event, Settings, Trainer
 from embedded.shapes import decodes_in, vae_state_dict
-from standalone.figures import PICTURES, graph, in_turn, seen
+from standalone.figures import PICTURES, graph, in_turn, said, seen
 
 log = logging.getLogger("treerpo")
 PACKAGES = {"diffusers": "diffusers", "peft": "peft", "transformers": "transformers", "open_clip": "open_clip_torch"}
@@ -198,11 +198,6 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
     log.info(said(found))
     log.info("In %s: metrics.jsonl, reward_curve.png, tree.png, before.png, after.png, %s, summary.json", out, name)
     return summary
-
-
-def said(found: dict[str, dict[str, float]]) -> str:
-    """One line of figures before and after."""
-    return "The judge: " + ", ".join(f"{name} {at['before']:.2f} -> {at['after']:.2f}" for name, at in found.items())
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the judge sees in the demo's pictures before and after: one JSON object on the last line.
+"""What the judge sees in the demo's pictures before and after: a sentence, and then all of it as JSON on the last line.
 
     python -m standalone.figures FOLDER
 
@@ -40,14 +40,19 @@ def in_turn(prompts: list[str], count: int) -> list[str]:
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
+def said(found: dict[str, dict[str, float]]) -> str:
+    """One line of figures before and after."""
+    return "The judge: " + ", ".join(f"{name} {at['before']:.2f} -> {at['after']:.2f}" for name, at in found.items())
+
+
 def main() -> None:
     folder, comparison = Path(sys.argv[1]), graph("compare")
-    styles = comparison["Reward"].items()
-    wish = {name: value for name, value in styles if name in shapes.STYLES and value in shapes.STYLES[name]}
+    wish = {name: value for name, value in comparison["Reward"].items() if value in shapes.STYLES.get(name, ())}
     pictures = [
         torch.cat([read_picture(path) for path in sorted(folder.glob(f"{when}*.png"))]) for when in ("before", "after")
     ]
-    print(json.dumps(seen(*pictures, lines(comparison["Held-out prompts"]["text"]), wish)))
+    found = seen(*pictures, lines(comparison["Held-out prompts"]["text"]), wish)
+    print(said(found), json.dumps(found), sep="\n")
 
 
 if __name__ == "__main__":

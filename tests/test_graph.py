@@ -393,7 +393,7 @@ def test_every_option_of_the_update_node(graph, settings):
     ],
 )
 def test_every_option_of_the_regression_node_and_the_trainer_learns_the_same(graph, settings):
-    inner, updates = settings.get("inner_updates", 1), dict(inner_updates=settings.get("inner_updates", 1))
+    inner = settings.get("inner_updates", 1)
     policy = graph.policy(run_name="nodes")
     with network_forwards(graph.model) as count:
         row = graph.iteration(policy, node="Regression", update=settings)
@@ -402,7 +402,7 @@ def test_every_option_of_the_regression_node_and_the_trainer_learns_the_same(gra
     assert row["forwards"] == count.total
     theirs, goal = graph.policy(run_name="trainer"), {k: v for k, v in settings.items() if k != "inner_updates"}
     objective = graph.call("Objective", method="Tree Regression", kl=0.0, **goal)[0]
-    graph.train(theirs, 1, objective=objective, **updates)
+    graph.train(theirs, 1, objective=objective, inner_updates=inner)
     for mine, other in zip(policy.run.adapters.parameters(), theirs.run.adapters.parameters()):
         assert torch.equal(mine, other)
 

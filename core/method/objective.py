@@ -129,13 +129,12 @@ def regression_targets(
     velocities [n, C, H, W].
     """
     x, v_old = forest.states[layer][parents], forest.velocities[layer][parents]
-    below = len(forest.leaves) // len(forest.states[layer])
-    rows = slice(parents.start * below, parents.stop * below)
-    weight = leaf[rows].view(-1, below).to(x)
+    rows = forest.leaves_below(layer, parents)
+    weight = leaf[rows].view(len(x), -1).to(x)
     if objective.leaf_weights == "node":
         weight = weight - weight.mean(1, keepdim=True)
     mean = weight.mean(1).view(-1, *[1] * (x.dim() - 1))
-    goal = torch.einsum("nk,nk...->n...", weight, forest.leaves[rows].unflatten(0, (-1, below))) / below
+    goal = torch.einsum("nk,nk...->n...", weight, forest.leaves[rows].unflatten(0, weight.shape)) / weight.shape[1]
     target = v_old + objective.eta * ((mean * x - goal) / forest.sigma(layer)[0] - mean * v_old)
     return target if reference is None else target + objective.anchor * (reference - v_old)
 

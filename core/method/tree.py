@@ -90,6 +90,11 @@ class Forest:
         """Conditioning row of every node of a layer: [P * trees * branching^layer]."""
         return torch.tensor(self.prompts).repeat_interleave(self.trees * self.branching**layer)
 
+    def leaves_below(self, layer: int, nodes: slice) -> slice:
+        """Rows of the leaves that hang below these nodes of a layer."""
+        below = self.branching ** (self.depth - layer)
+        return slice(nodes.start * below, nodes.stop * below)
+
     def only(self, keep: Tensor) -> "Forest":
         """The trees of these prompts [P], without retained graphs."""
 

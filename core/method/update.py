@@ -96,9 +96,9 @@ class _Loss:
 
     def is_empty(self, layer: int, parents: slice) -> bool:
         """Nothing to learn from these nodes: groups without spread cost nothing."""
-        objective, below = self.objective, len(self.leaf) // len(self.forest.states[layer])
+        objective = self.objective
         if objective.loss == "regression":
-            learned = self.leaf[parents.start * below : parents.stop * below]
+            learned = self.leaf[self.forest.leaves_below(layer, parents)]
         else:
             learned = children_of(self.advantages[layer], parents, self.forest.branching)
         if objective.needs_reference or bool(learned.any()):

@@ -170,7 +170,8 @@ def check(page: Page, name: str, pictures: Path | None, cards: bool) -> list[str
 
 
 REWIRE = """() => {
-    const stages = ["TreeRPOSampler", "VAEDecode", "TreeRPOScore", "TreeRPOAdvantages", "TreeRPORegression"], nodes = app.graph._nodes;
+    const stages = ["TreeRPOSampler", "VAEDecode", "TreeRPOScore", "TreeRPOAdvantages", "TreeRPORegression"];
+    const nodes = app.graph._nodes;
     const all = nodes.find((node) => node.isSubgraphNode?.()), save = nodes.find((node) => node.type === "TreeRPOSaveLora");
     const wire = (id) => app.graph.links.get?.(id) ?? app.graph.links[id];
     for (const stage of nodes.filter((node) => stages.includes(node.type)))
