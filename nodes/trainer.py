@@ -12,7 +12,7 @@ from ..core.method.noise import NoiseSchedule
 from ..core.method.objective import Objective
 from ..core.method.tree import TreeShape
 from ..core.pictures import plot
-from ..core.runs.trainer import Settings, Trainer
+from ..core.runs.trainer import Settings, Trainer, refuse_unheld
 from .export import export
 from .live import Live
 from .policy import LivePolicy
@@ -44,18 +44,19 @@ class TrainerNode(io.ComfyNode):
             search_aliases=["grpo", "rlhf", "train lora", "fine-tune", "reinforcement learning", "online rl", "dpo"],
             is_output_node=True,
             inputs=[
-                PolicySocket.Input("policy"),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
+                PolicySocket.Input("policy", lazy=True),
+                io.Clip.Input("clip", lazy=True),
+                io.Vae.Input("vae", lazy=True),
                 PromptsSocket.Input("prompts", tooltip="From Prompt List."),
                 io.Sigmas.Input(
                     "sigmas",
+                    lazy=True,
                     tooltip="From BasicScheduler with the base model, denoise 1. 10 steps are enough for training.",
                 ),
                 io.Latent.Input(
                     "latent_image", tooltip="An empty latent of the size to train at. Train at the size you sample at."
                 ),
-                RewardSocket.Input("reward_model"),
+                RewardSocket.Input("reward_model", lazy=True),
                 io.Int.Input(
                     "iterations",
                     default=100,
@@ -100,13 +101,15 @@ class TrainerNode(io.ComfyNode):
                 RewardSocket.Input(
                     "judge",
                     optional=True,
+                    lazy=True,
                     tooltip="A second reward that is not trained on. If it falls while the trained reward rises, the "
                     "reward is being exploited; the run then pauses and says so.",
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only used when cfg is not 1."),
+                io.Conditioning.Input("negative", optional=True, lazy=True, tooltip="Only used when cfg is not 1."),
                 io.Latent.Input(
                     "images",
                     optional=True,
+                    lazy=True,
                     tooltip="For an objective with target = images: encoded images of the training size, one for all "
                     "prompts.",
                 ),
@@ -163,6 +166,13 @@ class TrainerNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **kwargs):
         return float("nan")  # a new NaN each time: the run moves on between queue runs
+
+    @classmethod
+    def check_lazy_status(cls, prompts, evaluate_every=0, **others):
+        """What is wrong with the settings is said before any model is loaded: those inputs are lazy."""
+        if evaluate_every:
+            refuse_unheld(prompts)
+        return [name for name, value in others.items() if value is None]
 
     @classmethod
     def execute(

@@ -260,3 +260,20 @@ def test_the_trainer_graph_shows_and_leaves_what_it_promises(server):
     assert (server.base / "models/loras/shown.safetensors").is_file()
     rows = metrics(server, "shown")
     assert "eval/reward" in rows[4] and "eval/judge" in rows[4] and "eval/reward" not in rows[3]
+
+
+def test_missing_held_out_prompts_are_told_before_any_model_is_loaded(server):
+    """The Trainer's heavy inputs are lazy: what is wrong with its settings comes first."""
+    graph = trainer("unheld", {("Trainer", "evaluate_every"): 5, ("Prompts", "held_out"): 0.0})
+    client = run.Client(server.url)
+    client.free()
+    prompt = client.queue(graph)
+    with pytest.raises(run.ExecutionError, match="Evaluation needs held-out prompts"):
+        client.wait(prompt)
+    (error,) = [
+        message
+        for kind, message in client.get(f"/history/{prompt}")[prompt]["status"]["messages"]
+        if kind == "execution_error"
+    ]
+    kinds = {graph[node]["class_type"] for node in error["executed"]}
+    assert "TreeRPOPromptList" in kinds and not kinds & {"TreeRPOTinyModel", "TreeRPOPolicy", "BasicScheduler"}

@@ -128,10 +128,8 @@ class Trainer:
         self.watch = Watch.from_dict(run.extra["watch"]) if "watch" in run.extra else Watch()
         self.skips = Skips(**run.extra.get("skips", {}))
         self._base: HeldOut | None = None
-        if settings.evaluate_every and not prompts.held_out:
-            raise ValueError(
-                "Evaluation needs held-out prompts: raise held_out in Prompt List, or set evaluate_every to 0."
-            )
+        if settings.evaluate_every:
+            refuse_unheld(prompts)
 
     def train(self, iterations: int, report: Callable[[Event], None] = lambda event: None) -> str:
         """Go on until the run has `iterations` in all; a sentence on how it ended.
@@ -354,6 +352,14 @@ class Trainer:
             joined = [torch.cat(shares)[: len(texts)] for shares in zip(*self.ranks.gather([small(images), *totals]))]
             images, totals = joined[0].view(-1, 3, SIDE, SIDE).movedim(1, -1), joined[1:]
         return HeldOut(images, totals[0], totals[1] if judge is not None else None)
+
+
+def refuse_unheld(prompts: PromptList) -> None:
+    """Raises ValueError where there is no prompt to evaluate."""
+    if not prompts.held_out:
+        raise ValueError(
+            "Evaluation needs held-out prompts: raise held_out in Prompt List, or set evaluate_every to 0."
+        )
 
 
 def refuse_split(
