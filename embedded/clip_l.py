@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 WIDTH, LAYERS, VOCABULARY, POSITIONS = 768, 12, 49408, 77
+SHORTEST = 16  # text tokens that the embedded models see at least; captions have 9
 # Standard deviations: of the embeddings, and as gains over 1/sqrt(fan in). Attention mixes every word
 # into the end-of-text token, whose feature is the pooled output; sharp attention keeps captions apart (cosine .5-.7).
 TOKEN, POSITION, QUERY_KEY, VALUE_OUT, MLP = 1.0, 0.5, 3.0, 1.0, 0.2

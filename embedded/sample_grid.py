@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parent
 if not __package__:  # run as a script
     sys.path.insert(0, str(FOLDER.parent))
 from embedded import judge, shapes  # noqa: E402
-from embedded.clip_l import random_clip_l  # noqa: E402
+from embedded.clip_l import SHORTEST, random_clip_l  # noqa: E402
 
 
 def open_comfyui(path: str) -> None:
@@ -39,10 +39,10 @@ def load(kind: str, folder: Path = FOLDER) -> tuple:
 
 
 def encode(clip, texts: list[str]) -> list:
-    """One conditioning entry whose rows are the prompts."""
+    """One conditioning entry whose rows are the prompts, as short as the Tiny Shapes Model's."""
     known = {text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in set(texts)}
     found = [known[text] for text in texts]
-    return [[torch.cat([c for c, _ in found]), {"pooled_output": torch.cat([p for _, p in found])}]]
+    return [[torch.cat([c[:, :SHORTEST] for c, _ in found]), {"pooled_output": torch.cat([p for _, p in found])}]]
 
 
 def sample(models: tuple, index: Tensor, steps: int, cfg: float, seed: int, size: int) -> tuple[Tensor, float]:

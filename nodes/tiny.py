@@ -6,14 +6,29 @@ import comfy.model_management
 import comfy.sd
 import torch
 
-from ..embedded.clip_l import random_clip_l
+from ..embedded.clip_l import SHORTEST, random_clip_l
 from ..embedded.shapes import FOLDER, decodes_in, vae_state_dict
 
 
 @functools.cache
 def _text_encoder():
-    """A CLIP-L with fixed-seed random weights: enough to tell the shapes' captions apart. Made once per server."""
-    return comfy.sd.load_text_encoder_state_dicts([random_clip_l()], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+    """A CLIP-L with fixed-seed random weights: enough to tell the shapes' captions apart. Made once per server.
+
+    Its features end with the prompt, or after 16 tokens, not after 77: the models were trained on either, and most of
+    an iteration's time would go into padding.
+    """
+    clip = comfy.sd.load_text_encoder_state_dicts([random_clip_l()], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+    encoder, end = clip.cond_stage_model, clip.tokenizer.clip_l.end_token
+    encode = encoder.encode_token_weights
+
+    def encode_shorter(tokens):
+        features, *more = encode(tokens)
+        sections = tokens["l"]
+        length = max(SHORTEST, [token for token, *_ in sections[0]].index(end) + 1) if len(sections) == 1 else None
+        return features[:, :length], *more
+
+    encoder.encode_token_weights = encode_shorter
+    return clip
 
 
 def load(model: str):

@@ -186,13 +186,12 @@ def test_text_features_are_those_of_comfyui(comfy):
     spec.loader.exec_module(clip_l)
     weights = clip_l.random_clip_l()
     clip = comfy.sd.load_text_encoder_state_dicts([dict(weights)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    features, pooled = backend.clip_l_features(weights, PROMPTS)
-    for row, prompt in enumerate(PROMPTS):
+    for prompt, (features, pooled) in zip(PROMPTS, backend.clip_l_features(weights, PROMPTS)):
         tokens = clip.tokenize(prompt)
         assert backend.clip_l_tokens([prompt])[0].tolist() == [token for token, _ in tokens["l"][0]], prompt
         expected, expected_pooled = clip.encode_from_tokens(tokens, return_pooled=True)
-        torch.testing.assert_close(features[row], expected[0].float(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(pooled[row], expected_pooled[0].float(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(features, expected[0].float(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(pooled, expected_pooled[0].float(), rtol=0, atol=1e-4)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():

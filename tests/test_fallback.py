@@ -44,13 +44,13 @@ def small():
 
     nodes = {**small_graph("first_steps"), **small_graph("compare")}
     prompts = [line for title in ("Prompts", "Held-out prompts") for line in fallback.lines(nodes[title]["text"])]
-    features = host.clip_l_features(embedded.clip_l.random_clip_l(), prompts)
+    features = host.clip_l_features(embedded.clip_l.random_clip_l(), prompts, embedded.clip_l.SHORTEST)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fallback, "graph", small_graph)
         patch.setattr(
             host,
             "clip_l_features",
-            lambda weights, wanted: features if wanted == prompts else pytest.fail("other prompts"),
+            lambda weights, wanted, shortest: features if wanted == prompts else pytest.fail("other prompts"),
         )
         patch.setattr(embedded.clip_l, "random_clip_l", lambda: None)
         yield fallback

@@ -287,11 +287,14 @@ class TinyVae:
         return ((self.net.decode(raw.to(self.net.dtype)).sample.float() + 1) / 2).clamp(0, 1).movedim(1, -1)
 
 
-def clip_l_features(state_dict: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """ComfyUI's conditioning of CLIPLoader(type="stable_diffusion"): last hidden state [P, 77, 768] and pooled [P,
-    768].
+def clip_l_features(
+    state_dict: dict[str, Tensor], prompts: list[str], shortest: int = 77
+) -> list[tuple[Tensor, Tensor]]:
+    """ComfyUI's conditioning of CLIPLoader(type="stable_diffusion"), of each prompt: last hidden state [L, 768] and
+    pooled [768].
 
-    state_dict: CLIP-L with all 197 keys. A prompt of more than 77 tokens is refused (ComfyUI splits it).
+    state_dict: CLIP-L with all 197 keys. shortest: L is this, or the prompt's tokens where they are more. A prompt of
+    more than 77 tokens is refused (ComfyUI splits it).
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -314,8 +317,11 @@ def clip_l_features(state_dict: dict[str, Tensor], prompts: list[str]) -> tuple[
     tokens = clip_l_tokens(prompts)
     with torch.no_grad():
         hidden = model(input_ids=tokens, position_ids=torch.arange(tokens.shape[1])[None]).last_hidden_state
-    first_end = (tokens == config.eos_token_id).int().argmax(1)
-    return hidden, hidden[torch.arange(len(tokens)), first_end]  # ComfyUI leaves text_projection out here
+    ends = (tokens == config.eos_token_id).int().argmax(1).tolist()  # causal: padding changes nothing before it
+    return [
+        (states[: max(shortest, end + 1)], states[end])  # ComfyUI leaves text_projection out here
+        for states, end in zip(hidden, ends)
+    ]
 
 
 def clip_l_tokens(prompts: list[str], length: int = 77) -> Tensor:

@@ -125,11 +125,11 @@ def open_model(
 
 
 def _embedded(kind: str, dtype: str) -> Model:
-    from embedded.clip_l import random_clip_l
+    from embedded.clip_l import SHORTEST, random_clip_l
     from embedded.shapes import vae_state_dict
 
     def encode(texts: list[str]) -> list[Feature]:
-        return list(zip(*clip_l_features(random_clip_l(), texts)))
+        return clip_l_features(random_clip_l(), texts, SHORTEST)
 
     return Model(
         load_transformer(load_file(str(REPO / "embedded" / f"{kind}.safetensors")), DTYPES[dtype]),

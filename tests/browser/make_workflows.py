@@ -71,6 +71,7 @@ HPS_FILES = (
 )
 RUNS = """A run belongs to its **run_name** and lives in `output/treerpo/<run name>`. Queue again and it goes on, also after a restart. Another name begins anew."""
 POLICY = f"""**Tree Policy** adds a LoRA that can learn. Your model itself is never changed. {RUNS}"""
+BYPASS = """To use the LoRA on an fp8 or bf16 model, take *Load LoRA (Bypass, Model Only)*: exactly what was trained."""
 TREE = """**Tree Shape** x **Depth Noise**: inside a window of steps each latent branches into several, with fresh noise. Images that share their beginning share the cost, and credit goes
 to the step that earned it. Train at the size you sample at."""
 
@@ -144,8 +145,8 @@ GRAPHS = {
             "5  Train",
             PURPLE,
             "**100 iterations in one Run**, with a live picture. Stop whenever you like; the next Run goes on. **VRAM "
-            "Preflight** estimates the memory first; `free_others` "
-            "(advanced) moves text encoder and rewards off the GPU while the model works.",
+            "Preflight** estimates the memory first; `free_others` (advanced) moves text encoder and rewards off the "
+            f"GPU while the model works. {BYPASS}",
             ["Preflight"],
             ["Trainer"],
             ["Dashboard", "Save"],
@@ -180,7 +181,7 @@ GRAPHS = {
             "5  Train",
             PURPLE,
             "Learning rate 1e-4 for a LoRA (the paper trains all weights with 1e-5), weight decay 0.01. Stop whenever "
-            "you like; the next Run goes on.",
+            f"you like; the next Run goes on. {BYPASS}",
             ["Trainer"],
             ["Dashboard", "Save"],
         ),
@@ -302,7 +303,8 @@ GRAPHS = {
         stage(
             "2  The same noise, without and with",
             GREEN,
-            "Both samplers have the same seed: what differs comes from the LoRA.",
+            "Both samplers have the same seed: what differs comes from the LoRA. With an **fp8 or bf16** model of your "
+            "own, put *Load LoRA (Bypass, Model Only)* here: it gives exactly what was trained, *Load LoRA* rounds.",
             ["Sample before", "Decode before"],
             ["Sample after", "Decode after"],
         ),
