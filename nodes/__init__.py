@@ -24,6 +24,7 @@ from .advantages import AdvantagesNode
 from .objective import ObjectiveNode
 from .update import LayerTuningNode, RegressionNode, UpdateNode
 from .trainer import TrainerNode
+from .simple import SimpleTrainerNode
 from .tree_view import TreeViewNode
 
 NODES = [
@@ -54,6 +55,7 @@ NODES = [
     ObjectiveNode,
     PreflightNode,
     TrainerNode,
+    SimpleTrainerNode,
     PolicyToLoraNode,
     SaveTreeLoraNode,
     TreeViewNode,

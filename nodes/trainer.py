@@ -175,80 +175,84 @@ class TrainerNode(io.ComfyNode):
         return [name for name, value in others.items() if value is None]
 
     @classmethod
-    def execute(
-        cls,
-        policy,
-        clip,
-        vae,
-        prompts,
-        sigmas,
-        latent_image,
-        reward_model,
-        iterations,
-        per_iteration,
-        learning_rate,
-        seed,
-        shape=None,
-        noise=None,
-        objective=None,
-        judge=None,
-        negative=None,
-        images=None,
-        cfg=1.0,
-        free_others=False,
-        tensorboard=False,
-        retain_graphs=False,
-        **more,
-    ) -> io.NodeOutput:
-        run = policy.run
-        goal, only_good = objective or (Objective(), False)
-        with torch.inference_mode(False), torch.no_grad():
-            settings = Settings(
-                per_iteration=per_iteration,
-                seed=seed,
-                learning_rate=learning_rate,
-                only_good=only_good,
-                retain_share=RETAIN_SHARE if retain_graphs and not policy.policy.checkpointing else 0.0,
-                **more,
-            )
-            host = ComfyHost(policy.policy, clip, vae, sigmas, latent_image, cfg, negative, free_others)
-            trainer = Trainer(
-                run,
-                host,
-                prompts,
-                shape or TreeShape(tail=0.4),
-                noise or NoiseSchedule("cps", 0.7),
-                goal,
-                reward_model,
-                settings,
-                judge=judge,
-                images=(lambda velocity, forest: own_images(velocity, images, forest))
-                if goal.target == "images" and goal.sft
-                else None,
-                check=comfy.model_management.throw_exception_if_processing_interrupted,
-            )
-            if run.iteration < iterations:
-                host.encode([*prompts.train, *(prompts.held_out if settings.evaluate_every else [])])
-                export(
-                    run, host, prompts, trainer.shape, trainer.schedule, goal, settings, reward_model, judge, iterations
-                )
-            live = Live(cls.hidden.unique_id, run, iterations, tensorboard)
-            trainer.progress = live.progress
-            with live.to_its_end():
-                ended = trainer.train(iterations, live.report)
-            status = "; ".join([ended, *(f"changed: {change}" for change in trainer.changes)])
-        picture = plot.to_tensor(live.picture())
-        history = "".join(json.dumps(row) + "\n" for row in run.metrics)
-        loss = {"loss": [row["loss"] for row in run.metrics if "loss" in row]}
-        return io.NodeOutput(
-            LivePolicy(policy.policy, run),
-            run.lora(averaged=True),
-            loss,
-            history,
-            picture,
-            status,
-            ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (status,)},
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return train(cls, **inputs)
+
+
+def train(
+    node,
+    policy,
+    clip,
+    vae,
+    prompts,
+    sigmas,
+    latent_image,
+    reward_model,
+    iterations,
+    per_iteration,
+    learning_rate,
+    seed,
+    shape=None,
+    noise=None,
+    objective=None,
+    judge=None,
+    negative=None,
+    images=None,
+    cfg=1.0,
+    free_others=False,
+    tensorboard=False,
+    retain_graphs=False,
+    minutes=0.0,
+    **more,
+) -> io.NodeOutput:
+    """The run of `policy`, trained; node: the class that is running. minutes: 0 = until it has its iterations."""
+    run = policy.run
+    goal, only_good = objective or (Objective(), False)
+    with torch.inference_mode(False), torch.no_grad():
+        settings = Settings(
+            per_iteration=per_iteration,
+            seed=seed,
+            learning_rate=learning_rate,
+            only_good=only_good,
+            retain_share=RETAIN_SHARE if retain_graphs and not policy.policy.checkpointing else 0.0,
+            **more,
         )
+        host = ComfyHost(policy.policy, clip, vae, sigmas, latent_image, cfg, negative, free_others)
+        trainer = Trainer(
+            run,
+            host,
+            prompts,
+            shape or TreeShape(tail=0.4),
+            noise or NoiseSchedule("cps", 0.7),
+            goal,
+            reward_model,
+            settings,
+            judge=judge,
+            images=(lambda velocity, forest: own_images(velocity, images, forest))
+            if goal.target == "images" and goal.sft
+            else None,
+            check=comfy.model_management.throw_exception_if_processing_interrupted,
+        )
+        if run.iteration < iterations:
+            host.encode([*prompts.train, *(prompts.held_out if settings.evaluate_every else [])])
+            export(run, host, prompts, trainer.shape, trainer.schedule, goal, settings, reward_model, judge, iterations)
+        live = Live(node.hidden.unique_id, run, iterations, tensorboard)
+        trainer.progress = live.progress
+        with live.to_its_end():
+            ended = trainer.train(iterations, live.report, minutes)
+        status = "; ".join([ended, *(f"changed: {change}" for change in trainer.changes)])
+    picture = plot.to_tensor(live.picture())
+    history = "".join(json.dumps(row) + "\n" for row in run.metrics)
+    loss = {"loss": [row["loss"] for row in run.metrics if "loss" in row]}
+    return io.NodeOutput(
+        LivePolicy(policy.policy, run),
+        run.lora(averaged=True),
+        loss,
+        history,
+        picture,
+        status,
+        ui={**ui.PreviewImage(picture, cls=node).as_dict(), "text": (status,)},
+    )
 
 
 def _advanced() -> list[io.Input]:

@@ -131,15 +131,17 @@ class Trainer:
         if settings.evaluate_every:
             refuse_unheld(prompts)
 
-    def train(self, iterations: int, report: Callable[[Event], None] = lambda event: None) -> str:
-        """Go on until the run has `iterations` in all; a sentence on how it ended.
+    def train(self, iterations: int, report: Callable[[Event], None] = lambda event: None, minutes: float = 0.0) -> str:
+        """Go on until the run has `iterations` in all, or for `minutes` (0 = no limit; at least one iteration); a
+        sentence on how it ended.
 
         The run is saved on every way out, and nobody else can train it meanwhile (Run.training).
         """
         with self.run.training():
-            return self._train(iterations, report)
+            return self._train(iterations, report, minutes)
 
-    def _train(self, iterations: int, report: Callable[[Event], None]) -> str:
+    def _train(self, iterations: int, report: Callable[[Event], None], minutes: float) -> str:
+        began = time.monotonic()
         try:
             if self._due():
                 self._assess()
@@ -152,6 +154,8 @@ class Trainer:
                     return f"Paused after iteration {self.run.iteration}. {event.message}"
                 if self.skips.too_many(self.settings.most_skips):
                     raise RuntimeError(f"{self.skips.sentence()} The run is saved at iteration {self.run.iteration}.")
+                if 0 < minutes * 60 <= time.monotonic() - began and self.run.iteration < iterations:
+                    return f"{minutes:g} minutes are over, at {self.run.iteration} of {iterations} iterations."
             return f"{self.run.iteration} iterations done."
         finally:
             if self.run.iteration and self.run.unsaved:

@@ -1,0 +1,216 @@
+"""Simple Trainer: from a model, prompts and a reward to a LoRA, with everything between chosen."""
+
+import dataclasses
+from pathlib import Path
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+
+from ..core.method.noise import NoiseSchedule
+from ..core.method.objective import Objective
+from ..core.method.tree import TreeShape
+from ..core.runs.prompts import collect, split
+from .policy import PolicyNode
+from .save import SaveTreeLoraNode, merging, target
+from .schema import RewardSocket, schema
+from .trainer import train
+
+TINY = 50e6  # parameters; what has fewer is one of the embedded models
+STEPS = 10
+MOST_HELD_OUT = 8  # of every five prompts one, and no more than this
+PRESETS = {  # how much faster than usual, and how strongly it is held to the base model; measured in docs/benchmarks.md
+    "gentle": (0.5, 0.1),
+    "normal": (1.0, 0.05),
+    "strong": (1.5, 0.03),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What suits a base model."""
+
+    size: int  # pixels, square
+    learning_rate: float  # of the normal preset
+    cfg: float
+    rank: int
+    targets: str
+    checkpointing: bool
+
+
+def fit(model) -> Fit:
+    """FLUX has guidance of its own; other big models (SD3, SD3.5) draw badly without cfg."""
+    network = model.model.diffusion_model
+    if sum(weight.numel() for weight in network.parameters()) < TINY:
+        return Fit(64, 1.2e-3, 1.0, 8, "all linear", False)
+    guided = bool(getattr(getattr(network, "params", None), "guidance_embed", False))
+    return Fit(512, 2e-4, 1.0 if guided else 4.5, 32, "attention", True)
+
+
+class SimpleTrainerNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "TreeRPOSimple",
+            "Simple Trainer",
+            description="Trains a LoRA that draws what the reward likes: model, prompts and a reward in, a LoRA out. It "
+            "chooses steps, tree, noise and learning rate by itself; TreeRPO Trainer has every setting. Stop it at any "
+            "time: the LoRA is saved, and the next Run goes on.",
+            search_aliases=["train lora", "lora training", "flux train", "fine-tune", "grpo", "rl", "teach", "learn"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", lazy=True, tooltip="The base model: FLUX, SD3, SD3.5 ... It is never changed."),
+                io.Clip.Input("clip", lazy=True),
+                io.Vae.Input("vae", lazy=True),
+                RewardSocket.Input("reward_model", lazy=True, tooltip="What is good: any reward of TreeRPO."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    placeholder="One prompt per line. Ten or more work best.",
+                    tooltip="What to train on, one prompt per line. A fifth of them are kept aside to check on.",
+                ),
+                io.String.Input(
+                    "lora_name",
+                    default="my style",
+                    tooltip="The LoRA in models/loras, and the run in output/treerpo. A new name begins anew.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="normal",
+                    tooltip="gentle = keeps close to the base model, slower. strong = learns fastest, and changes more "
+                    "than you asked for.",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=100,
+                    min=1,
+                    max=100000,
+                    tooltip="Of the run in all. Raise it to train on.",
+                ),
+                io.Float.Input(
+                    "minutes",
+                    default=0.0,
+                    min=0.0,
+                    max=10000.0,
+                    step=1.0,
+                    tooltip="Stop after so many minutes, whatever comes first; the next Run goes on. 0 = no limit.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=16,
+                    tooltip="Width and height to train at, in pixels. Smaller = faster; the size you draw at = best. "
+                    "0 = 512, or 64 for the tiny models.",
+                ),
+                RewardSocket.Input(
+                    "judge",
+                    optional=True,
+                    lazy=True,
+                    tooltip="A second reward that is not trained on. If it falls while the trained one rises, the run "
+                    "pauses and says so.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="tuned_model", tooltip="The model with the LoRA on it, for a KSampler."),
+                io.String.Output(display_name="path", tooltip="Where the LoRA is."),
+                io.Image.Output(display_name="dashboard"),
+                io.String.Output(display_name="status"),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs):
+        return float("nan")  # a new NaN each time: the run moves on between queue runs
+
+    @classmethod
+    def validate_inputs(cls, lora_name):
+        try:
+            return lora_name is None or bool(target(lora_name))
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
+    def check_lazy_status(cls, prompts, **others):
+        """Missing prompts are told before any model is loaded."""
+        collect([prompts])
+        return [name for name, value in others.items() if value is None]
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        reward_model,
+        prompts,
+        lora_name,
+        preset,
+        iterations,
+        minutes=0.0,
+        size=0,
+        judge=None,
+    ) -> io.NodeOutput:
+        fitting, (speed, anchor) = fit(model), PRESETS[preset]
+        listed = collect([prompts])
+        listed = split(listed, min(MOST_HELD_OUT, len(listed) // 5), 0)
+        rank, targets = fitting.rank, fitting.targets
+        policy = PolicyNode.execute(
+            model, lora_name, rank, 2.0 * rank, targets, checkpointing=fitting.checkpointing
+        ).args[0]
+        with torch.inference_mode(False), torch.no_grad():
+            sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+            latent_image = {"samples": empty_latent(model, size or fitting.size)}
+            negative = clip.encode_from_tokens_scheduled(clip.tokenize("")) if fitting.cfg != 1 else None
+        path = ""
+        try:
+            *_, picture, status = (
+                trained := train(
+                    cls,
+                    policy,
+                    clip,
+                    vae,
+                    listed,
+                    sigmas,
+                    latent_image,
+                    reward_model,
+                    iterations,
+                    per_iteration=min(4, len(listed.train)),
+                    learning_rate=fitting.learning_rate * speed,
+                    seed=1,
+                    shape=TreeShape(branching=4, depth=2, ratio=0.3, tail=0.3),
+                    noise=NoiseSchedule("cps", 0.7),
+                    objective=(Objective(loss="regression", anchor=anchor, step_weight="layer"), False),
+                    judge=judge,
+                    negative=negative,
+                    cfg=fitting.cfg,
+                    evaluate_every=10 if listed.held_out else 0,
+                    ema=0.97,
+                    minutes=minutes,
+                )
+            ).args
+        finally:  # also when it is stopped
+            if policy.run.iteration:
+                path = SaveTreeLoraNode.execute([policy], [lora_name], listed.train).args[0]
+        said = " ".join(filter(None, (status, f"Saved as {Path(path).name}.", merging(model))))
+        return io.NodeOutput(tuned(policy), path, picture, said, ui={**trained.ui, "text": (said,)})
+
+
+def empty_latent(model, size: int) -> torch.Tensor:
+    """[1, C, h, w] of this model, for square pictures of `size` pixels."""
+    form = model.model.latent_format
+    side = size // getattr(form, "spacial_downscale_ratio", 8)
+    return torch.zeros(1, form.latent_channels, side, side, device=comfy.model_management.intermediate_device())
+
+
+def tuned(policy):
+    """A MODEL with the policy's LoRA on it: exactly what was trained where this ComfyUI can, and else merged."""
+    import comfy.sd
+
+    load = getattr(comfy.sd, "load_bypass_lora_for_models", comfy.sd.load_lora_for_models)
+    return load(policy.policy.model, None, policy.run.lora(averaged=True), 1.0, 0.0)[0]
