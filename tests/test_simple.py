@@ -113,6 +113,7 @@ def test_missing_prompts_are_told_before_any_model_is_loaded(pack):
 
 def test_big_models_get_their_own_size_and_guidance(pack):
     """No weights: networks of FLUX.1's and SD3.5's true shapes on the meta device."""
+
     class Model:
         def __init__(self, network):
             self.model = self

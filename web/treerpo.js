@@ -395,5 +395,20 @@ app.registerExtension({
     document.head.append(el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }));
     for (const recall of [recallTrees, recallQuestions]) recall().catch((error) => console.info("TreeRPO:", error.message)); // nothing depends on them
   },
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (!nodeData.name.startsWith("TreeRPO")) return;
+    const created = nodeType.prototype.onNodeCreated;
+    nodeType.prototype.onNodeCreated = function () {
+      created?.call(this);
+      const advanced = (this.widgets ?? []).filter((widget) => widget.options?.advanced);
+      if (!advanced.length) return;
+      for (const widget of advanced) widget.advanced = true; // classic nodes: behind "Show Advanced" in their menu, as in Nodes 2.0
+      this.setSize([this.size[0], this.computeSize()[1]]);
+    };
+    // or classic nodes would keep room for what they do not show
+    nodeType.prototype.getLayoutWidgets = function () {
+      return (this.widgets ?? []).filter((widget) => !widget.hidden && (!widget.advanced || this.showAdvanced));
+    };
+  },
   nodeCreated: (node) => kind(node) === TREE_VIEW && addTreeView(node),
 });

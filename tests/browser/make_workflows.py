@@ -13,38 +13,29 @@ from pathlib import Path
 
 from page import ROOT, Page
 
-GAP, PADDING, TITLE = 40, 30, 50
-WIDTH = 340
-WIDE = {
-    "TreeRPOTreeView": 620,
-    "TreeRPOTrainer": 640,
-    "TreeRPOAdvantages": 560,
-    "TreeRPOScore": 460,
-    "ImageCompare": 420,
-    "TreeRPOUpdate": 400,
-    "TreeRPORegression": 400,
-    "TreeRPOPick": 460,
-    "PreviewImage": 560,
-    "SaveImage": 400,
-}
+MOST = (1900, 1000)  # pixels of a graph: readable when it is opened
+GAP, PADDING, TITLE, HEAD = 10, 14, 42, 30  # between nodes, inside a group, its title, a node's title bar
+WIDTH = 330
+WIDE = {"TreeRPOTrainer": 420, "TreeRPOSimple": 400, "TreeRPOPick": 370}
 ROOM = {
-    "TreeRPOTreeView": 420,
-    "TreeRPOTrainer": 330,
-    "TreeRPOAdvantages": 330,
-    "TreeRPOScore": 400,
-    "TreeRPOUpdate": 200,
-    "TreeRPORegression": 200,
-    "TreeRPONoise": 200,
+    "TreeRPOTreeView": 190,
+    "TreeRPOTrainer": 200,
+    "TreeRPOSimple": 300,
+    "TreeRPOAdvantages": 180,
+    "TreeRPOScore": 185,
+    "TreeRPOUpdate": 90,
+    "TreeRPORegression": 90,
+    "TreeRPONoise": 70,
     "TreeRPOPick": 420,
-    "PreviewImage": 300,
-    "SaveImage": 330,
-    "ImageCompare": 420,
-    "TreeRPOPrompts": 160,
-    "TreeRPOPromptList": 200,
-    "TreeRPOShape": 60,
-    "TreeRPOLayerTuning": 200,
-    "TreeRPOPreflight": 160,
+    "PreviewImage": 260,
+    "SaveImage": 260,
+    "TreeRPOPrompts": 60,
+    "TreeRPOPromptList": 30,
+    "TreeRPOShape": 0,
+    "TreeRPOLayerTuning": 130,
+    "TreeRPOPreflight": 80,
 }  # for pictures and texts that appear when the graph runs
+FOLDED = {("SaveImage", "Before"), ("SaveImage", "After")}  # what they show is shown already
 BLUE, GREEN, ORANGE, PURPLE, GREY = "#3f789e", "#4a7a4a", "#a1663a", "#6f5a8f", "#555555"
 
 
@@ -57,263 +48,219 @@ TIDY = """() => {
 }"""
 
 
-def stage(title: str, color: str, note: str, *columns: list[str]) -> dict:
+LOWEST = "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, Array.from(n.computeSize())]))"
+# Nodes 2.0 need more: the height of each without its title, drawn as low as it goes, and with its foot
+LOWEST_2 = """async () => {
+    for (const node of app.graph._nodes) node.setSize([340, 10]);
+    app.canvas.ds.scale = 1;
+    app.canvas.ds.offset = [0, 0];
+    app.canvas.setDirty(true, true);
+    await new Promise((done) => setTimeout(done, 1500));
+    return Object.fromEntries(app.graph._nodes.map((n) => [n.id, (document.querySelector(`[data-node-id="${n.id}"]`)?.offsetHeight ?? 40) - 30 + (n.widgets?.some((w) => w.options?.advanced) ? 26 : 0)]));
+}"""
+
+
+def stage(title: str, color: str, note: str, *columns: list[str], width: int = WIDTH) -> dict:
     """A group: a note at its top, and columns of nodes by their titles in the API graph."""
-    return {"title": title, "color": color, "note": note, "columns": columns}
+    return {"title": title, "color": color, "note": note, "columns": columns, "width": width}
 
 
-FLUX_FILES = """**Files** as ComfyUI's own FLUX examples name them: `models/diffusion_models/flux1-dev.safetensors`, `models/text_encoders/t5xxl_fp16.safetensors` and
-`clip_l.safetensors`, `models/vae/ae.safetensors`. Other names: choose yours in the loaders.
-
-`fp8_e4m3fn` halves the model's memory; the LoRA on top always learns in float32."""
-HPS_FILES = (
-    """Rewards look for their weights in `models/rewards` (see the README); switch `download` on to fetch them."""
+FLUX_FILES = (
+    """Files as ComfyUI's FLUX examples name them. Other names: choose yours. **fp8_e4m3fn** halves the memory."""
 )
-RUNS = """A run belongs to its **run_name** and lives in `output/treerpo/<run name>`. Queue again and it goes on, also after a restart. Another name begins anew."""
-POLICY = f"""**Tree Policy** adds a LoRA that can learn. Your model itself is never changed. {RUNS}"""
-BYPASS = """To use the LoRA on an fp8 or bf16 model, take *Load LoRA (Bypass, Model Only)*: exactly what was trained."""
-TREE = """**Tree Shape** x **Depth Noise**: inside a window of steps each latent branches into several, with fresh noise. Images that share their beginning share the cost, and credit goes
-to the step that earned it. Train at the size you sample at."""
+HPS_FILES = """Weights go to `models/rewards`; `download` fetches them."""
+RUNS = """Queue again and the run goes on, also after a restart. Another **run_name** begins anew."""
+TREE = """Each image branches into several inside a window of steps. Train at the size you draw at."""
+HELD = """Some prompts are held out: never trained on, only checked."""
+JUDGE = """The **judge** is never trained on: if it falls while the reward rises, the run pauses."""
+BYPASS = """On an fp8 or bf16 model load the LoRA with *Load LoRA (Bypass, Model Only)*: exactly what was trained."""
 
 GRAPHS = {
+    "start_here": [
+        stage(
+            "START: press Run",
+            BLUE,
+            "One to two minutes, nothing to download. A tiny FLUX learns a **taste**: pastel, dotted, smiling. Press "
+            "Run again and it learns on; then choose another taste.",
+            ["Model", "Taste", "Judge"],
+        ),
+        stage(
+            "Train",
+            PURPLE,
+            "Model, prompts and a reward in, a LoRA out. Put your own loaders here.",
+            ["Train"],
+        ),
+        stage(
+            "Draw",
+            GREEN,
+            "The same noise without and with the LoRA, for prompts it was not trained on.",
+            ["Held-out prompts", "Size", "Decode before", "Decode after"],
+            ["Sample before", "Sample after"],
+        ),
+        stage("Before and after", ORANGE, "", ["Before", "After"]),
+    ],
     "first_steps": [
         stage(
-            "1  A tiny model",
+            "START: press Run",
             BLUE,
-            "**Press Run.** No download needed: a tiny FLUX that draws shapes comes with TreeRPO. One run is one "
-            "iteration, a second or two; **Run (Instant)** trains on and on. Watch the pictures: more and more are "
-            "pastel, dotted and smiling, and show what the prompt asks for. That is what the reward likes.",
+            "One Run is one iteration, a second or two; they add up. **Run (Instant)** trains on and on. Watch the "
+            "pictures: pastel, dotted, smiling, as the reward likes.",
             ["Model", "Policy", "Prompts"],
         ),
-        stage("2  Grow trees", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise", "Sampler"]),
-        stage(
-            "3  Score",
-            ORANGE,
-            "**Tiny Shapes Reward** is a taste: choose another. With a big model put HPSv2.1, ImageReward, your own "
-            "server, or *Pick the Winner* here.",
-            ["Decode", "Reward"],
-            ["Score"],
-        ),
-        stage(
-            "4  Learn",
-            PURPLE,
-            "**Tree Advantages** compares the images of each prompt and hands credit up the tree. **Tree "
-            "Regression Update** learns to go where the better images are, and saves the run; *GRPO Update* is the "
-            "papers' way. **Tree View**: click a leaf.",
-            ["Advantages", "Tree View"],
-            ["Update", "Save"],
-        ),
+        stage("Grow trees", GREEN, "", ["Sigmas", "Size", "Shape", "Noise"]),
+        stage("Draw and judge", ORANGE, "", ["Sampler", "Decode", "Reward", "Save"]),
+        stage("Score", ORANGE, "", ["Score", "Advantages"]),
+        stage("Learn", PURPLE, "Click a leaf in **Tree View**.", ["Tree View", "Update"]),
     ],
     "flux_by_hand": [
-        stage("1  FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE"]),
-        stage("2  What learns, on which prompts", BLUE, POLICY, ["Policy", "Prompts"]),
         stage(
-            "3  Grow a tree",
-            GREEN,
-            f"{TREE} 27 images per prompt here. Out of memory? Lower `micro_batch` in Tree Sampler and GRPO Update; "
-            "the result stays the same.",
-            ["Sigmas", "Size", "Shape"],
-            ["Noise", "Sampler"],
+            "START: FLUX.1-dev",
+            BLUE,
+            f"{FLUX_FILES} One Run is one iteration.",
+            ["FLUX.1-dev", "Text encoders", "VAE", "Policy"],
         ),
-        stage("4  Score", ORANGE, HPS_FILES, ["Decode", "HPSv2.1"], ["Score"]),
+        stage("Prompts and trees", GREEN, "", ["Prompts", "Sigmas", "Size", "Shape"]),
         stage(
-            "5  Learn",
+            "Draw and judge",
+            ORANGE,
+            "",
+            ["Noise", "Sampler", "Decode", "HPSv2.1"],
+        ),
+        stage("Score", ORANGE, "", ["Score", "Advantages"]),
+        stage(
+            "Learn",
             PURPLE,
-            "One Run is one iteration; **Run (Instant)** trains on. Expect to see a difference after some tens of "
-            "iterations. **Tree View**: click a leaf.",
-            ["Advantages", "Tree View"],
-            ["Update", "Save"],
+            "",
+            ["Tree View", "Update", "Save"],
         ),
     ],
     "flux_trainer": [
-        stage("1  FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE"]),
-        stage(
-            "2  What learns, on which prompts",
-            BLUE,
-            f"{POLICY} Four of the prompts are held out: they are never trained on and show whether it is still good.",
-            ["Policy", "Prompts"],
-        ),
-        stage("3  How trees grow", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise"]),
-        stage(
-            "4  What is good",
-            ORANGE,
-            "HPSv2.1 is what the model learns to please. The **judge** is never trained on: if it falls while the "
-            f"reward rises, the run pauses and says so. {HPS_FILES}",
-            ["HPSv2.1", "Judge: ImageReward"],
-        ),
-        stage(
-            "5  Train",
-            PURPLE,
-            "**100 iterations in one Run**, with a live picture. Stop whenever you like; the next Run goes on. **VRAM "
-            "Preflight** estimates the memory first; `free_others` (advanced) moves text encoder and rewards off the "
-            f"GPU while the model works. {BYPASS}",
-            ["Preflight"],
-            ["Trainer"],
-            ["Dashboard", "Save"],
-        ),
+        stage("START: FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE", "Policy"]),
+        stage("Prompts and trees", GREEN, "", ["Prompts", "Sigmas", "Size", "Shape"]),
+        stage("What is good", ORANGE, f"{JUDGE} {HPS_FILES}", ["HPSv2.1", "Judge: ImageReward", "Noise"]),
+        stage("Train: press Run", PURPLE, f"100 iterations. Stop whenever you like. {RUNS}", ["Trainer"]),
+        stage("Result", PURPLE, "", ["Dashboard", "Save", "Preflight"], width=280),
     ],
     "sd35_trainer": [
         stage(
-            "1  SD3.5 medium",
+            "START: SD3.5 medium",
             BLUE,
-            "**Files**: `models/checkpoints/sd3.5_medium.safetensors`, `models/text_encoders/clip_l.safetensors`, "
-            "`clip_g.safetensors`, `t5xxl_fp16.safetensors`.",
-            ["SD3.5 medium", "Text encoders"],
+            "",
+            ["SD3.5 medium", "Text encoders", "Policy", "Prompts"],
         ),
-        stage("2  What learns, on which prompts", BLUE, POLICY, ["Policy", "Prompts"]),
+        stage("Trees", GREEN, "", ["Sigmas", "Size", "Shape", "Noise"]),
         stage(
-            "3  How trees grow",
-            GREEN,
-            "TreeGRPO's setting: 10 steps, branching 3, depth 3 (27 images per prompt), random windows with ratio "
-            "0.5, noise 0.7. It trains with CFG 4.5; here CFG is 1, which costs half and is safer.",
-            ["Sigmas", "Size", "Shape"],
-            ["Noise"],
-        ),
-        stage(
-            "4  What is good",
+            "What is good",
             ORANGE,
-            "TreeGRPO's reward: **0.8 HPSv2.1 + 0.2 CLIPScore**, each compared on its own scale within a prompt's "
-            f"images. {HPS_FILES}",
-            ["HPSv2.1", "CLIPScore"],
-            ["0.8 HPSv2.1 + 0.2 CLIPScore", "Judge: ImageReward"],
+            "",
+            ["HPSv2.1", "CLIPScore", "0.8 HPSv2.1 + 0.2 CLIPScore", "Judge: ImageReward", "Negative"],
         ),
         stage(
-            "5  Train",
+            "Train: press Run",
             PURPLE,
-            "Learning rate 1e-4 for a LoRA (the paper trains all weights with 1e-5), weight decay 0.01. Stop whenever "
-            f"you like; the next Run goes on. {BYPASS}",
+            "CFG 4.5, as TreeGRPO trains: SD3.5 draws badly without. CFG 1 costs half.",
             ["Trainer"],
-            ["Dashboard", "Save"],
         ),
+        stage("Result", PURPLE, BYPASS, ["Dashboard", "Save"], width=280),
     ],
     "dynamic_treerpo": [
-        stage("1  FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE"]),
-        stage("2  What learns, on which prompts", BLUE, POLICY, ["Policy", "Prompts"]),
+        stage("START: FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE", "Policy"]),
         stage(
-            "3  How trees grow",
+            "Prompts and trees",
             GREEN,
-            "Dynamic-TreeRPO: branching 2, depth 4 (16 images), a **sliding window**, and noise that **grows with the "
-            "depth** (equation 6, beta). Beta, steps and the window's pace are not published: these are our values.",
-            ["Sigmas", "Size", "Shape"],
-            ["Noise"],
+            "",
+            ["Prompts", "Sigmas", "Size", "Shape"],
         ),
-        stage("4  What is good", ORANGE, HPS_FILES, ["HPSv2.1", "Judge: ImageReward"]),
         stage(
-            "5  LayerTuning-RL",
+            "What is good",
             ORANGE,
-            "Adds a supervised term towards each prompt's best image to GRPO. Published: the term, its coefficient "
-            "lambda, the best-path target. **Our reading**: the exact weights, "
-            "and the formula of the dynamic clip range (`sensitivity`).",
-            ["Objective"],
+            "",
+            ["HPSv2.1", "Judge: ImageReward", "Noise", "Objective"],
         ),
-        stage("6  Train", PURPLE, "Stop whenever you like; the next Run goes on.", ["Trainer"], ["Dashboard", "Save"]),
+        stage(
+            "Train: press Run",
+            PURPLE,
+            "Sliding window, noise that grows with depth, **LayerTuning-RL**: beta, pace and exact weights are our reading of the paper.",
+            ["Trainer"],
+        ),
+        stage("Result", PURPLE, BYPASS, ["Dashboard", "Save"], width=280),
     ],
     "trainer": [
         stage(
-            "1  A tiny model",
+            "START: press Run",
             BLUE,
-            "**No download needed**: see the whole Trainer work in some three minutes, then put your own loaders here.",
+            "No download: the whole Trainer in some two to three minutes. Then put your own loaders here.",
             ["Model", "Policy", "Prompts"],
         ),
-        stage("2  How trees grow", GREEN, TREE, ["Sigmas", "Size", "Shape"], ["Noise", "Objective"]),
-        stage(
-            "3  What is good",
-            ORANGE,
-            "The reward is a taste: pastel, dotted, smiling, and what the prompt asks for. The **judge** is never "
-            "trained on: if it falls while the reward rises, the run pauses and says so. **Training Objective**: Tree "
-            "Regression learns fastest on this model; GRPO and LayerTuning-RL are the papers' ways.",
-            ["Reward", "Judge"],
-        ),
-        stage("4  Train", PURPLE, f"{RUNS} Stop whenever you like.", ["Trainer"], ["Dashboard", "Save"]),
+        stage("Trees", GREEN, "", ["Sigmas", "Size", "Shape", "Noise"]),
+        stage("What is good", ORANGE, f"A taste. {JUDGE}", ["Reward", "Judge", "Objective"]),
+        stage("Train", PURPLE, f"Stop whenever you like. {RUNS}", ["Trainer"]),
+        stage("Result", PURPLE, "Draw with the LoRA in the graph *compare*.", ["Dashboard", "Save"], width=280),
     ],
     "rank_images": [
         stage(
-            "1  Your pictures",
+            "START: your pictures",
             BLUE,
-            "**No training here.** Copy a folder into ComfyUI's `input` folder and write its name. A `.txt` beside a "
-            "picture is its prompt; without one the prompt written here counts.",
+            "**No training.** Copy a folder into ComfyUI's `input` folder and write its name. A `.txt` beside a picture "
+            "is its prompt.",
             ["Folder"],
         ),
         stage(
-            "2  What is good",
+            "What is good",
             ORANGE,
-            f"Any mix of rewards; each counts on its own scale. {HPS_FILES} Sharpness needs no file.",
-            ["HPSv2.1", "ImageReward"],
-            ["Sharpness", "Combine"],
+            f"Any mix of rewards. {HPS_FILES}",
+            ["HPSv2.1", "ImageReward", "Sharpness", "Combine"],
         ),
-        stage(
-            "3  Ranked",
-            PURPLE,
-            "All pictures with their scores, best first, and the best four of each prompt.",
-            ["Score"],
-            ["Ranking", "Best"],
-        ),
+        stage("Score", PURPLE, "All pictures with their scores, best first.", ["Score"]),
+        stage("Ranked", PURPLE, "All, and the best four of each prompt.", ["Ranking", "Best"]),
     ],
     "best_of_n": [
         stage(
-            "1  Draw many",
+            "START: draw many",
             BLUE,
-            "**No training here**: draw 16 images and keep the best four. Put your own model and sampler in.",
+            "**No training**: draw 16 images and keep the best four. Put your own model here.",
             ["Model", "Prompt", "Size"],
-            ["Sample", "Decode"],
         ),
-        stage(
-            "2  Keep the best",
-            PURPLE,
-            "The same prompt goes into *Score Images*, for rewards that read it.",
-            ["Reward", "Score"],
-            ["Best", "Ranking"],
-        ),
+        stage("Draw", GREEN, "Any sampler will do.", ["Sample", "Decode", "Reward"]),
+        stage("Score", PURPLE, "The prompt goes in too, for rewards that read it.", ["Score"]),
+        stage("Keep the best", PURPLE, "The best four, and all of them in order.", ["Best", "Ranking"]),
     ],
     "pick_the_winner": [
-        stage("1  A tiny model", BLUE, f"**You are the reward.** {RUNS}", ["Model", "Policy", "Prompts"]),
         stage(
-            "2  Grow a tree",
-            GREEN,
-            "Nine images of one prompt: one for each of the keys 1 to 9.",
-            ["Sigmas", "Size", "Shape"],
-            ["Noise", "Sampler"],
+            "START: press Run",
+            BLUE,
+            "**You are the reward.** The first Run shows nine images: press a key from 1 to 9, or click. The next Run learns from it and asks again.",
+            ["Model", "Policy", "Prompts"],
         ),
+        stage("Trees", GREEN, "", ["Sigmas", "Size", "Shape", "Noise"]),
+        stage("Draw", GREEN, "", ["Sampler", "Decode", "Advantages", "Save"]),
         stage(
-            "3  Pick",
+            "Pick",
             ORANGE,
-            "**First Run**: the nine images are shown, and nothing is trained. Press a key, or click; the answer is "
-            "written into `picks`. **Second Run**: it learns from your pick, and the next Run shows new images. Mode "
-            "*live* asks in the middle of a run instead. *Human Reward* does the same for the Trainer.",
-            ["Decode"],
+            "",
             ["Pick"],
         ),
-        stage(
-            "4  Learn",
-            PURPLE,
-            "Your picks are kept with the run, in `picks.jsonl`.",
-            ["Advantages", "Tree View"],
-            ["Update", "Save"],
-        ),
+        stage("Learn", PURPLE, "Click a leaf in **Tree View**.", ["Tree View", "Update"]),
     ],
     "compare": [
         stage(
-            "1  Model and LoRA",
+            "START: model and LoRA",
             BLUE,
-            "Run **first_steps** some times before: it saves the LoRA `treerpo-shapes-flux`. Put your own loaders, "
-            "LoRA and prompts here.",
+            "Run **first_steps** some times before: it saves this LoRA. Put your own model, LoRA and prompts here.",
             ["Model", "LoRA", "Reward"],
-            ["Held-out prompts", "Size"],
         ),
         stage(
-            "2  The same noise, without and with",
+            "Draw",
             GREEN,
-            "Both samplers have the same seed: what differs comes from the LoRA. With an **fp8 or bf16** model of your "
-            "own, put *Load LoRA (Bypass, Model Only)* here: it gives exactly what was trained, *Load LoRA* rounds.",
-            ["Sample before", "Decode before"],
-            ["Sample after", "Decode after"],
+            "The same seed: what differs comes from the LoRA. With an fp8 or bf16 model of your own take *Load LoRA "
+            "(Bypass, Model Only)*: exactly what was trained.",
+            ["Held-out prompts", "Size", "Decode before", "Decode after"],
+            ["Sample before", "Sample after"],
         ),
         stage(
-            "3  Before and after",
-            PURPLE,
-            "The sheets show each picture with its score. With Nodes 2.0 you can slide over *Compare* (ComfyUI has no "
-            "classic form of that node).",
-            ["Compare"],
+            "Before and after",
+            ORANGE,
+            "The number is the reward of each picture.",
             ["Score before", "Before"],
             ["Score after", "After"],
         ),
@@ -330,14 +277,17 @@ def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[
     placed, x, groups, notes, number = set(), 0, [], [], max(by_id["id"] for by_id in graph["nodes"]) + 1
     for part in stages:
         left, tops = x + PADDING, []
-        widths = [max(WIDE.get(by_title[title]["type"], WIDTH) for title in column) for column in part["columns"]]
+        widths = [
+            max(WIDE.get(by_title[title]["type"], part["width"]) for title in column) for column in part["columns"]
+        ]
         inner = sum(widths) + GAP * (len(widths) - 1)
-        note_height = 60 + 22 * sum(max(1, -(-len(line) * 7.4 // (inner - 40))) for line in part["note"].splitlines())
+        lines = sum(max(1, -(-len(line) * 6.9 // (inner - 36))) for line in part["note"].splitlines())
+        note_height = max(90, 44 + 19 * lines)  # a note is never smaller than 90 pixels
         note = {
             "id": number,
             "type": "MarkdownNote",
             "title": "About",
-            "pos": [left, TITLE + 30],
+            "pos": [left, TITLE + HEAD],
             "size": [inner, note_height],
             "flags": {},
             "order": 0,
@@ -349,17 +299,20 @@ def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[
             "color": "#332",
             "bgcolor": "#222",
         }
-        notes.append(note)
-        number += 1
+        if part["note"]:
+            notes.append(note)
+            number += 1
         for column, width in zip(part["columns"], widths):
-            y = TITLE + 30 + note_height + GAP + 30
+            y = TITLE + HEAD + (note_height + GAP + HEAD if part["note"] else 0)
             for title in column:
                 node = by_title[title]
-                height = max(low[node["id"]][1] + 30, low[node["id"]][1] + ROOM.get(node["type"], 0))
-                node["pos"], node["size"] = [left, y], [width, height]
+                height = low[node["id"]][1] + ROOM.get(node["type"], 0)
                 placed.add(title)
-                y += height + GAP + 30
-            tops.append(y)
+                if (node["type"], title) in FOLDED:
+                    node["flags"]["collapsed"], height = True, 0
+                node["pos"], node["size"] = [left, y], [width, height or low[node["id"]][1]]
+                y += height + GAP + HEAD
+            tops.append(y - HEAD)
             left += width + GAP
         groups.append(
             {
@@ -367,7 +320,7 @@ def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[
                 "title": part["title"],
                 "bounding": [x, 0, inner + 2 * PADDING, max(tops)],
                 "color": part["color"],
-                "font_size": 28,
+                "font_size": 26,
                 "flags": {},
             }
         )
@@ -376,6 +329,11 @@ def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[
     if missing:
         raise SystemExit(f"no place for {', '.join(sorted(missing))}")
     tallest = max(group["bounding"][3] for group in groups)
+    if x - GAP > MOST[0] or tallest > MOST[1]:
+        print(
+            f"{graph.get('name', '')} too large: {x - GAP:.0f} x {tallest:.0f}",
+            [round(group["bounding"][3]) for group in groups],
+        )
     for group in groups:
         group["bounding"][3] = tallest
     graph["nodes"] += notes
@@ -388,12 +346,11 @@ def make(page: Page, name: str) -> None:
     api = json.loads((ROOT / "workflows/api" / f"{name}.json").read_text("utf-8"))
     page.reload()  # a second graph in the same page may take over widgets of the first
     page.load_api(api, name)
-    low = {
-        int(number): size
-        for number, size in page.evaluate(
-            "() => Object.fromEntries(app.graph._nodes.map(n => [n.id, Array.from(n.computeSize())]))"
-        ).items()
-    }
+    low = {int(number): size for number, size in page.evaluate(LOWEST).items()}
+    page.nodes2(True)
+    for number, height in page.evaluate(LOWEST_2).items():
+        low[int(number)][1] = max(low[int(number)][1], height)
+    page.nodes2(False)
     titles = {int(number): node["_meta"]["title"] for number, node in api.items()}
     page.evaluate(TIDY)
     graph = arranged(
