@@ -15,7 +15,7 @@ from ..core.runs.prompts import collect, split
 from .policy import PolicyNode
 from .save import SaveTreeLoraNode, merging, target
 from .schema import RewardSocket, schema
-from .trainer import train
+from .trainer import ALIASES, train
 
 TINY = 50e6  # parameters; what has fewer is one of the embedded models
 STEPS = 10
@@ -57,12 +57,12 @@ class SimpleTrainerNode(io.ComfyNode):
             description="Trains a LoRA that draws what the reward likes: model, prompts and a reward in, a LoRA out. It "
             "chooses steps, tree, noise and learning rate by itself; TreeRPO Trainer has every setting. Stop it at any "
             "time: the LoRA is saved, and the next Run goes on.",
-            search_aliases=["train lora", "lora training", "flux train", "fine-tune", "grpo", "rl", "teach", "learn"],
+            search_aliases=ALIASES,
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", lazy=True, tooltip="The base model: FLUX, SD3, SD3.5 ... It is never changed."),
-                io.Clip.Input("clip", lazy=True),
-                io.Vae.Input("vae", lazy=True),
+                io.Clip.Input("clip", lazy=True, tooltip="The text encoder that belongs to the model."),
+                io.Vae.Input("vae", lazy=True, tooltip="The VAE that belongs to the model."),
                 RewardSocket.Input("reward_model", lazy=True, tooltip="What is good: any reward of TreeRPO."),
                 io.String.Input(
                     "prompts",

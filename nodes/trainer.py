@@ -31,6 +31,24 @@ from .schema import (
 )
 from .update import STEP, own_images
 
+ALIASES = [  # what artists look for when they want to train
+    "train lora",
+    "lora training",
+    "flux train",
+    "sd3 train",
+    "fine-tune",
+    "teach",
+    "learn",
+    "taste",
+    "style",
+    "preference",
+    "reinforcement learning",
+    "online rl",
+    "rlhf",
+    "grpo",
+    "dpo",
+]
+
 
 class TrainerNode(io.ComfyNode):
     @classmethod
@@ -41,7 +59,7 @@ class TrainerNode(io.ComfyNode):
             description="Trains the policy for many iterations, with a live picture: sample a tree, score it, learn, "
             "again. Stop it at any time and queue again to go on; the run lives in output/treerpo/<run name>/, also "
             "after a restart.",
-            search_aliases=["grpo", "rlhf", "train lora", "fine-tune", "reinforcement learning", "online rl", "dpo"],
+            search_aliases=ALIASES,
             is_output_node=True,
             inputs=[
                 PolicySocket.Input("policy", lazy=True),
@@ -241,6 +259,7 @@ def train(
         with live.to_its_end():
             ended = trainer.train(iterations, live.report, minutes)
         status = "; ".join([ended, *(f"changed: {change}" for change in trainer.changes)])
+        live.end(status)
     picture = plot.to_tensor(live.picture())
     history = "".join(json.dumps(row) + "\n" for row in run.metrics)
     loss = {"loss": [row["loss"] for row in run.metrics if "loss" in row]}

@@ -78,15 +78,14 @@ AREA = """() => {
     return [...at(Math.min(...boxes.map((box) => box[0])), Math.min(...boxes.map((box) => box[1]))),
             ...at(Math.max(...boxes.map((box) => box[0] + box[2])), Math.max(...boxes.map((box) => box[1] + box[3])))];
 }"""
-# whose picture goes on the card, the first there is
+# whose pictures go on the card: before and after where there are two
 OUTCOMES = ["TreeRPOTrainer", "TreeRPOPick", "TreeRPOAdvantages", "TreeRPOScore"]
 SHOWN = """(types) => {
-    for (const type of types)
-        for (const node of app.graph._nodes.filter((one) => one.type === type)) {
-            const images = app.nodeOutputs[node.id]?.images;
-            if (images?.length) return images[0];
-        }
-    return null;
+    for (const type of types) {
+        const shown = app.graph._nodes.filter((one) => one.type === type).map((node) => app.nodeOutputs[node.id]?.images?.[0]).filter((image) => image);
+        if (shown.length) return shown.slice(0, 2);
+    }
+    return [];
 }"""
 CARDS = {
     "first_steps": ("First steps", "A tiny FLUX learns in seconds. No download."),
@@ -98,7 +97,8 @@ CARDS = {
     "rank_images": ("Rank a folder of pictures", "Any mix of rewards, no training"),
     "best_of_n": ("Best of 16", "Draw many, keep the best. No training."),
     "pick_the_winner": ("Pick the winner", "Your own taste as the reward"),
-    "compare": ("Before and after", "Without and with the LoRA, same noise"),
+    "start_here": ("Start here", "Press Run: a LoRA, and before and after"),
+    "compare": ("Compare", "Without and with the LoRA, same noise"),
 }
 
 
@@ -208,23 +208,26 @@ def drawn(page: Page) -> Image.Image:
 
 
 def thumbnail(page: Page, name: str) -> None:
-    """workflows/<name>.jpg, a card of the template browser: what the graph is for, the graph, and what comes out of it."""
+    """workflows/<name>.jpg, a card of the template browser: what comes out of the graph, and what it is for.
+
+    The upper 15 % stay free: ComfyUI puts a badge there.
+    """
     from core.pictures.plot import font
 
     card = Image.new("RGB", (560, 560), (27, 27, 31))
     draw = ImageDraw.Draw(card)
     title, line = CARDS[name]
-    draw.text((24, 18), title, fill=(240, 240, 244), font=font(34))
-    draw.text((24, 64), line, fill=(160, 165, 175), font=font(20))
-    graph = drawn(page)
-    graph.thumbnail((512, 230))
-    card.paste(graph, ((560 - graph.width) // 2, 104))
-    top = 104 + graph.height + 16
-    shown = page.evaluate(SHOWN, OUTCOMES)
-    if shown:
-        outcome = Image.open(page.client.download(shown, page.server.base / "thumbnails")).convert("RGB")
-        outcome = ImageOps.contain(outcome, (512, 560 - top - 20))
-        card.paste(outcome, ((560 - outcome.width) // 2, top))
+    draw.text((24, 452), title, fill=(240, 240, 244), font=font(38))
+    draw.text((24, 508), line, fill=(180, 185, 195), font=font(21))
+    base = page.server.base / "thumbnails"
+    shown = [
+        Image.open(page.client.download(image, base)).convert("RGB") for image in page.evaluate(SHOWN, OUTCOMES)
+    ] or [drawn(page)]
+    fitting = [ImageOps.contain(image, (528, 340 // len(shown) - 5 * (len(shown) - 1))) for image in shown]
+    top = 88 + (350 - sum(image.height for image in fitting) - 10 * (len(fitting) - 1)) // 2
+    for image in fitting:
+        card.paste(image, ((560 - image.width) // 2, top))
+        top += image.height + 10
     card.save(ROOT / "workflows" / f"{name}.jpg", quality=88)
 
 
