@@ -157,8 +157,7 @@ def figures(client, base, name, args, python):
         pictures = graph[find_node(graph, when.capitalize())]["inputs"]
         pictures |= {"images": [find_node(graph, f"Decode {when}"), 0], "filename_prefix": f"figures/{when}"}
         del graph[find_node(graph, f"Score {when}")]
-    for unused in ("Reward", "Compare"):
-        del graph[find_node(graph, unused)]
+    del graph[find_node(graph, "Reward")]
     client.run(graph)
     command = [str(python), "-m", "standalone.figures", str(base / "output" / "figures")]
     done = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True)
@@ -285,7 +284,7 @@ def make_parser():
     demo = commands.add_parser("demo", help="train the embedded model in ComfyUI and show before and after")
     demo.add_argument("--model", choices=("flux", "sd3"), default="flux")
     demo.add_argument("--comfyui", metavar="PATH", help="the ComfyUI to use (default: the one that is found)")
-    demo.add_argument("--iterations", type=positive, default=80, metavar="N")
+    demo.add_argument("--iterations", type=positive, default=160, metavar="N")
     demo.add_argument("--out", default="demo_output", metavar="DIR")
     demo.add_argument("--seed", type=int, default=0, metavar="S")
     commands.add_parser("test", help="run the test suite", add_help=False, allow_abbrev=False)

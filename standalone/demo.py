@@ -203,7 +203,7 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description="TreeRPO's demo through diffusers, where there is no ComfyUI.")
     parser.add_argument("--model", choices=("flux", "sd3"), default="flux")
-    parser.add_argument("--iterations", type=int, default=80)
+    parser.add_argument("--iterations", type=int, default=160)
     parser.add_argument("--out", type=Path, default=Path("treerpo-demo"))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
