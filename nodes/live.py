@@ -73,11 +73,9 @@ class Live:
     def sample(self, i: int):
         return Sample(self.event.images[i], float(self.event.total[i]), self.event.prompts[i])
 
-    def end(self, status: str) -> None:
-        """How it ended, and what can be done next."""
-        done = self.run.iteration >= self.iterations
-        go_on = "Raise iterations to learn on." if done else "Run goes on."
-        send_text(f"{status} {go_on}", self.node_id)
+    def end(self, status: str, go_on: str) -> None:
+        """How it ended, and what can be done next: `go_on` where it is done."""
+        send_text(f"{status} {go_on if self.run.iteration >= self.iterations else 'Run goes on.'}", self.node_id)
 
     @contextmanager
     def to_its_end(self):

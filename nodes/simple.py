@@ -54,9 +54,9 @@ class SimpleTrainerNode(io.ComfyNode):
         return schema(
             "TreeRPOSimple",
             "Simple Trainer",
-            description="Trains a LoRA that draws what the reward likes: model, prompts and a reward in, a LoRA out. It "
-            "chooses steps, tree, noise and learning rate by itself; TreeRPO Trainer has every setting. Stop it at any "
-            "time: the LoRA is saved, and the next Run goes on.",
+            description="Trains a LoRA that draws what the reward likes: model, prompts and a reward in, a LoRA out. "
+            "It chooses steps, tree, noise and learning rate by itself; TreeRPO Trainer has every setting. Stop it at "
+            "any time: the LoRA is saved, and the next Run goes on.",
             search_aliases=ALIASES,
             is_output_node=True,
             inputs=[
@@ -88,7 +88,7 @@ class SimpleTrainerNode(io.ComfyNode):
                     default=100,
                     min=1,
                     max=100000,
-                    tooltip="Of the run in all. Raise it to train on.",
+                    tooltip="Of this Run; the next Run learns on.",
                 ),
                 io.Float.Input(
                     "minutes",
@@ -179,7 +179,7 @@ class SimpleTrainerNode(io.ComfyNode):
                     sigmas,
                     latent_image,
                     reward_model,
-                    iterations,
+                    policy.run.iteration + iterations,
                     per_iteration=min(4, len(listed.train)),
                     learning_rate=fitting.learning_rate * speed,
                     seed=1,
@@ -192,6 +192,7 @@ class SimpleTrainerNode(io.ComfyNode):
                     evaluate_every=10 if listed.held_out else 0,
                     ema=0.97,
                     minutes=minutes,
+                    go_on="Run learns on.",
                 )
             ).args
         finally:  # also when it is stopped

@@ -221,9 +221,13 @@ def train(
     tensorboard=False,
     retain_graphs=False,
     minutes=0.0,
+    go_on="Raise iterations to learn on.",
     **more,
 ) -> io.NodeOutput:
-    """The run of `policy`, trained; node: the class that is running. minutes: 0 = until it has its iterations."""
+    """The run of `policy`, trained; node: the class that is running. minutes: 0 = until it has its iterations.
+
+    go_on: what to do when it has them.
+    """
     run = policy.run
     goal, only_good = objective or (Objective(), False)
     with torch.inference_mode(False), torch.no_grad():
@@ -259,7 +263,7 @@ def train(
         with live.to_its_end():
             ended = trainer.train(iterations, live.report, minutes)
         status = "; ".join([ended, *(f"changed: {change}" for change in trainer.changes)])
-        live.end(status)
+        live.end(status, go_on)
     picture = plot.to_tensor(live.picture())
     history = "".join(json.dumps(row) + "\n" for row in run.metrics)
     loss = {"loss": [row["loss"] for row in run.metrics if "loss" in row]}

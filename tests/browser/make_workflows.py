@@ -81,7 +81,7 @@ GRAPHS = {
             "START: press Run",
             BLUE,
             "One to two minutes, nothing to download. A tiny FLUX learns a **taste**: pastel, dotted, smiling. Press "
-            "Run again and it learns on; then choose another taste.",
+            "Run again and it learns on. For another taste take another lora_name.",
             ["Model", "Taste", "Judge"],
         ),
         stage(
