@@ -215,21 +215,18 @@ def test_the_stop_button_keeps_the_run_and_the_next_queue_run_goes_on(server):
     undisturbed run.
     """
     client = run.Client(server.url)
-    client.run(trainer("undisturbed", {("Trainer", "iterations"): 6}))
-    for moment in (0.8, 1.6):
-        prompt = client.queue(trainer("stopped", {("Trainer", "iterations"): 6}))
-        state = server.base / "output/treerpo/stopped/state.pt"
+    client.run(trainer("undisturbed", {("Trainer", "iterations"): 16}))
+    rows = server.base / "output/treerpo/stopped/metrics.jsonl"
+    for count in (2, 4):  # iterations after which it is stopped
+        prompt = client.queue(trainer("stopped", {("Trainer", "iterations"): 16}))
         deadline = time.monotonic() + 60
-        while not state.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(moment)
+        while time.monotonic() < deadline and not (rows.exists() and len(rows.read_text().splitlines()) >= count):
+            time.sleep(0.02)
         client.interrupt(prompt)
         with pytest.raises(run.Problem, match="interrupted at node 'Trainer'"):
             client.wait(prompt)
-        assert state.exists()
-        if len(metrics(server, "stopped")) >= 5:
-            break
-    client.run(trainer("stopped", {("Trainer", "iterations"): 6}))
+        assert count <= len(metrics(server, "stopped")) < 16 and rows.with_name("state.pt").exists()
+    client.run(trainer("stopped", {("Trainer", "iterations"): 16}))
     assert timeless(metrics(server, "stopped")) == timeless(metrics(server, "undisturbed"))
     first, second = (
         load_file(server.base / f"output/treerpo/{name}/adapter.safetensors") for name in ("stopped", "undisturbed")

@@ -404,7 +404,7 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_goes_on(flux, monkeypa
         handle.remove()
     assert "The memory ran out: going on with 2 latents at a time." in said[0] and "memory ran out" not in said[1]
     for key, value in whole.run.adapters.state_dict().items():
-        torch.testing.assert_close(small.run.adapters.state_dict()[key], value, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(small.run.adapters.state_dict()[key], value, atol=5e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("when", ["first save", "later"])

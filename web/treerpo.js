@@ -1,4 +1,4 @@
-/** TreeRPO in the browser: the tree inside Tree View, and the questions of Pick the Winner. Both nodes work without this file.
+/** TreeRPO in the browser: the tree inside Tree View, the questions of Pick the Winner, folded inputs and socket colours. All nodes work without this file.
  *
  * Texts from workflows and from the server only ever become text nodes, never HTML. */
 import { app } from "../../scripts/app.js";
