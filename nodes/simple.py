@@ -80,8 +80,8 @@ class SimpleTrainerNode(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default="normal",
-                    tooltip="gentle = keeps close to the base model, slower. strong = learns fastest, and changes more "
-                    "than you asked for.",
+                    tooltip="gentle = keeps close to the base model, slower. strong = keeps least to it: for a reward "
+                    "that hardly moves; pictures become less varied.",
                 ),
                 io.Int.Input(
                     "iterations",
