@@ -15,11 +15,11 @@ def graph(depth=2, prompts=2):
     found = {
         name: node
         for name, node in found.items()
-        if node["class_type"] not in ("TreeRPOUpdate", "TreeRPOSaveLora", "TreeRPOTreeView")
+        if node["class_type"] not in ("TreeRPORegression", "TreeRPOSaveLora", "TreeRPOTreeView")
     }
     found["1"]["inputs"]["model"] = "sd3"  # older ComfyUI takes FLUX sizes as fixed
     found["3"]["inputs"]["per_iteration"] = prompts
-    found["6"]["inputs"].update(depth=depth, window="fixed")
+    found["6"]["inputs"].update(branching=3, depth=depth, window="fixed")
     found["20"] = {
         "class_type": "TreeRPOTreeView",
         "_meta": {"title": "Tree View"},
