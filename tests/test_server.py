@@ -274,3 +274,16 @@ def test_missing_held_out_prompts_are_told_before_any_model_is_loaded(server):
     ]
     kinds = {graph[node]["class_type"] for node in error["executed"]}
     assert "TreeRPOPromptList" in kinds and not kinds & {"TreeRPOTinyModel", "TreeRPOPolicy", "BasicScheduler"}
+
+
+def test_start_here_leaves_a_lora_and_pictures_before_and_after(server):
+    client, graph = run.Client(server.url), run.load_graph(GRAPHS / "start_here.json")
+    for field, value in (("lora_name", "started"), ("iterations", 1), ("prompts", TRAIN)):
+        run.set_input(graph, "Train", field, value)
+    for count in (1, 2):
+        outputs = client.run(graph)
+        assert len(metrics(server, "started")) == count, "each Run learns on"
+        assert f"{count} iterations done" in "".join(outputs[run.find_node(graph, "Train")]["text"])
+    sheets = [outputs[run.find_node(graph, when)]["images"] for when in ("Before", "After")]
+    assert [len(images) for images in sheets] == [1, 1]
+    assert (server.base / "models/loras/started.safetensors").is_file()
