@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-import comfy.model_management
 import comfy.samplers
+import comfy.sd
 import torch
 from comfy_api.latest import io
 
@@ -13,7 +13,7 @@ from ..core.method.objective import Objective
 from ..core.method.tree import TreeShape
 from ..core.runs.prompts import collect, split
 from .policy import PolicyNode
-from .save import SaveTreeLoraNode, merging, target
+from .save import SaveTreeLoraNode, merging
 from .schema import RewardSocket, schema
 from .trainer import ALIASES, train
 
@@ -130,10 +130,7 @@ class SimpleTrainerNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name):
-        try:
-            return lora_name is None or bool(target(lora_name))
-        except ValueError as error:
-            return str(error)
+        return SaveTreeLoraNode.validate_inputs([lora_name])
 
     @classmethod
     def check_lazy_status(cls, prompts, **others):
@@ -159,59 +156,53 @@ class SimpleTrainerNode(io.ComfyNode):
         fitting, (speed, anchor) = fit(model), PRESETS[preset]
         listed = collect([prompts])
         listed = split(listed, min(MOST_HELD_OUT, len(listed) // 5), 0)
-        rank, targets = fitting.rank, fitting.targets
         policy = PolicyNode.execute(
-            model, lora_name, rank, 2.0 * rank, targets, checkpointing=fitting.checkpointing
+            model,
+            lora_name,
+            fitting.rank,
+            2.0 * fitting.rank,
+            fitting.targets,
+            checkpointing=fitting.checkpointing,
         ).args[0]
         with torch.inference_mode(False), torch.no_grad():
             sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
-            latent_image = {"samples": empty_latent(model, size or fitting.size)}
+            side = (size or fitting.size) // getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
+            latent_image = {"samples": torch.zeros(1, policy.policy.latent_channels, side, side)}
             negative = clip.encode_from_tokens_scheduled(clip.tokenize("")) if fitting.cfg != 1 else None
-        path = ""
         try:
-            *_, picture, status = (
-                trained := train(
-                    cls,
-                    policy,
-                    clip,
-                    vae,
-                    listed,
-                    sigmas,
-                    latent_image,
-                    reward_model,
-                    policy.run.iteration + iterations,
-                    per_iteration=min(4, len(listed.train)),
-                    learning_rate=fitting.learning_rate * speed,
-                    seed=1,
-                    shape=TreeShape(branching=4, depth=2, ratio=0.3, tail=0.3),
-                    noise=NoiseSchedule("cps", 0.7),
-                    objective=(Objective(loss="regression", anchor=anchor, step_weight="layer"), False),
-                    judge=judge,
-                    negative=negative,
-                    cfg=fitting.cfg,
-                    evaluate_every=10 if listed.held_out else 0,
-                    ema=0.97,
-                    minutes=minutes,
-                    go_on="Run learns on.",
-                )
-            ).args
+            trained = train(
+                cls,
+                policy,
+                clip,
+                vae,
+                listed,
+                sigmas,
+                latent_image,
+                reward_model,
+                policy.run.iteration + iterations,
+                per_iteration=min(4, len(listed.train)),
+                learning_rate=fitting.learning_rate * speed,
+                seed=1,
+                shape=TreeShape(branching=4, depth=2, ratio=0.3, tail=0.3),
+                noise=NoiseSchedule("cps", 0.7),
+                objective=(Objective(loss="regression", anchor=anchor, step_weight="layer"), False),
+                judge=judge,
+                negative=negative,
+                cfg=fitting.cfg,
+                evaluate_every=10 if listed.held_out else 0,
+                ema=0.97,
+                minutes=minutes,
+                go_on="Run learns on.",
+            )
         finally:  # also when it is stopped
             if policy.run.iteration:
                 path = SaveTreeLoraNode.execute([policy], [lora_name], listed.train).args[0]
+        *_, picture, status = trained.args
         said = " ".join(filter(None, (status, f"Saved as {Path(path).name}.", merging(model))))
         return io.NodeOutput(tuned(policy), path, picture, said, ui={**trained.ui, "text": (said,)})
 
 
-def empty_latent(model, size: int) -> torch.Tensor:
-    """[1, C, h, w] of this model, for square pictures of `size` pixels."""
-    form = model.model.latent_format
-    side = size // getattr(form, "spacial_downscale_ratio", 8)
-    return torch.zeros(1, form.latent_channels, side, side, device=comfy.model_management.intermediate_device())
-
-
 def tuned(policy):
     """A MODEL with the policy's LoRA on it: exactly what was trained where this ComfyUI can, and else merged."""
-    import comfy.sd
-
     load = getattr(comfy.sd, "load_bypass_lora_for_models", comfy.sd.load_lora_for_models)
     return load(policy.policy.model, None, policy.run.lora(averaged=True), 1.0, 0.0)[0]

@@ -76,3 +76,18 @@ def pack(comfy):
         del sys.modules["treerpo_pack"]
         raise
     return module
+
+
+@pytest.fixture(params=["flux", "sd3"])
+def graph(request, pack, tmp_path):
+    """The nodes on a tiny model of either kind; a module may have its own."""
+    from graph import Graph
+
+    return Graph(pack, tmp_path, request.param)
+
+
+@pytest.fixture
+def flux(pack, tmp_path):
+    from graph import Graph
+
+    return Graph(pack, tmp_path, "flux")

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import tiny
 import torch
-from graph import Graph, network_forwards
+from graph import network_forwards
 
 from core.method import noise
 from core.method.advantage import edge_advantages
@@ -272,11 +272,6 @@ def test_scheduled_text_encoders_are_refused(comfy):
 # in the graph and the Trainer, with a text of more tokens than CLIP's 77
 
 SHORT, LONG = "a red circle on a white background", "a blue square on a black background " * 14
-
-
-@pytest.fixture(params=["flux", "sd3"])
-def graph(request, pack, tmp_path):
-    return Graph(pack, tmp_path, request.param)
 
 
 def test_an_image_beside_a_long_prompt_is_the_image_alone(graph):

@@ -6,23 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from graph import TRAIN, Graph
+from graph import TRAIN
 from safetensors.torch import load_file
 
 PROMPTS = (
     TRAIN
     + "\na blue cross on a white background\na green square on a gray background\na red cross on a black background"
 )
-
-
-@pytest.fixture(params=["flux", "sd3"])
-def graph(request, pack, tmp_path):
-    return Graph(pack, tmp_path, request.param)
-
-
-@pytest.fixture
-def flux(pack, tmp_path):
-    return Graph(pack, tmp_path, "flux")
 
 
 def simple(graph, name="style", text=PROMPTS, **settings):
@@ -112,7 +102,7 @@ def test_missing_prompts_are_told_before_any_model_is_loaded(pack):
 
 
 def test_big_models_get_their_own_size_and_guidance(pack):
-    """No weights: networks of FLUX.1's and SD3.5's true shapes on the meta device."""
+    """Stand-ins that only have the number of weights, on the meta device, and whether there is guidance inside."""
 
     class Model:
         def __init__(self, network):

@@ -5,19 +5,9 @@ import math
 
 import pytest
 import torch
-from graph import Graph, timeless
+from graph import timeless
 
 from core.rewards.contract import Reward
-
-
-@pytest.fixture(params=["flux", "sd3"])
-def graph(request, pack, tmp_path):
-    return Graph(pack, tmp_path, request.param)
-
-
-@pytest.fixture
-def flux(pack, tmp_path):
-    return Graph(pack, tmp_path, "flux")
 
 
 def same(first, second):

@@ -8,7 +8,7 @@ const TREE_VIEW = "TreeRPOTreeView", PICK = "TreeRPOPick";
 const BETTER = [40, 120, 225], WORSE = [230, 120, 30], NEUTRAL = [150, 150, 156]; // core/pictures/plot.py's blue and orange, a little lighter for dark themes
 const THUMB = 64, CELL = 76, LAYER = 46; // of the tree's drawing, in its own units
 
-const SOCKETS = { POLICY: "#6fa8ff", PROMPTS: "#ffd166", SHAPE: "#3fbf7f", NOISE: "#2bb3b1", TREE: "#a3d977", REWARD: "#ff9e64", REWARDS: "#ff7a90", ADVANTAGES: "#c792ea", OBJECTIVE: "#e08fd0" }; // treerpo.css has them for Nodes 2.0
+const SOCKETS = { POLICY: "#6fa8ff", PROMPTS: "#ffd166", SHAPE: "#3fbf7f", NOISE: "#2bb3b1", TREE: "#a3d977", REWARD: "#ff9e64", REWARDS: "#ff7a90", ADVANTAGES: "#c792ea", OBJECTIVE: "#e08fd0" };
 
 // ---------------------------------------------------------------- small parts
 
@@ -393,12 +393,13 @@ setInterval(tick, 500);
 
 app.registerExtension({
   name: "TreeRPO",
-  afterConfigureGraph() { // a colour palette may have replaced them
+  afterConfigureGraph() { // classic nodes and all wires; a colour palette may have replaced them
     for (const [name, colour] of Object.entries(SOCKETS))
       for (const known of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) if (known) known[`TREERPO_${name}`] = colour;
   },
   async setup() {
-    document.head.append(el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }));
+    document.head.append(el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
+      el("style", {}, `:root { ${Object.entries(SOCKETS).map(([name, colour]) => `--color-datatype-TREERPO_${name}: ${colour};`).join(" ")} }`)); // sockets of Nodes 2.0
     for (const recall of [recallTrees, recallQuestions]) recall().catch((error) => console.info("TreeRPO:", error.message)); // nothing depends on them
   },
   beforeRegisterNodeDef(nodeType, nodeData) {

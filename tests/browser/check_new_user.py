@@ -66,8 +66,8 @@ def main() -> int:
         user.open_template("start_here")
         if options.iterations:
             browser.evaluate(
-                "(count) => app.graph._nodes.find((one) => one.type === 'TreeRPOSimple').widgets.find((one) => one.name "
-                "=== 'iterations').value = count",
+                "(count) => app.graph._nodes.find((one) => one.type === 'TreeRPOSimple').widgets"
+                ".find((one) => one.name === 'iterations').value = count",
                 options.iterations,
             )
         user.acts("click Run", lambda: browser.get_by_test_id("queue-button").first.click())

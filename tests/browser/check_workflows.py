@@ -82,7 +82,8 @@ AREA = """() => {
 OUTCOMES = ["TreeRPOTrainer", "TreeRPOPick", "TreeRPOAdvantages", "TreeRPOScore"]
 SHOWN = """(types) => {
     for (const type of types) {
-        const shown = app.graph._nodes.filter((one) => one.type === type).map((node) => app.nodeOutputs[node.id]?.images?.[0]).filter((image) => image);
+        const nodes = app.graph._nodes.filter((one) => one.type === type);
+        const shown = nodes.map((node) => app.nodeOutputs[node.id]?.images?.[0]).filter((image) => image);
         if (shown.length) return shown.slice(0, 2);
     }
     return [];

@@ -56,7 +56,9 @@ LOWEST_2 = """async () => {
     app.canvas.ds.offset = [0, 0];
     app.canvas.setDirty(true, true);
     await new Promise((done) => setTimeout(done, 1500));
-    return Object.fromEntries(app.graph._nodes.map((n) => [n.id, (document.querySelector(`[data-node-id="${n.id}"]`)?.offsetHeight ?? 40) - 30 + (n.widgets?.some((w) => w.options?.advanced) ? 26 : 0)]));
+    const drawn = (node) => document.querySelector(`[data-node-id="${node.id}"]`)?.offsetHeight ?? 40;
+    const foot = (node) => node.widgets?.some((widget) => widget.options?.advanced) ? 26 : 0;
+    return Object.fromEntries(app.graph._nodes.map((node) => [node.id, drawn(node) - 30 + foot(node)]));
 }"""
 
 
@@ -70,8 +72,6 @@ FLUX_FILES = (
 )
 HPS_FILES = """Weights go to `models/rewards`; `download` fetches them."""
 RUNS = """Queue again and the run goes on, also after a restart. Another **run_name** begins anew."""
-TREE = """Each image branches into several inside a window of steps. Train at the size you draw at."""
-HELD = """Some prompts are held out: never trained on, only checked."""
 JUDGE = """The **judge** is never trained on: if it falls while the reward rises, the run pauses."""
 BYPASS = """On an fp8 or bf16 model load the LoRA with *Load LoRA (Bypass, Model Only)*: exactly what was trained."""
 
@@ -180,7 +180,8 @@ GRAPHS = {
         stage(
             "Train: press Run",
             PURPLE,
-            "Sliding window, noise that grows with depth, **LayerTuning-RL**: beta, pace and exact weights are our reading of the paper.",
+            "Sliding window, noise that grows with depth, **LayerTuning-RL**: beta, pace and exact weights are our "
+            "reading of the paper.",
             ["Trainer"],
         ),
         stage("Result", PURPLE, BYPASS, ["Dashboard", "Save"], width=280),
@@ -201,8 +202,8 @@ GRAPHS = {
         stage(
             "START: your pictures",
             BLUE,
-            "**No training.** Copy a folder into ComfyUI's `input` folder and write its name. A `.txt` beside a picture "
-            "is its prompt.",
+            "**No training.** Copy a folder into ComfyUI's `input` folder and write its name. A `.txt` beside a "
+            "picture is its prompt.",
             ["Folder"],
         ),
         stage(
@@ -229,7 +230,8 @@ GRAPHS = {
         stage(
             "START: press Run",
             BLUE,
-            "**You are the reward.** The first Run shows nine images: press a key from 1 to 9, or click. The next Run learns from it and asks again.",
+            "**You are the reward.** The first Run shows nine images: press a key from 1 to 9, or click. The next Run "
+            "learns from it and asks again.",
             ["Model", "Policy", "Prompts"],
         ),
         stage("Trees", GREEN, "", ["Sigmas", "Size", "Shape", "Noise"]),
@@ -281,37 +283,41 @@ def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[
             max(WIDE.get(by_title[title]["type"], part["width"]) for title in column) for column in part["columns"]
         ]
         inner = sum(widths) + GAP * (len(widths) - 1)
-        lines = sum(max(1, -(-len(line) * 6.9 // (inner - 36))) for line in part["note"].splitlines())
-        note_height = max(90, 44 + 19 * lines)  # a note is never smaller than 90 pixels
-        note = {
-            "id": number,
-            "type": "MarkdownNote",
-            "title": "About",
-            "pos": [left, TITLE + HEAD],
-            "size": [inner, note_height],
-            "flags": {},
-            "order": 0,
-            "mode": 0,
-            "inputs": [],
-            "outputs": [],
-            "properties": {},
-            "widgets_values": [part["note"].replace("\n", " ").replace("  ", "\n\n")],
-            "color": "#332",
-            "bgcolor": "#222",
-        }
+        top = TITLE + HEAD
         if part["note"]:
-            notes.append(note)
+            lines = -(-len(part["note"]) * 6.9 // (inner - 36))
+            note_height = max(90, 44 + 19 * lines)  # a note is never smaller than 90 pixels
+            notes.append(
+                {
+                    "id": number,
+                    "type": "MarkdownNote",
+                    "title": "About",
+                    "pos": [left, top],
+                    "size": [inner, note_height],
+                    "flags": {},
+                    "order": 0,
+                    "mode": 0,
+                    "inputs": [],
+                    "outputs": [],
+                    "properties": {},
+                    "widgets_values": [part["note"]],
+                    "color": "#332",
+                    "bgcolor": "#222",
+                }
+            )
             number += 1
+            top += note_height + GAP + HEAD
         for column, width in zip(part["columns"], widths):
-            y = TITLE + HEAD + (note_height + GAP + HEAD if part["note"] else 0)
+            y = top
             for title in column:
                 node = by_title[title]
-                height = low[node["id"]][1] + ROOM.get(node["type"], 0)
+                folded = (node["type"], title) in FOLDED
+                height = low[node["id"]][1] + (0 if folded else ROOM.get(node["type"], 0))
+                if folded:
+                    node["flags"]["collapsed"] = True
+                node["pos"], node["size"] = [left, y], [width, height]
                 placed.add(title)
-                if (node["type"], title) in FOLDED:
-                    node["flags"]["collapsed"], height = True, 0
-                node["pos"], node["size"] = [left, y], [width, height or low[node["id"]][1]]
-                y += height + GAP + HEAD
+                y += (0 if folded else height) + GAP + HEAD
             tops.append(y - HEAD)
             left += width + GAP
         groups.append(
@@ -331,7 +337,7 @@ def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[
     tallest = max(group["bounding"][3] for group in groups)
     if x - GAP > MOST[0] or tallest > MOST[1]:
         print(
-            f"{graph.get('name', '')} too large: {x - GAP:.0f} x {tallest:.0f}",
+            f"{stages[0]['title']}: too large, {x - GAP:.0f} x {tallest:.0f}",
             [round(group["bounding"][3]) for group in groups],
         )
     for group in groups:
