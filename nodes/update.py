@@ -1,5 +1,6 @@
 """From advantages to an updated policy."""
 
+import math
 import time
 
 import comfy.model_management
@@ -11,9 +12,12 @@ from ..core.method.iteration import learn
 from ..core.method.memory import MicroBatch
 from ..core.method.objective import TARGETS, Objective
 from ..core.pictures import plot
+from ..core.runs.health import course
 from .objective import ANCHOR, CLIPPING, ETA, LEAF_WEIGHT, STEP_WEIGHT, regression
 from .policy import LivePolicy
 from .schema import AdvantagesSocket, PolicySocket, TreeSocket, expert, micro_batch_input, schema
+
+KEEP_EVERY = 5  # iterations between two looks at whether best/ is due
 
 # Inputs that the update nodes share.
 _WIRES = [PolicySocket.Input("policy"), TreeSocket.Input("tree"), AdvantagesSocket.Input("advantages")]
@@ -243,12 +247,25 @@ def update_policy(
         now = time.perf_counter()
         row |= {"seconds": now - tree.began, "seconds/rollout": tree.seconds, "seconds/update": now - began}
         run.commit(row, lambda: {"reward_curve.png": plot.reward_curve(run.metrics), "tree.png": advantages.picture})
+        said = keep_best(run)
     row, image = run.metrics[-1], plot.to_tensor(plot.reward_curve(run.metrics))
     shown = ("reward", "reward_std", "ratio_mean", "clip_frac", "grad_norm", "forwards", "seconds")
     text = f"iteration {run.iteration}: " + ", ".join(f"{key} {row[key]:.4g}" for key in shown if key in row)
+    text = f"{said} ({text})" if said else text
     return io.NodeOutput(
         LivePolicy(policy.policy, run), text, image, ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": (text,)}
     )
+
+
+def keep_best(run) -> str | None:
+    """Set the state aside as best/ while the reward still rises; a sentence when it no longer does.
+
+    What a Trainer has judged on held-out prompts is not replaced by what the training prompts say.
+    """
+    newest, said = course([row.get("reward", math.nan) for row in run.metrics])
+    if newest and run.iteration % KEEP_EVERY == 0 and "best" not in run.extra:
+        run.keep(0, best=True)
+    return said
 
 
 def own_images(velocity, images: dict | None, forest) -> torch.Tensor | None:

@@ -181,6 +181,19 @@ def test_resuming_is_the_same_as_never_having_stopped(graph):
     assert [row["iteration"] for row in on_disk] == [0, 1, 2, 3] and on_disk == resumed.run.metrics
 
 
+def test_single_steps_keep_the_best_state_and_say_when_it_gets_worse(graph, monkeypatch):
+    update = sys.modules[f"{graph.pack.__name__}.nodes.update"]
+    real, rewards = update.course, [0.0, 0.1, 2.0, 2.1, -9.0, -9.1, -9.2]
+    monkeypatch.setattr(update, "course", lambda known: real(rewards[: len(known)], window=2))
+    monkeypatch.setattr(update, "KEEP_EVERY", 1)
+    policy = graph.policy("kept")
+    for _ in rewards:
+        graph.iteration(policy)
+    best = graph.pack.core.runs.run.describe(graph.folder / "output/treerpo/kept/best")
+    assert best.iteration == 4 and policy.run.iteration == 7
+    assert "has fallen from 2.05 to -9.15 in the last 3 iterations" in update.keep_best(policy.run)
+
+
 def traces(graph):
     network = graph.model.model.diffusion_model
     return (

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.pictures.distance import diversity, drift
-from core.runs.health import Evaluation, Skips, Watch, compare, limit
+from core.runs.health import Evaluation, Skips, Watch, compare, course, limit
 from embedded.shapes import draw
 
 
@@ -180,6 +180,27 @@ def test_when_nothing_is_left_to_learn():
     assert "nothing has been learned" in run(lambda n: 0.5, lambda n: 0.0, count=11, noise=0).verdict()
     assert run(lambda n: 0.5, risen, count=14, noise=0, settled=0).verdict() is None
     assert run(lambda n: 0.5, lambda n: 0.01 * n, count=40, noise=0).verdict() is None
+
+
+def rewards(level, count, seed=0, noise=0.1):
+    draw = random.Random(seed)
+    return [level(n) + draw.gauss(0, noise) for n in range(count)]
+
+
+def test_single_steps_tell_the_best_state_a_plateau_and_a_fall():
+    rising = [course(rewards(lambda n: n / 100, 100)[:n]) for n in range(1, 101)]
+    assert all(said is None for _, said in rising) and not any(newest for newest, _ in rising[:19])
+    assert sum(newest for newest, _ in rising[19:]) > 40
+    settled = rewards(lambda n: min(n, 40) / 100, 140)
+    assert course(settled[:80])[1] is None and "has not risen in the last 40" in course(settled)[1]
+    newest, said = course(rewards(lambda n: 0.8 - max(n - 60, 0) / 100, 110))
+    assert not newest and "has fallen from 0.8" in said and "'best'" in said
+
+
+def test_single_steps_that_stay_as_they_are_are_not_called_a_fall():
+    found = [course(rewards(lambda n: 0.5, 200, seed)[:n])[1] or "" for seed in range(20) for n in range(40, 201, 20)]
+    assert sum("fallen" in said for said in found) <= 3
+    assert "has not risen" in course([0.5] * 100)[1] and course([math.nan] * 100) == (False, None)
 
 
 def test_too_few_images_are_no_evidence():

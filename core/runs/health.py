@@ -12,6 +12,7 @@ from statistics import NormalDist, fmean, stdev
 from ..pictures.dashboard import LARGEST
 
 FEWEST_IMAGES = 4  # below, a mean difference says nothing
+FALLEN = 4.0  # standard errors between two windows; the best of many windows is always a little lucky
 
 
 @dataclass
@@ -218,6 +219,41 @@ class Watch:
             f"The policy is far from the base model: its KL was {fmean(self.kl):.3g} over the last {self.kl_window} "
             f"iterations, the limit is {self.kl_limit:.3g}. Raise kl, lower the learning rate, or stop here?"
         )
+
+
+def course(rewards: list[float], window: int = 20, patience: int = 40) -> tuple[bool, str | None]:
+    """What the mean rewards of all iterations so far tell where nobody evaluates, as in a graph of single steps.
+
+    Returns whether the newest `window` iterations are the best ones in a row, and a sentence if the reward has clearly
+    fallen since the best, or has not risen for `patience` iterations. The reward of an iteration depends on its prompts
+    and seeds, so only means of windows are compared (Welch's standard error). Ours, no published rule.
+    """
+    known = [reward for reward in rewards if not math.isnan(reward)]
+    means = [fmean(known[end - window : end]) for end in range(window, len(known) + 1)]
+    if not means:
+        return False, None
+    best = max(range(len(means)), key=lambda i: means[i])  # the earliest of equals
+    newest = best == len(means) - 1
+    ago = len(means) - 1 - best
+    fallen = _risen(known[best : best + window], known[-window:])
+    if ago >= window and fallen < -FALLEN:
+        return newest, (
+            f"The reward has fallen from {means[best]:.3g} to {means[-1]:.3g} in the last {ago} iterations: the best "
+            "state is kept as 'best'; a new run can begin from it, with a lower learning rate."
+        )
+    if len(known) >= 2 * patience and _risen(known[-2 * patience : -patience], known[-patience:]) < 1.5:
+        return newest, (
+            f"The reward has not risen in the last {patience} iterations: nothing is left to learn, or the learning "
+            "rate is too low. The best state is kept as 'best'."
+        )
+    return newest, None
+
+
+def _risen(before: list[float], now: list[float]) -> float:
+    """Difference of two windows' means in standard errors."""
+    error = math.sqrt((stdev(before) ** 2 + stdev(now) ** 2) / len(now))
+    change = fmean(now) - fmean(before)
+    return change / error if error > 1e-9 * abs(change) else math.copysign(math.inf, change) if change else 0.0
 
 
 def compare(before: list[float], now: list[float]) -> tuple[float, int]:
