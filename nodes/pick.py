@@ -16,6 +16,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..core.pictures import plot
 from ..core.rewards.human import (
     HOW,
+    UNDO,
     Answer,
     HumanReward,
     NobodyThere,
@@ -84,7 +85,8 @@ class Broker:
             with self._lock:  # from here on no answer is taken
                 del self._pending[question.id]
             if by != "interrupt" and pending.text is not None:
-                by = "skip" if parse(pending.text, len(question.images)) is None else "person"
+                skipped = pending.text != UNDO and parse(pending.text, len(question.images)) is None
+                by = "skip" if skipped else "person"
             browser.send("treerpo.pick_done", {"id": question.id, "by": by})
             browser.send_text("", node_id)
         return pending.text
@@ -102,8 +104,10 @@ class Broker:
                     f"No question with the id '{name[:20]}' is waiting: it was answered, its time ran out, or the run "
                     "was stopped."
                 )
-            parse(text, pending.question["count"])
-            pending.text = text.strip()
+            text = text.strip().lower()
+            if not (text == UNDO and pending.question["undo"]):
+                parse(text, pending.question["count"])
+            pending.text = text
             pending.answered.set()
 
 
@@ -123,6 +127,9 @@ def shown_to_browser(question: Question, node_id, live: bool) -> dict:
         "how": question.how,
         "group": question.group,
         "groups": question.groups,
+        "counted": question.counted,
+        "undo": question.undo,
+        "note": question.note,
         "count": len(files),
         "images": files,
         "seconds_left": None,

@@ -48,7 +48,8 @@ def scores(reward: Reward | Combined, images: Tensor | list[Tensor], prompts: li
         name, number = model.name, 2
         while name in found.values:
             name, number = f"{model.name} {number}", number + 1
-        values = [_checked(model, images, prompts, part) for part in _slices(images, prompts, chunk, model.group_wise)]
+        slices = [slice(0, len(images))] if model.whole else _slices(images, prompts, chunk, model.group_wise)
+        values = [_checked(model, images, prompts, part) for part in slices]
         found.values[name], found.weights[name] = torch.cat(values), weight
     return found
 

@@ -13,6 +13,7 @@ class Reward(Protocol):
 
     name: str  # in tables, curves and metrics
     group_wise: bool = False  # compares images: needs all neighbouring images of a prompt in one call
+    whole: bool = False  # and those of all prompts of the iteration as well
     origin: tuple[str, object, dict] | None = (
         None  # (kind, path, options) of core.rewards.load, for run.yaml; None = no file to name
     )

@@ -15,6 +15,7 @@ from .files import find, open_weights
 
 SIZE = 64  # pixels at which the network looks, whatever the picture's
 CRITIC, JUDGE = "embedded/critic", "embedded/judge"
+SHIPPED = Path(__file__).resolve().parents[2] / f"{CRITIC}.safetensors"
 ANY = "any"  # no wish
 RULES = ("quality", "prompt", "both")
 EACH = ("mean", "all")
@@ -39,6 +40,21 @@ class Critic(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         sizes = [len(values) for values in self.heads.values()]
         return dict(zip(self.heads, self.net(at_size(images.float()) - 0.5).split(sizes, 1)))
+
+
+class DrawingFeatures:
+    """What the critic's last layer looks at, as features for a taste (core.rewards.taste.Features)."""
+
+    name = "the tiny models' critic"
+
+    def __init__(self, critic: Critic | None = None):
+        self.critic = critic or load_critic(SHIPPED)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, H, W, 3] in 0..1 -> [B, D] on the CPU."""
+        pixels, _ = looked_at(images)
+        with torch.inference_mode(False), torch.no_grad():
+            return self.critic.net[:-1](at_size(pixels.clone()) - 0.5)
 
 
 def load_critic(file: Path) -> Critic:
@@ -160,7 +176,7 @@ def load(path: str | Path = CRITIC, **options) -> Reward:
     text = str(path) or CRITIC
     if text == JUDGE:
         return Rules(**options)
-    file = Path(__file__).resolve().parents[2] / f"{CRITIC}.safetensors" if text == CRITIC else Path(text)
+    file = SHIPPED if text == CRITIC else Path(text)
     reward = Drawing(load_critic(find(file)), **options)
     reward.origin = ("drawing", text, {"wish": reward.wish, "follow": reward.follow, "each": reward.each})
     return reward

@@ -4,6 +4,7 @@
     3, 5             both are better than all others
     3 / 7            3 is the best, 7 the worst, the others are between
     3 > 1 = 2 > 7    a ranking; = (or a comma) for a tie
+    none             none of them is good: they are not compared with each other, but My Taste learns from it
     - or skip        no opinion: the automatic reward decides if there is one, else the group trains nothing
 
 Images that are not named stand below all named ones, and above those after the /. They are not compared with each
@@ -27,6 +28,8 @@ from .picks import Picks, described
 log = logging.getLogger("treerpo")
 HOW = ("best", "best and worst", "ranking")
 NO_OPINION = ("-", "skip")
+NONE = "none"  # of these
+UNDO = "undo"  # the answer before is taken back: it is asked for again
 EXAMPLES = (
     "write the best image's number such as 3, best and worst such as 3 / 7, a ranking such as 3 > 1 = 2 > 7, or - for "
     "no opinion"
@@ -56,6 +59,8 @@ def parse(text: str, count: int) -> Answer | None:
     said = text.strip()
     if said.lower() in NO_OPINION:
         return None
+    if said.lower() == NONE:
+        return Answer((tuple(range(count)),))
     if not said:
         raise ValueError(f"The answer is empty: {EXAMPLES}.")
     better, slash, worse = said.partition("/")
@@ -146,10 +151,17 @@ class Question:
     iteration: int | None  # of the run, where there is one
     group: int = 1  # which of
     groups: int = 0  # so many; 0 = unknown
+    counted: str = "prompt"  # what group and groups count
+    undo: bool = False  # whether the answer before can be taken back
+    note: str = ""  # what else the person is told, in our own words
 
 
 class NobodyThere(ValueError):
     """There is no way to ask a person."""
+
+
+class Undone(Exception):
+    """The person takes back the answer before this question."""
 
 
 class HumanReward(Reward):
@@ -196,7 +208,7 @@ class HumanReward(Reward):
         if len(images) == 1:
             return self.automatic(images, prompt), None
         shown = self._shown(images, prompt)
-        answer = self._answer([images[i] for i in shown], prompt, group, groups)
+        answer = self.answer([images[i] for i in shown], prompt, group=group, groups=groups)
         if answer is None:
             return self.automatic(images, prompt), None
         found = torch.full((len(images),), torch.nan)
@@ -230,22 +242,26 @@ class HumanReward(Reward):
         order = automatic.nan_to_num(float("-inf")).argsort(descending=True, stable=True).tolist()
         return sorted(order[: -(-self.show // 2)] + order[count - self.show // 2 :])
 
-    def _answer(self, images: list[Tensor], prompt: str, group: int, groups: int) -> Answer | None:
-        """From the book, else from the person; None = no opinion or no answer."""
+    def answer(self, images: list[Tensor], prompt: str, again: bool = False, **shown) -> Answer | None:
+        """From the book, else from the person; None = no opinion or no answer.
+
+        again: ask even if the book knows. shown: further fields of Question. Raises Undone, see there.
+        """
         about = described(prompt, images, self.iteration())
-        known = self.picks.find(about) if self.picks is not None and self.replay else None
+        known = self.picks.find(about) if self.picks is not None and self.replay and not again else None
         if known is not None:
             return self._read(known["answer"], about)[1]
         began = time.monotonic()
         try:
-            text, answer = self._read(
-                self.ask(Question(about["id"], prompt, self.how, images, about["iteration"], group, groups)), about
-            )
+            text = self.ask(Question(about["id"], prompt, self.how, images, about["iteration"], **shown))
         except NobodyThere as error:
             if self.fallback is None:
                 raise
             log.warning("%s The fallback reward decides.", error)
             return None
+        if text == UNDO and shown.get("undo"):
+            raise Undone
+        text, answer = self._read(text, about)
         if self.picks is not None:
             self.picks.add(
                 about,

@@ -14,6 +14,7 @@ import math
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
 
@@ -141,12 +142,26 @@ class Picks:
         }
         path, buffer = self.folder / "picks.jsonl", io.BytesIO()
         try:
-            picture.save(buffer, "JPEG", quality=88)
+            picture.save(buffer, "JPEG", quality=92, subsampling=0)  # small pictures keep their colours at the edges
             write_atomically(self.folder / row["sheet"]["file"], buffer.getvalue())
             size = path.stat().st_size if path.is_file() else 0
             append(path, b"\n" * _torn(path, size) + json.dumps(row).encode() + b"\n", size)
         except OSError as error:
             log.warning("The pick for group %s could not be kept: %s", group["id"], error)
+
+    def images(self, row: dict) -> torch.Tensor:
+        """The images of an answer, cut out of its contact sheet: [count, H, W, 3] in 0..1, as large as they are there.
+
+        Raises OSError or ValueError where the sheet is gone or damaged.
+        """
+        from PIL import Image
+
+        sheet, count = row["sheet"], row["count"]
+        (wide, high), (right, down), margin = sheet["image"], sheet["step"], sheet["margin"]
+        with Image.open(self.folder / "picks" / Path(sheet["file"]).name) as picture:
+            pixels = torch.from_numpy(numpy.array(picture.convert("RGB"))).float() / 255
+        places = [(margin + i % sheet["columns"] * right, margin + i // sheet["columns"] * down) for i in range(count)]
+        return torch.stack([pixels[y : y + high, x : x + wide] for x, y in places])
 
 
 def _row(line: bytes) -> dict | None:
