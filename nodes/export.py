@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..core.files import write_atomically
-from ..core.hosts.comfy_host import encode
+from ..core.hosts.comfy_host import downscale, encode
 from ..core.rewards.combine import Combined, parts
 from ..core.rewards.measure import Measure
 from ..core.rewards.server import ServerReward
@@ -58,8 +58,8 @@ def export(run, host, prompts, shape, schedule, objective, settings, reward, jud
             adapter=AdapterConfig(**{f.name: run.config[f.name] for f in dataclasses.fields(AdapterConfig)}),
             prompts=PromptConfig(list(prompts.train), list(prompts.held_out)),
             sampling=SamplingConfig(
-                start.shape[3] * 8,
-                start.shape[2] * 8,
+                start.shape[-1] * downscale(host.policy.model),
+                start.shape[-2] * downscale(host.policy.model),
                 len(host.sigmas) - 1,
                 sigmas=host.sigmas.tolist(),
                 cfg=host.cfg,

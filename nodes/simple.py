@@ -8,6 +8,7 @@ import comfy.sd
 import torch
 from comfy_api.latest import io
 
+from ..core.hosts.comfy_host import empty_latent
 from ..core.method.noise import NoiseSchedule
 from ..core.method.objective import Objective
 from ..core.method.tree import TreeShape
@@ -166,8 +167,7 @@ class SimpleTrainerNode(io.ComfyNode):
         ).args[0]
         with torch.inference_mode(False), torch.no_grad():
             sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
-            side = (size or fitting.size) // getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
-            latent_image = {"samples": torch.zeros(1, policy.policy.latent_channels, side, side)}
+            latent_image = empty_latent(model, size or fitting.size)
             negative = clip.encode_from_tokens_scheduled(clip.tokenize("")) if fitting.cfg != 1 else None
         try:
             trained = train(

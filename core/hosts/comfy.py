@@ -60,18 +60,14 @@ class ComfyPolicy:
         return Adapters.create(model.model.diffusion_model, rank, alpha, targets, dtype, seed)
 
     @property
-    def latent_channels(self) -> int:
-        return self.model.model.latent_format.latent_channels
-
-    @property
     def architecture(self) -> str:
         kind = type(self.model.model)
         return {comfy.model_base.Flux: "flux", comfy.model_base.SD3: "sd3"}.get(kind, kind.__name__)
 
     def memory(self, shape, batch: int, patcher=None) -> dict[str, float]:
         """Bytes, estimated from shapes and not measured: `weights`; `adapters` with gradients and AdamW's two moments;
-        activations of a call with `batch` latents of `shape` (C, H, W), twice as many with CFG, while `sampling` and
-        while `learning`; and `graph`, what one latent keeps until its backward pass.
+        activations of a call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while
+        `sampling` and while `learning`; and `graph`, what one latent keeps until its backward pass.
         """
         patcher = patcher or self.model
         forward, one = (patcher.model.memory_required([count, *shape]) for count in (batch, 1))
@@ -104,12 +100,12 @@ class ComfyPolicy:
         grad().
 
         positive, negative: CONDITIONING with a row per prompt (the negative: one row for all, or as many), in one entry
-        or in several of comfy_host.batch. shape: (C, H, W) of the latents. sigmas: the schedule, which some
-        patches of a MODEL ask for. memory_batch: latents per model call, for the memory estimate; None =
-        one per prompt. alone: whenever it loads, all other models leave the device. Bad input raises ValueError before
-        anything is loaded or sampled.
+        or in several of comfy_host.batch. shape: (C, H, W) of the latents, or (C, 1, H, W) where the model's have a
+        time. sigmas: the schedule, which some patches of a MODEL ask for. memory_batch: latents per model call, for the
+        memory estimate; None = one per prompt. alone: whenever it loads, all other models leave the device. Bad input
+        raises ValueError before anything is loaded or sampled.
         """
-        refuse_wrong_latent(self, shape)
+        refuse_wrong_latent(self.model, shape)
         with torch.inference_mode(False), torch.no_grad():
             texts = {"positive": thaw(positive)} | ({"negative": thaw(negative)} if negative is not None else {})
             places = refuse_wrong_conditioning(self, texts, cfg)
@@ -251,17 +247,17 @@ class ComfyVelocity(Velocity):
             self._norms.pop().remove()
 
     def __call__(self, x: Tensor, sigma, rows) -> Tensor:
-        """x: [B, C, H, W] as the model sees latents; sigma: number or [B] in (0, 1]; rows: prompt of each sample, [B].
-        -> [B, C, H, W] fp32.
+        """x: [B, C, H, W] as the model sees latents, [B, C, 1, H, W] where they have a time; sigma: number or [B] in
+        (0, 1]; rows: prompt of each sample, [B]. -> velocity of x's shape, fp32.
         """
         if self._patcher is None:
             raise RuntimeError("This velocity belongs to a session that is over: open a new one.")
         if not self._patcher.is_injected:
             self._load()
-        if x.dim() != 4 or x.shape[1] != self.shape[0]:
+        if x.shape[1:-2] != self.shape[:-2]:
             raise ValueError(
-                f"The latent has the shape {list(x.shape)}, but this model needs [batch, {self.shape[0]}, height, "
-                "width]."
+                f"The latent has the shape {list(x.shape)}, but this model needs "
+                f"[batch, {', '.join(map(str, self.shape[:-2]))}, height, width]."
             )
         x = x.to(self.device, torch.float32)
         if torch.is_tensor(sigma):
@@ -285,7 +281,7 @@ class ComfyVelocity(Velocity):
         with torch.inference_mode(self._inference and not torch.is_grad_enabled()):
             self._guider.conds = conds
             denoised = self._guider(x, sigma, model_options=self._options)
-        return (x - denoised) / sigma.view(-1, 1, 1, 1)
+        return (x - denoised) / sigma.view(-1, *[1] * (x.dim() - 1))
 
     def _checked(self, rows, batch: int) -> list[int]:
         rows = rows.tolist() if torch.is_tensor(rows) else list(rows)
@@ -560,16 +556,27 @@ def cast_bytes(patcher) -> float:
     return 0.0 if computed is None else patcher.model_size() * computed.itemsize / patcher.model_dtype().itemsize
 
 
-def refuse_wrong_latent(policy: ComfyPolicy, shape) -> None:
-    if len(shape) != 3:
+def refuse_wrong_latent(model, shape) -> None:
+    """ValueError unless latents of this shape, without the batch, are images of this MODEL."""
+    form = model.model.latent_format
+    wanted = [*["channels", 1][: form.latent_dimensions - 1], "height", "width"]
+    if form.latent_dimensions < 2:
         raise ValueError(
-            f"The latent has the shape {['batch', *shape]}, but only images, [batch, channels, height, width], can be "
-            "trained on."
+            f"This MODEL ({type(model.model).__name__}) draws no images, and only images can be trained on."
         )
-    if shape[0] != policy.latent_channels:
+    if len(shape) == len(wanted) == 4 and shape[1] > 1:
         raise ValueError(
-            f"The latent has {shape[0]} channels, but this model needs {policy.latent_channels}: use the empty latent "
-            "node that belongs to the model (EmptySD3LatentImage for FLUX and SD3)."
+            f"The latent is a video of {shape[1]} latent frames, and only images can be trained on: set the length of "
+            "the empty latent to 1."
+        )
+    if len(shape) != len(wanted):
+        raise ValueError(
+            f"The latent has the shape {['batch', *shape]}, but only images, {['batch', *wanted]}, can be trained on."
+        )
+    if shape[0] != form.latent_channels:
+        raise ValueError(
+            f"The latent has {shape[0]} channels, but this model needs {form.latent_channels}: connect an empty latent, "
+            "or encode your picture with the VAE that belongs to the model."
         )
 
 
