@@ -138,6 +138,15 @@ HUNYUAN = {
     "vision_in_dim": None,
     "meanflow_sum": False,
 }
+QWEN = {
+    "image_model": "qwen_image",
+    "in_channels": 64,
+    "num_layers": 2,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "joint_attention_dim": CONTEXT,
+    "axes_dims_rope": (16, 24, 24),
+}
 OMNIGEN = {
     "image_model": "omnigen2",
     "axes_dim_rope": [16, 24, 24],
@@ -169,29 +178,28 @@ class Family:
     pooled: int | None = None  # width of the pooled text
     mask: bool = False  # the text encoder gives an attention mask
     options: dict = dataclasses.field(default_factory=dict)  # further conditioning: name -> shape of one prompt
+    references: tuple = ()  # shapes of latents that each prompt refers to: another for each prompt
+    row: str = ""  # its architecture's name, where that is another
 
 
 FAMILIES = [
-    Family("FLUX.1-dev", "Flux", FLUX, pooled=POOLED),
+    Family("FLUX.1-dev", "Flux", FLUX, pooled=POOLED, row="FLUX.1"),
+    Family("FLUX.1 Kontext", "Flux", FLUX, pooled=POOLED, row="FLUX.1", references=((16, 8, 8),)),
+    Family("FLUX.1 Fill", "FluxInpaint", {**FLUX, "in_channels": 96}, pooled=POOLED),
     Family("FLUX.1-schnell", "FluxSchnell", SCHNELL, pooled=POOLED),
-    Family("FLUX.2", "Flux2", FLUX2, size=4),
+    Family(
+        "Ovis-Image",
+        "FluxSchnell",
+        {**SCHNELL, "vec_in_dim": None, "yak_mlp": True, "txt_norm": True, "txt_ids_dims": [1, 2]},
+    ),
+    Family("FLUX.2", "Flux2", FLUX2, size=4, references=((128, 4, 4),)),
+    Family("FLUX.2 klein", "Flux2", {**FLUX2, "guidance_embed": False}, size=4),
     Family("SD3", "SD3", SD3, pooled=POOLED),
-    Family("SD3.5", "SD3", {**SD3, "qk_norm": "rms", "x_block_self_attn_layers": [0]}, pooled=POOLED),
+    Family("SD3.5", "SD3", {**SD3, "qk_norm": "rms", "x_block_self_attn_layers": [0]}, pooled=POOLED, row="SD3"),
     Family("Z-Image", "ZImage", Z_IMAGE),
     Family("Lumina 2", "Lumina2", LUMINA),
-    Family(
-        "Qwen-Image",
-        "QwenImage",
-        {
-            "image_model": "qwen_image",
-            "in_channels": 64,
-            "num_layers": 2,
-            "attention_head_dim": 64,
-            "num_attention_heads": 2,
-            "joint_attention_dim": CONTEXT,
-            "axes_dims_rope": (16, 24, 24),
-        },
-    ),
+    Family("Qwen-Image", "QwenImage", QWEN),
+    Family("Qwen-Image-Edit", "QwenImage", QWEN, row="Qwen-Image", references=((16, 1, 8, 8), (16, 1, 4, 6))),
     Family(
         "Krea 2",
         "Krea2",
@@ -382,6 +390,10 @@ FAMILIES = [
 ]
 
 
+def named(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
 def load(family: Family, dtype=torch.float32, seed: int = 0):
     """A MODEL with random weights, made in inference mode as in ComfyUI's executor."""
     import comfy.model_management as management
@@ -429,6 +441,8 @@ def conditioning(family: Family, tokens: int = 7, seed: int = 1) -> list:
         options = {} if family.pooled is None else {"pooled_output": torch.randn(1, family.pooled, generator=generator)}
         for name, shape in family.options.items():
             options[name] = torch.randn(1, *shape, generator=generator)
+        if family.references:
+            options["reference_latents"] = [torch.randn(1, *shape, generator=generator) for shape in family.references]
         if family.mask:
             options["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
         if family.config == "Anima":

@@ -10,7 +10,7 @@ import torch
 from graph import Graph, network_forwards, timeless
 
 TEXT = 768  # of the embedded text encoder
-QWEN = next(family for family in families.FAMILIES if family.name == "Qwen-Image")
+QWEN = families.named("Qwen-Image")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_an_empty_latent_is_of_whole_tokens(graph):
     hosts = graph.pack.core.hosts.comfy_host
     assert hosts.empty_latent(graph.model, 40)["samples"].shape == (1, 16, 1, 4, 4)
     for family, pixels, shape in (("FLUX.2", 70, (1, 128, 4, 4)), ("Hunyuan Image 2.1", 20, (1, 64, 1, 1))):
-        model = families.load(next(each for each in families.FAMILIES if each.name == family))
+        model = families.load(families.named(family))
         assert hosts.empty_latent(model, pixels)["samples"].shape == shape
 
 
