@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..core.files import write_atomically
-from ..core.hosts.comfy_host import encode
+from ..core.hosts.architectures import model_file
+from ..core.hosts.comfy_host import downscale, encode
 from ..core.rewards.combine import Combined, parts
 from ..core.rewards.measure import Measure
 from ..core.rewards.server import ServerReward
@@ -58,8 +59,8 @@ def export(run, host, prompts, shape, schedule, objective, settings, reward, jud
             adapter=AdapterConfig(**{f.name: run.config[f.name] for f in dataclasses.fields(AdapterConfig)}),
             prompts=PromptConfig(list(prompts.train), list(prompts.held_out)),
             sampling=SamplingConfig(
-                start.shape[3] * 8,
-                start.shape[2] * 8,
+                start.shape[-1] * downscale(host.policy.model),
+                start.shape[-2] * downscale(host.policy.model),
                 len(host.sigmas) - 1,
                 sigmas=host.sigmas.tolist(),
                 cfg=host.cfg,
@@ -85,8 +86,7 @@ def export(run, host, prompts, shape, schedule, objective, settings, reward, jud
 def model_part(policy, name: str, conditioning: str, notes: dict[str, str]) -> ModelConfig:
     """The model's file, as far as ComfyUI remembers it."""
     model = policy.model
-    origin = getattr(model, "cached_patcher_init", None)
-    file = next((Path(part) for part in origin[1] if isinstance(part, str)), None) if origin else None
+    origin, file = getattr(model, "cached_patcher_init", None), model_file(model)
     dtype = getattr(model.model, "manual_cast_dtype", None) or model.model.get_dtype()
     known = {torch.float32: "float32", torch.float16: "float16"}.get(dtype, "bfloat16")
     part = ModelConfig(str(file) if file else FILL_IN, name, conditioning, FILL_IN, known, policy.checkpointing)

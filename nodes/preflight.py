@@ -115,7 +115,9 @@ def report(
     base = policy.memory(latent, 1)
     needs = {"sampling": phase("sampling", micro_batch), "learning": phase("learning", micro_batch)}
     if vae is not None:
-        needs["decoding"] = vae.patcher.model_size() + vae.memory_used_decode((DECODED_AT_ONCE, *latent), vae.vae_dtype)
+        frames = latent[1:-2] if getattr(vae, "latent_dim", 2) == 3 else ()  # as VAE.decode drops the time
+        decoded = (DECODED_AT_ONCE, latent[0], *frames, *latent[-2:])
+        needs["decoding"] = vae.patcher.model_size() + vae.memory_used_decode(decoded, vae.vae_dtype)
     scorers = models(reward)
     if scorers:
         needs["scoring"] = max(1.5 * model.model_size() for model in scorers)

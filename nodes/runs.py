@@ -5,8 +5,8 @@ from pathlib import Path
 import folder_paths
 import torch
 
+from ..core.hosts.architectures import model_file
 from ..core.hosts.comfy import ComfyPolicy, patched, refuse_other_than_flow
-from ..core.lora.adapters import choose_layers
 from ..core.runs.run import Run, adapter_settings, describe, list_checkpoints, refuse_other_settings
 from .schema import plain_name
 
@@ -37,7 +37,7 @@ def open_run(
     """
     refuse_other_than_flow(model)
     folder = run_folder(name)
-    layers = choose_layers(model.model.diffusion_model, targets)
+    layers = ComfyPolicy.layers(model, targets)
     config = adapter_settings(rank, alpha, targets, dtype, seed, base_model(model), layers, patched(model))
     run = _RUNS.get(folder)
     if run is not None and run.iteration > 0 and not run.was_deleted():
@@ -104,6 +104,5 @@ def run_folder(name: str) -> Path:
 
 def base_model(model) -> str:
     """The base model's architecture, and its file name where ComfyUI remembers it."""
-    origin = getattr(model, "cached_patcher_init", None)
-    files = [Path(part).name for part in origin[1] if isinstance(part, str)] if origin else []
-    return " ".join([type(model.model).__name__, *files[:1]])
+    file = model_file(model)
+    return " ".join([type(model.model).__name__, *([file.name] if file else [])])

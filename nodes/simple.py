@@ -8,13 +8,15 @@ import comfy.sd
 import torch
 from comfy_api.latest import io
 
+from ..core.hosts.architectures import architecture_of, model_file
+from ..core.hosts.comfy_host import empty_latent
 from ..core.method.noise import NoiseSchedule
 from ..core.method.objective import Objective
 from ..core.method.tree import TreeShape
 from ..core.runs.prompts import collect, split
 from .policy import PolicyNode
 from .save import SaveTreeLoraNode, merging
-from .schema import RewardSocket, schema
+from .schema import RewardSocket, expert, schema
 from .trainer import ALIASES, train
 
 TINY = 50e6  # parameters; what has fewer is one of the embedded models
@@ -37,15 +39,18 @@ class Fit:
     rank: int
     targets: str
     checkpointing: bool
+    steps: int = STEPS
+    tail: float = 0.3  # of few steps none can be spared
 
 
-def fit(model) -> Fit:
-    """FLUX has guidance of its own; other big models (SD3, SD3.5) draw badly without cfg."""
+def fit(model, cfg: float = 0.0) -> Fit:
+    """cfg: the user's own; 0 = what the model is usually drawn with."""
     network = model.model.diffusion_model
     if sum(weight.numel() for weight in network.parameters()) < TINY:
-        return Fit(64, 1.2e-3, 1.0, 8, "all linear", False)
-    guided = bool(getattr(getattr(network, "params", None), "guidance_embed", False))
-    return Fit(512, 2e-4, 1.0 if guided else 4.5, 32, "attention", True)
+        return Fit(64, 1.2e-3, cfg or 1.0, 8, "all linear", False)
+    usual, steps = architecture_of(model).habit(model_file(model))
+    few = steps < STEPS
+    return Fit(512, 2e-4, cfg or usual, 32, "attention", True, min(steps, STEPS), 1.0 if few else 0.3)
 
 
 class SimpleTrainerNode(io.ComfyNode):
@@ -60,7 +65,9 @@ class SimpleTrainerNode(io.ComfyNode):
             search_aliases=ALIASES,
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", lazy=True, tooltip="The base model: FLUX, SD3, SD3.5 ... It is never changed."),
+                io.Model.Input(
+                    "model", lazy=True, tooltip="The base model: FLUX, SD3, Qwen-Image ... It is never changed."
+                ),
                 io.Clip.Input("clip", lazy=True, tooltip="The text encoder that belongs to the model."),
                 io.Vae.Input("vae", lazy=True, tooltip="The VAE that belongs to the model."),
                 RewardSocket.Input("reward_model", lazy=True, tooltip="What is good: any reward of TreeRPO."),
@@ -114,6 +121,19 @@ class SimpleTrainerNode(io.ComfyNode):
                     tooltip="A second reward that is not trained on. If it falls while the trained one rises, the run "
                     "pauses and says so.",
                 ),
+                expert(
+                    io.Float.Input(
+                        "cfg",
+                        default=0.0,
+                        min=0.0,
+                        max=30.0,
+                        step=0.1,
+                        optional=True,
+                        tooltip="Classifier-free guidance to draw with. 0 = what suits the model. Set it to 1 for a "
+                        "distilled model (Turbo, Lightning) whose file name does not say so: its weights look like "
+                        "its base model's. Other than 1 = twice the cost.",
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="tuned_model", tooltip="The model with the LoRA on it, for a KSampler."),
@@ -152,8 +172,9 @@ class SimpleTrainerNode(io.ComfyNode):
         minutes=0.0,
         size=0,
         judge=None,
+        cfg=0.0,
     ) -> io.NodeOutput:
-        fitting, (speed, anchor) = fit(model), PRESETS[preset]
+        fitting, (speed, anchor) = fit(model, cfg), PRESETS[preset]
         listed = collect([prompts])
         listed = split(listed, min(MOST_HELD_OUT, len(listed) // 5), 0)
         policy = PolicyNode.execute(
@@ -165,9 +186,8 @@ class SimpleTrainerNode(io.ComfyNode):
             checkpointing=fitting.checkpointing,
         ).args[0]
         with torch.inference_mode(False), torch.no_grad():
-            sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
-            side = (size or fitting.size) // getattr(model.model.latent_format, "spacial_downscale_ratio", 8)
-            latent_image = {"samples": torch.zeros(1, policy.policy.latent_channels, side, side)}
+            sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", fitting.steps)
+            latent_image = empty_latent(model, size or fitting.size)
             negative = clip.encode_from_tokens_scheduled(clip.tokenize("")) if fitting.cfg != 1 else None
         try:
             trained = train(
@@ -183,7 +203,7 @@ class SimpleTrainerNode(io.ComfyNode):
                 per_iteration=min(4, len(listed.train)),
                 learning_rate=fitting.learning_rate * speed,
                 seed=1,
-                shape=TreeShape(branching=4, depth=2, ratio=0.3, tail=0.3),
+                shape=TreeShape(branching=4, depth=2, ratio=0.3, tail=fitting.tail),
                 noise=NoiseSchedule("cps", 0.7),
                 objective=(Objective(loss="regression", anchor=anchor, step_weight="layer"), False),
                 judge=judge,

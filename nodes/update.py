@@ -269,14 +269,16 @@ def keep_best(run) -> str | None:
 
 
 def own_images(velocity, images: dict | None, forest) -> torch.Tensor | None:
-    """The user's latents as the model sees them, one per prompt: [P, C, H, W]."""
+    """The user's latents as the model sees them, one per prompt: [P, ...] of the leaves' shape."""
     if images is None:
         return None
     refuse_dropped(images, ignored=("batch_index",))
     samples, prompts = images["samples"], len(forest.prompts)
+    if samples.dim() == 4 and forest.leaves.dim() == 5:
+        samples = samples.unsqueeze(2)  # the time that Qwen-Image's latents have
     if samples.shape[1:] != forest.leaves.shape[1:] or len(samples) not in (1, prompts):
         raise ValueError(
             f"The images are {list(samples.shape)} as latents, but the leaves are {list(forest.leaves.shape[1:])} for "
             f"{prompts} prompts: encode images of the training size, one per prompt or one for all."
         )
-    return velocity.process_in(samples).to(velocity.device).expand(prompts, -1, -1, -1)
+    return velocity.process_in(samples).to(velocity.device).expand(prompts, *samples.shape[1:])

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import families
 import pytest
 import torch
 import yaml
@@ -101,19 +102,34 @@ def test_missing_prompts_are_told_before_any_model_is_loaded(pack):
     assert needed == ["model", "clip"]
 
 
-def test_big_models_get_their_own_size_and_guidance(pack):
-    """Stand-ins that only have the number of weights, on the meta device, and whether there is guidance inside."""
+FITS = {  # family, name of its file -> cfg, steps
+    ("FLUX.1-dev", None): (1.0, 10),
+    ("FLUX.1-schnell", None): (1.0, 4),
+    ("FLUX.2", "flux2_dev_fp8mixed"): (1.0, 10),
+    ("FLUX.2 klein", "flux-2-klein-4b-fp8"): (1.0, 4),
+    ("FLUX.2 klein", "flux-2-klein-base-4b-fp8"): (5.0, 10),
+    ("SD3", None): (4.5, 10),
+    ("SD3.5", "sd3.5_large_fp8_scaled"): (4.5, 10),
+    ("Z-Image", None): (4.0, 10),
+    ("Z-Image", "z_image_turbo_bf16"): (1.0, 8),
+    ("HiDream-I1", "hidream_i1_full_fp8"): (5.0, 10),
+    ("Chroma", "Chroma1-HD-fp8mixed"): (3.5, 10),
+}
 
-    class Model:
-        def __init__(self, network):
-            self.model = self
-            self.diffusion_model = network
 
-    def flux(guidance):
-        network = torch.nn.Module()
-        network.weight = torch.nn.Parameter(torch.empty(10**4, 10**5, device="meta"))
-        network.params = type("Params", (), {"guidance_embed": guidance})
-        return Model(network)
+@pytest.mark.parametrize("family, file", FITS)
+def test_guidance_and_steps_go_by_the_architecture(pack, monkeypatch, family, file):
+    """FLUX.1-schnell has no guidance inside either, and is drawn without cfg all the same."""
+    monkeypatch.setattr(pack.nodes.simple, "TINY", 0)
+    model = families.load(families.named(family))
+    if file is not None:
+        model.cached_patcher_init = (None, (f"models/diffusion_models/{file}.safetensors", {}))
+    fitting = pack.nodes.simple.fit(model)
+    assert (fitting.cfg, fitting.steps) == FITS[family, file] and fitting.size == 512
+    assert fitting.tail == (1.0 if fitting.steps < 10 else 0.3), "of few steps none is left out"
+    assert pack.nodes.simple.fit(model, 2.5).cfg == 2.5
 
-    assert pack.nodes.simple.fit(flux(True)).cfg == 1.0
-    assert pack.nodes.simple.fit(flux(False)).cfg == 4.5 and pack.nodes.simple.fit(flux(False)).size == 512
+
+def test_cfg_of_ones_own(flux, tmp_path):
+    simple(flux, iterations=1, cfg=2.0)
+    assert yaml.safe_load((tmp_path / "output/treerpo/style/run.yaml").read_text())["sampling"]["cfg"] == 2.0

@@ -21,8 +21,9 @@ from comfy.patcher_extension import PatcherInjection
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..lora.adapters import Adapters
+from ..lora.adapters import Adapters, choose_layers
 from ..model import Velocity, by_kind
+from .architectures import Architecture, architecture_of
 
 INJECTION = "treerpo"
 WHOLE_RUN = ("outer_sample", "prepare_sampling", "sampler_sample")  # wrappers that need a KSampler's whole run
@@ -57,21 +58,22 @@ class ComfyPolicy:
     @staticmethod
     def new_adapters(model, rank: int, alpha: float, targets: str, dtype=torch.float32, seed: int = 0) -> Adapters:
         refuse_other_than_flow(model)
-        return Adapters.create(model.model.diffusion_model, rank, alpha, targets, dtype, seed)
+        presets = architecture_of(model).presets()
+        return Adapters.create(model.model.diffusion_model, rank, alpha, targets, dtype, seed, presets)
+
+    @staticmethod
+    def layers(model, targets: str) -> dict[str, nn.Module]:
+        """The layers of a MODEL that targets name, or a ValueError."""
+        return choose_layers(model.model.diffusion_model, targets, architecture_of(model).presets())
 
     @property
-    def latent_channels(self) -> int:
-        return self.model.model.latent_format.latent_channels
-
-    @property
-    def architecture(self) -> str:
-        kind = type(self.model.model)
-        return {comfy.model_base.Flux: "flux", comfy.model_base.SD3: "sd3"}.get(kind, kind.__name__)
+    def architecture(self) -> Architecture:
+        return architecture_of(self.model)
 
     def memory(self, shape, batch: int, patcher=None) -> dict[str, float]:
         """Bytes, estimated from shapes and not measured: `weights`; `adapters` with gradients and AdamW's two moments;
-        activations of a call with `batch` latents of `shape` (C, H, W), twice as many with CFG, while `sampling` and
-        while `learning`; and `graph`, what one latent keeps until its backward pass.
+        activations of a call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while
+        `sampling` and while `learning`; and `graph`, what one latent keeps until its backward pass.
         """
         patcher = patcher or self.model
         forward, one = (patcher.model.memory_required([count, *shape]) for count in (batch, 1))
@@ -104,12 +106,12 @@ class ComfyPolicy:
         grad().
 
         positive, negative: CONDITIONING with a row per prompt (the negative: one row for all, or as many), in one entry
-        or in several of comfy_host.batch. shape: (C, H, W) of the latents. sigmas: the schedule, which some
-        patches of a MODEL ask for. memory_batch: latents per model call, for the memory estimate; None =
-        one per prompt. alone: whenever it loads, all other models leave the device. Bad input raises ValueError before
-        anything is loaded or sampled.
+        or in several of comfy_host.batch. shape: (C, H, W) of the latents, or (C, 1, H, W) where the model's have a
+        time. sigmas: the schedule, which some patches of a MODEL ask for. memory_batch: latents per model call, for the
+        memory estimate; None = one per prompt. alone: whenever it loads, all other models leave the device. Bad input
+        raises ValueError before anything is loaded or sampled.
         """
-        refuse_wrong_latent(self, shape)
+        refuse_wrong_latent(self.model, shape)
         with torch.inference_mode(False), torch.no_grad():
             texts = {"positive": thaw(positive)} | ({"negative": thaw(negative)} if negative is not None else {})
             places = refuse_wrong_conditioning(self, texts, cfg)
@@ -153,7 +155,7 @@ class ComfyVelocity(Velocity):
         self.forwards = 0
         # Inference mode spares each small operation its autograd bookkeeping, 5 % of a tiny SD3's time. Only for
         # networks known to keep no tensor from one call to the next, which a backward pass could then not use.
-        self._inference = policy.architecture in ("flux", "sd3")
+        self._inference = policy.architecture.forgets
         self._patcher, self._batch, self._alone = patcher, memory_batch, alone
         self._latent_format = patcher.model.latent_format
         self._in_training = False
@@ -186,7 +188,7 @@ class ComfyVelocity(Velocity):
             self._conds = comfy.samplers.process_conds(patcher.model, noise, self._conds, self.device)
         except KeyError as error:
             raise ValueError(
-                f"The conditioning has no {error}, which this {self.policy.architecture} model needs: encode the "
+                f"The conditioning has no {error}, which this {self.policy.architecture.name} model needs: encode the "
                 "prompt with the text encoder that belongs to the model."
             ) from error
         for entries in self._conds.values():
@@ -238,7 +240,7 @@ class ComfyVelocity(Velocity):
         self._eject(patcher)
         network = patcher.model.diffusion_model
         self.policy.adapters.inject(network)
-        if self.policy.architecture != "sd3":  # the one known to update nothing in place
+        if self.policy.architecture.in_place:
             self._norms = [
                 layer.register_forward_pre_hook(_own_input)
                 for layer in network.modules()
@@ -251,17 +253,17 @@ class ComfyVelocity(Velocity):
             self._norms.pop().remove()
 
     def __call__(self, x: Tensor, sigma, rows) -> Tensor:
-        """x: [B, C, H, W] as the model sees latents; sigma: number or [B] in (0, 1]; rows: prompt of each sample, [B].
-        -> [B, C, H, W] fp32.
+        """x: [B, C, H, W] as the model sees latents, [B, C, 1, H, W] where they have a time; sigma: number or [B] in
+        (0, 1]; rows: prompt of each sample, [B]. -> velocity of x's shape, fp32.
         """
         if self._patcher is None:
             raise RuntimeError("This velocity belongs to a session that is over: open a new one.")
         if not self._patcher.is_injected:
             self._load()
-        if x.dim() != 4 or x.shape[1] != self.shape[0]:
+        if x.shape[1:-2] != self.shape[:-2]:
             raise ValueError(
-                f"The latent has the shape {list(x.shape)}, but this model needs [batch, {self.shape[0]}, height, "
-                "width]."
+                f"The latent has the shape {list(x.shape)}, but this model needs "
+                f"[batch, {', '.join(map(str, self.shape[:-2]))}, height, width]."
             )
         x = x.to(self.device, torch.float32)
         if torch.is_tensor(sigma):
@@ -285,7 +287,7 @@ class ComfyVelocity(Velocity):
         with torch.inference_mode(self._inference and not torch.is_grad_enabled()):
             self._guider.conds = conds
             denoised = self._guider(x, sigma, model_options=self._options)
-        return (x - denoised) / sigma.view(-1, 1, 1, 1)
+        return (x - denoised) / sigma.view(-1, *[1] * (x.dim() - 1))
 
     def _checked(self, rows, batch: int) -> list[int]:
         rows = rows.tolist() if torch.is_tensor(rows) else list(rows)
@@ -533,10 +535,18 @@ def _described(value) -> str:
 
 
 def refuse_other_than_flow(model) -> None:
-    if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+    sampling = model.get_model_object("model_sampling")
+    other = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # begins from an image, and predicts another
+    if not isinstance(sampling, comfy.model_sampling.CONST) or isinstance(sampling, other):
         raise ValueError(
             f"This MODEL ({type(model.model).__name__}) is not a flow-matching model: connect FLUX, SD3, SD3.5 or "
             "another flow model; SD1.5 and SDXL cannot be trained here."
+        )
+    scale = getattr(sampling, "noise_scale", 1.0)
+    if scale != 1:
+        raise ValueError(
+            f"This MODEL is drawn from noise of scale {scale:g}, and only such of scale 1 can be trained: take out "
+            "Model Noise Scale; HiDream-O1 cannot be trained here."
         )
 
 
@@ -560,16 +570,27 @@ def cast_bytes(patcher) -> float:
     return 0.0 if computed is None else patcher.model_size() * computed.itemsize / patcher.model_dtype().itemsize
 
 
-def refuse_wrong_latent(policy: ComfyPolicy, shape) -> None:
-    if len(shape) != 3:
+def refuse_wrong_latent(model, shape) -> None:
+    """ValueError unless latents of this shape, without the batch, are images of this MODEL."""
+    form = model.model.latent_format
+    wanted = [*["channels", 1][: form.latent_dimensions - 1], "height", "width"]
+    if form.latent_dimensions < 2:
         raise ValueError(
-            f"The latent has the shape {['batch', *shape]}, but only images, [batch, channels, height, width], can be "
-            "trained on."
+            f"This MODEL ({type(model.model).__name__}) draws no images, and only images can be trained on."
         )
-    if shape[0] != policy.latent_channels:
+    if len(shape) == len(wanted) == 4 and shape[1] > 1:
         raise ValueError(
-            f"The latent has {shape[0]} channels, but this model needs {policy.latent_channels}: use the empty latent "
-            "node that belongs to the model (EmptySD3LatentImage for FLUX and SD3)."
+            f"The latent is a video of {shape[1]} latent frames, and only images can be trained on: set the length of "
+            "the empty latent to 1."
+        )
+    if len(shape) != len(wanted):
+        raise ValueError(
+            f"The latent has the shape {['batch', *shape]}, but only images, {['batch', *wanted]}, can be trained on."
+        )
+    if shape[0] != form.latent_channels:
+        raise ValueError(
+            f"The latent has {shape[0]} channels, but this model needs {form.latent_channels}: connect an empty "
+            "latent, or encode your picture with the VAE that belongs to the model."
         )
 
 
@@ -612,31 +633,31 @@ def places_of(side: str, entries: list) -> list[tuple[int, int]]:
 
 
 def _refuse_wrong_widths(policy: ComfyPolicy, side: str, context: Tensor, options: dict, count: int) -> None:
-    network, flux = policy.model.model.diffusion_model, policy.architecture == "flux"
-    advice = f"encode the prompt with the text encoder that belongs to this {policy.architecture} model"
+    layers, architecture = dict(policy.model.model.diffusion_model.named_modules()), policy.architecture
+    advice = f"encode the prompt with the text encoder that belongs to this {architecture.name} model"
 
-    def width(*names):
-        """Input width of the first of these layers that the network has."""
-        layers = dict(network.named_modules())
-        return next((layers[name].in_features for name in names if hasattr(layers.get(name), "in_features")), None)
+    def width(name: str) -> int | None:
+        """Input width of this layer, if the network has it."""
+        return getattr(layers.get(name), "in_features", None)
 
-    wanted = width("txt_in", "context_embedder")
+    wanted = width(architecture.text)
     if wanted is not None and context.shape[-1] != wanted:
         raise ValueError(
             f"The {side} conditioning is {context.shape[-1]} wide, but the model needs {wanted}: {advice}."
         )
-    pooled, wanted = options.get("pooled_output"), width("vector_in.in_layer", "y_embedder.mlp.0")
+    pooled, wanted = options.get("pooled_output"), width(architecture.pooled)
     if pooled is None:
-        if policy.architecture == "sd3":
-            raise ValueError(f"The {side} conditioning has no 'pooled_output', which this sd3 model needs: {advice}.")
+        if architecture.needs_pooled:
+            raise ValueError(
+                f"The {side} conditioning has no 'pooled_output', which this {architecture.name} model needs: {advice}."
+            )
         return
     if pooled.shape[0] not in (1, count):
         raise ValueError(
             f"The {side} conditioning has {count} prompts but {pooled.shape[0]} rows of 'pooled_output': {advice}."
         )
-    # FLUX takes the first columns
-    if wanted is not None and (pooled.shape[-1] < wanted if flux else pooled.shape[-1] != wanted):
+    given = pooled.shape[-1]
+    if wanted is not None and (given < wanted if architecture.pooled_first else given != wanted):
         raise ValueError(
-            f"'pooled_output' of the {side} conditioning is {pooled.shape[-1]} wide, but the model needs {wanted}: "
-            f"{advice}."
+            f"'pooled_output' of the {side} conditioning is {given} wide, but the model needs {wanted}: {advice}."
         )

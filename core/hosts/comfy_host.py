@@ -9,7 +9,7 @@ import torch
 from ..method.noise import noised
 from ..method.rollout import check_sigmas
 from ..model import DECODED_AT_ONCE, Host
-from .comfy import ROWS, thaw
+from .comfy import ROWS, refuse_wrong_latent, thaw
 
 _ENCODED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty LATENT, as ComfyUI spells them
@@ -100,7 +100,9 @@ def refuse_dropped(latent: dict, ignored: tuple = ()) -> None:
 
 
 def start_latent(model, latent_image: dict) -> torch.Tensor:
-    """The LATENT to start from, [1, C, H, W] in the model's channel count."""
+    """The LATENT to start from, in the model's channel count: [1, C, H, W], or [1, C, 1, H, W] where the model's
+    latents have a time, as those of Qwen-Image do.
+    """
     refuse_dropped(latent_image)
     ratios = {key: latent_image[key] for key in RATIOS if latent_image.get(key) is not None}
     samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], **ratios)
@@ -109,11 +111,39 @@ def start_latent(model, latent_image: dict) -> torch.Tensor:
             f"The latent has a batch of {samples.shape[0]}: set batch_size to 1, the number of images comes from Tree "
             "Shape."
         )
+    refuse_wrong_latent(model, samples.shape[1:])
     return thaw(samples)
 
 
+def downscale(model) -> int:
+    """Pixels per latent, in each direction."""
+    return getattr(model.model.latent_format, "spacial_downscale_ratio", 8)  # not in 0.3.64, where it was always 8
+
+
+def patch(model) -> int:
+    """Latents per token, in each direction: sides that are no multiple of it the network pads, and draws less well."""
+    network = model.model.diffusion_model
+    sizes = (getattr(network, name, None) for name in ("patch_size", "patch", "patch_spatial"))
+    size = next((size for size in sizes if size is not None), 1)
+    return int(size if isinstance(size, int) else size[-1])
+
+
+def empty_latent(model, pixels: int) -> dict:
+    """A LATENT of the model's own size and channels for a square of at most so many pixels, and at least one token."""
+    form, tokens = model.model.latent_format, patch(model)
+    side = max(1, pixels // downscale(model) // tokens) * tokens
+    time = [1] * (form.latent_dimensions - 2)
+    return {"samples": torch.zeros(1, form.latent_channels, *time, side, side)}
+
+
+def pictures(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, H, W] or [B, C, 1, H, W] as the VAE takes them -> images [B, H, W, 3] in 0..1 on the CPU."""
+    decoded = vae.decode(latents).float().cpu()
+    return decoded.flatten(0, -4)  # a VAE for videos gives [B, frames, H, W, 3]
+
+
 def roots(velocity, start: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """The roots: a LATENT's samples [1, C, H, W] with noise [B, C, H, W] at the first sigma, on the model's device."""
+    """The roots: a LATENT's samples [1, ...] with noise [B, ...] at the first sigma, on the model's device."""
     return noised(velocity.process_in(start), noise, float(sigmas[0])).to(velocity.device)
 
 
@@ -161,5 +191,5 @@ class ComfyHost(Host):
         images = []
         for part in velocity.process_out(leaves).cpu().split(DECODED_AT_ONCE):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            images.append(self.vae.decode(part).float().cpu())
+            images.append(pictures(self.vae, part))
         return torch.cat(images)

@@ -12,9 +12,9 @@ from ..patterns import search
 
 # Presets: a layer is adapted where the pattern is found in its name, as ComfyUI or diffusers name it. FLUX's single
 # blocks fuse attention and MLP into one layer each (linear1, linear2), so "attention" has to take them whole.
-_ATTENTION = r"(attn\d*|attention)\.|single_blocks\.\d+\.linear[12]$|single_transformer_blocks\.\d+\.proj_(mlp|out)$"
-_MLP = r"blocks\.\d+\.(.+[._])?(mlp|ff|ffn|ff_context|feed_forward)\."
-TARGETS = {"attention": _ATTENTION, "attention+mlp": f"{_ATTENTION}|{_MLP}", "all linear": r""}
+ATTENTION = r"(attn\d*|attention)\.|single_blocks\.\d+\.linear[12]$|single_transformer_blocks\.\d+\.proj_(mlp|out)$"
+MLP = r"(blocks|layers|refiner)\.\d+\.(.+[._])?(mlp[CX]?|ff|ffn|ff_[it]|ff_context|feed_forward)\."
+TARGETS = {"attention": ATTENTION, "attention+mlp": f"{ATTENTION}|{MLP}", "all linear": r""}
 
 
 class LoRA(nn.Module):
@@ -73,14 +73,15 @@ class Adapters:
         targets: str = "attention",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        presets: dict[str, str] = TARGETS,
     ) -> "Adapters":
-        """Fresh adapters for `root`. targets: a key of TARGETS, or a regular expression searched in layer names."""
+        """Fresh adapters for `root`. targets: a key of presets, or a regular expression searched in layer names."""
         generator = torch.Generator("cpu").manual_seed(seed)
         with torch.inference_mode(False):  # ComfyUI runs nodes in inference mode; tensors of it could never be trained
             return cls(
                 {
                     name: LoRA(layer.in_features, layer.out_features, rank, alpha, dtype, generator)
-                    for name, layer in choose_layers(root, targets).items()
+                    for name, layer in choose_layers(root, targets, presets).items()
                 }
             )
 
@@ -185,7 +186,7 @@ class Adapters:
                 lora.alpha = float(state[key])
 
 
-def choose_layers(root: nn.Module, targets: str) -> dict[str, nn.Module]:
+def choose_layers(root: nn.Module, targets: str, presets: dict[str, str] = TARGETS) -> dict[str, nn.Module]:
     """The Linear layers of `root` that `targets` names, or a ValueError that shows what there is.
 
     A layer counts by its in_features and out_features: packed weights (fp8, GGUF) have other classes and shapes.
@@ -197,8 +198,8 @@ def choose_layers(root: nn.Module, targets: str) -> dict[str, nn.Module]:
         and isinstance(getattr(layer, "out_features", None), int)
     }
     examples = ", ".join(list(linear)[:: max(1, len(linear) // 5)][:5]) or "none"
-    if targets in TARGETS:
-        chosen = {name: layer for name, layer in linear.items() if re.search(TARGETS[targets], name)}
+    if targets in presets:
+        chosen = {name: layer for name, layer in linear.items() if re.search(presets[targets], name)}
     else:
         try:
             _, found = search(targets, list(linear))
