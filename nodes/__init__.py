@@ -25,6 +25,7 @@ from .objective import ObjectiveNode
 from .update import LayerTuningNode, RegressionNode, UpdateNode
 from .trainer import TrainerNode
 from .simple import SimpleTrainerNode
+from .teach import MyTasteNode, TeachNode
 from .tree_view import TreeViewNode
 
 NODES = [
@@ -56,6 +57,8 @@ NODES = [
     PreflightNode,
     TrainerNode,
     SimpleTrainerNode,
+    TeachNode,
+    MyTasteNode,
     PolicyToLoraNode,
     SaveTreeLoraNode,
     TreeViewNode,

@@ -1,15 +1,18 @@
 """What is seen of a run while it goes on: bar, status line, dashboard; all by ComfyUI's own means."""
 
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
+from PIL import Image
 
 from ..core.files import write_picture
 from ..core.pictures import plot
 from ..core.pictures.dashboard import Sample, dashboard, status_line
+from ..core.runs.evaluation import strips
 from ..core.runs.trainer import Event
 from .browser import send_text
 
@@ -19,11 +22,13 @@ LIVE_SHARE = 0.01  # of the time at most for the live picture
 class Live:
     """What is seen of a run while it goes on: bar, status line, dashboard; all by ComfyUI's own means."""
 
-    def __init__(self, node_id, run, iterations: int, tensorboard: bool):
-        self.node_id, self.run, self.iterations, self.first = node_id, run, iterations, run.iteration
+    def __init__(self, node_id, run, iterations: Callable[[], int], tensorboard: bool):
+        """iterations: of the whole run, as far as can be foreseen now."""
+        self.node_id, self.run, self.foreseen, self.first = node_id, run, iterations, run.iteration
+        self.iterations = iterations()
         self.began = time.perf_counter()
         self.drawn = self.pause = 0.0  # when the picture was drawn, and how long to wait for the next
-        self.bar = comfy.utils.ProgressBar(max(iterations - self.first, 1) * 100, node_id=node_id)
+        self.bar = comfy.utils.ProgressBar(max(self.iterations - self.first, 1) * 100, node_id=node_id)
         self.event: Event | None = None
         self.writer = _tensorboard(run.folder / "tensorboard") if tensorboard else None
 
@@ -32,7 +37,8 @@ class Live:
         self.bar.update_absolute((self.run.iteration - self.first) * 100 + 75 * done // total)
 
     def report(self, event: Event) -> None:
-        self.event = event
+        self.event, self.iterations = event, self.foreseen()
+        self.bar.total = max(self.iterations - self.first, 1) * 100
         done = self.run.iteration - self.first
         text = status_line(
             event.row, self.run.iteration, self.iterations, (time.perf_counter() - self.began) / done, memory()
@@ -68,7 +74,12 @@ class Live:
                 self.sample(int(values.argmax()))
                 for values in (self.event.total.nan_to_num(float("-inf")), -self.event.total.nan_to_num(float("inf")))
             )
-        return dashboard(self.run.metrics, best, worst)
+        rows = [
+            ("before" if at == 0 else f"{at}", picture)
+            for at, path in strips(self.run.folder, self.run.iteration)
+            if (picture := opened(path)) is not None
+        ]
+        return plot.with_strips(dashboard(self.run.metrics, best, worst), rows)
 
     def sample(self, i: int):
         return Sample(self.event.images[i], float(self.event.total[i]), self.event.prompts[i])
@@ -91,6 +102,15 @@ class Live:
         finally:
             if self.writer is not None:
                 self.writer.close()
+
+
+def opened(path: Path):
+    """A strip as a picture; None where it is damaged or gone."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError):
+        return None
 
 
 def memory() -> int | None:

@@ -56,9 +56,13 @@ def open_run(
     return run
 
 
+def runs_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "treerpo"
+
+
 def known_runs() -> list[str]:
     """Names of the runs on the disk, the newest first."""
-    folder = Path(folder_paths.get_output_directory()) / "treerpo"
+    folder = runs_folder()
     states = sorted(folder.glob("*/state.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     return [path.parent.name for path in states if _is_plain(path.parent.name)]
 

@@ -21,6 +21,7 @@ from .trainer import ALIASES, train
 
 TINY = 50e6  # parameters; what has fewer is one of the embedded models
 STEPS = 10
+PER_ITERATION = 4  # prompts
 MOST_HELD_OUT = 8  # of every five prompts one, and no more than this
 PRESETS = {  # how much faster than usual, and how strongly it is held to the base model; measured in docs/benchmarks.md
     "gentle": (0.5, 0.1),
@@ -41,13 +42,14 @@ class Fit:
     checkpointing: bool
     steps: int = STEPS
     tail: float = 0.3  # of few steps none can be spared
+    tiny: bool = False  # one of the embedded models
 
 
 def fit(model, cfg: float = 0.0) -> Fit:
     """cfg: the user's own; 0 = what the model is usually drawn with."""
     network = model.model.diffusion_model
     if sum(weight.numel() for weight in network.parameters()) < TINY:
-        return Fit(64, 1.2e-3, cfg or 1.0, 8, "all linear", False)
+        return Fit(64, 1.2e-3, cfg or 1.0, 8, "all linear", False, tiny=True)
     usual, steps = architecture_of(model).habit(model_file(model))
     few = steps < STEPS
     return Fit(512, 2e-4, cfg or usual, 32, "attention", True, min(steps, STEPS), 1.0 if few else 0.3)
@@ -174,52 +176,68 @@ class SimpleTrainerNode(io.ComfyNode):
         judge=None,
         cfg=0.0,
     ) -> io.NodeOutput:
-        fitting, (speed, anchor) = fit(model, cfg), PRESETS[preset]
-        listed = collect([prompts])
-        listed = split(listed, min(MOST_HELD_OUT, len(listed) // 5), 0)
-        policy = PolicyNode.execute(
+        return train_simply(
+            cls,
             model,
+            clip,
+            vae,
+            prompts,
             lora_name,
-            fitting.rank,
-            2.0 * fitting.rank,
-            fitting.targets,
-            checkpointing=fitting.checkpointing,
-        ).args[0]
-        with torch.inference_mode(False), torch.no_grad():
-            sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", fitting.steps)
-            latent_image = empty_latent(model, size or fitting.size)
-            negative = clip.encode_from_tokens_scheduled(clip.tokenize("")) if fitting.cfg != 1 else None
-        try:
-            trained = train(
-                cls,
-                policy,
-                clip,
-                vae,
-                listed,
-                sigmas,
-                latent_image,
-                reward_model,
-                policy.run.iteration + iterations,
-                per_iteration=min(4, len(listed.train)),
-                learning_rate=fitting.learning_rate * speed,
-                seed=1,
-                shape=TreeShape(branching=4, depth=2, ratio=0.3, tail=fitting.tail),
-                noise=NoiseSchedule("cps", 0.7),
-                objective=(Objective(loss="regression", anchor=anchor, step_weight="layer"), False),
-                judge=judge,
-                negative=negative,
-                cfg=fitting.cfg,
-                evaluate_every=10 if listed.held_out else 0,
-                ema=0.97,
-                minutes=minutes,
-                go_on="Run learns on.",
-            )
-        finally:  # also when it is stopped
-            if policy.run.iteration:
-                path = SaveTreeLoraNode.execute([policy], [lora_name], listed.train).args[0]
-        *_, picture, status = trained.args
-        said = " ".join(filter(None, (status, f"Saved as {Path(path).name}.", merging(model))))
-        return io.NodeOutput(tuned(policy), path, picture, said, ui={**trained.ui, "text": (said,)})
+            preset,
+            lambda policy, fitting: (reward_model, policy.run.iteration + iterations),
+            minutes=minutes,
+            size=size,
+            judge=judge,
+            cfg=cfg,
+        )[0]
+
+
+def train_simply(
+    node, model, clip, vae, prompts, lora_name, preset, wanted, *, size=0, cfg=0.0, go_on="Run learns on.", **more
+):
+    """What a node that chooses everything by itself does: the policy, the training, the LoRA; saved also on Stop.
+
+    wanted(policy, fitting) -> (reward, iterations), both as `train` takes them. Returns the node's outputs and the
+    policy.
+    """
+    fitting, (speed, anchor) = fit(model, cfg), PRESETS[preset]
+    listed = collect([prompts])
+    listed = split(listed, min(MOST_HELD_OUT, len(listed) // 5), 0)
+    policy = PolicyNode.execute(
+        model,
+        lora_name,
+        fitting.rank,
+        2.0 * fitting.rank,
+        fitting.targets,
+        checkpointing=fitting.checkpointing,
+    ).args[0]
+    with torch.inference_mode(False), torch.no_grad():
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", fitting.steps)
+        latent_image = empty_latent(model, size or fitting.size)
+        negative = clip.encode_from_tokens_scheduled(clip.tokenize("")) if fitting.cfg != 1 else None
+    reward, iterations = wanted(policy, fitting)
+    settings = {
+        "per_iteration": min(PER_ITERATION, len(listed.train)),
+        "learning_rate": fitting.learning_rate * speed,
+        "seed": 1,
+        "shape": TreeShape(branching=4, depth=2, ratio=0.3, tail=fitting.tail),
+        "noise": NoiseSchedule("cps", 0.7),
+        "objective": (Objective(loss="regression", anchor=anchor, step_weight="layer"), False),
+        "negative": negative,
+        "cfg": fitting.cfg,
+        "evaluate_every": 10 if listed.held_out else 0,
+        "ema": 0.97,
+        "go_on": go_on,
+        **more,
+    }
+    try:
+        trained = train(node, policy, clip, vae, listed, sigmas, latent_image, reward, iterations, **settings)
+    finally:  # also when it is stopped
+        if policy.run.iteration:
+            path = SaveTreeLoraNode.execute([policy], [lora_name], listed.train).args[0]
+    *_, picture, status = trained.args
+    said = " ".join(filter(None, (status, f"Saved as {Path(path).name}.", merging(model))))
+    return io.NodeOutput(tuned(policy), path, picture, said, ui={**trained.ui, "text": (said,)}), policy
 
 
 def tuned(policy):

@@ -226,9 +226,9 @@ def train(
 ) -> io.NodeOutput:
     """The run of `policy`, trained; node: the class that is running. minutes: 0 = until it has its iterations.
 
-    go_on: what to do when it has them.
+    iterations: a number, or a function that tells it anew after each. go_on: what to do when it has them.
     """
-    run = policy.run
+    run, foreseen = policy.run, iterations if callable(iterations) else lambda: iterations
     goal, only_good = objective or (Objective(), False)
     with torch.inference_mode(False), torch.no_grad():
         settings = Settings(
@@ -255,13 +255,13 @@ def train(
             else None,
             check=comfy.model_management.throw_exception_if_processing_interrupted,
         )
-        if run.iteration < iterations:
+        if run.iteration < foreseen():
             host.encode([*prompts.train, *(prompts.held_out if settings.evaluate_every else [])])
-            export(run, host, prompts, trainer.shape, trainer.schedule, goal, settings, reward_model, judge, iterations)
-        live = Live(node.hidden.unique_id, run, iterations, tensorboard)
+            export(run, host, prompts, trainer.shape, trainer.schedule, goal, settings, reward_model, judge, foreseen())
+        live = Live(node.hidden.unique_id, run, foreseen, tensorboard)
         trainer.progress = live.progress
         with live.to_its_end():
-            ended = trainer.train(iterations, live.report, minutes)
+            ended = trainer.train(foreseen, live.report, minutes)
         status = "; ".join([ended, *(f"changed: {change}" for change in trainer.changes)])
         live.end(status, go_on)
     picture = plot.to_tensor(live.picture())

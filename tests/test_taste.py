@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from core.rewards.contract import Reward
 from core.rewards.human import HumanReward, Undone, parse
 from core.rewards.picks import Picks
 from core.rewards.taste import (
+    EVEN,
     Choice,
     Known,
     MyTaste,
@@ -18,7 +20,7 @@ from core.rewards.taste import (
     posterior,
     said_by,
 )
-from core.rewards.teaching import EVEN, Teaching
+from core.rewards.teaching import Teaching
 
 
 class Colours:
@@ -274,7 +276,9 @@ def test_pictures_are_read_back_from_the_sheets(tmp_path):
 
 
 def test_another_reward_is_a_feature_that_counts_before_any_pick(tmp_path):
-    also = type("Green", (), {"score": lambda self, images, prompts: images[..., 1].mean((1, 2))})()
+    also = type(
+        "Green", (Reward,), {"name": "green", "score": lambda self, images, prompts: images[..., 1].mean((1, 2))}
+    )()
     known = Known(Colours(), also)
     images = flat(40)
     x = known.look(images, ["x"] * 40)

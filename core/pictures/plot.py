@@ -11,6 +11,7 @@ INK, GREY, PALE, PAPER = (35, 35, 40), (130, 130, 138), (225, 225, 230), (255, 2
 BETTER, WORSE = (24, 100, 200), (225, 110, 20)  # blue and orange: told apart by the colour-blind too
 MAX_PROMPTS = 4  # panels in one tree picture
 SHEET_MARGIN, SHEET_STRIP = 4, 20  # pixels around a picture of a numbered sheet, and for the number below it
+STRIP, STRIP_SIDE = 8, 96  # pictures in a strip, and their height in pixels
 
 
 @functools.cache
@@ -217,6 +218,36 @@ def shortened(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> st
     while short and draw.textlength(short, font(size)) > width:
         short = short[:-2]
     return short if len(short) == len(text) else f"{short}.."
+
+
+def strip(images: Tensor) -> Image.Image:
+    """Pictures [B, H, W, 3] side by side, STRIP_SIDE high: with those of other iterations, how a run goes."""
+    pictures = [to_picture(image) for image in images]
+    shrunk = STRIP_SIDE / pictures[0].height
+    size = (max(1, round(pictures[0].width * shrunk)), STRIP_SIDE)
+    resampling = Image.Resampling.LANCZOS if shrunk < 1 else Image.Resampling.NEAREST
+    row = Image.new("RGB", (len(pictures) * (size[0] + 6) - 6, STRIP_SIDE), PAPER)
+    for i, picture in enumerate(pictures):
+        row.paste(picture.resize(size, resampling), (i * (size[0] + 6), 0))
+    return row
+
+
+def with_strips(picture: Image.Image, rows: list[tuple[str, Image.Image]]) -> Image.Image:
+    """A picture with strips below it, each with its label, all as wide as fits."""
+    if not rows:
+        return picture
+    label, gap = 90, 8
+    fits = [row.resize((w := min(row.width, picture.width - label - 2 * gap), round(row.height * w / row.width)),
+                       Image.Resampling.LANCZOS) if row.width > picture.width - label - 2 * gap else row
+            for _, row in rows]  # fmt: skip
+    whole = Image.new("RGB", (picture.width, picture.height + sum(row.height + gap for row in fits) + gap), PAPER)
+    whole.paste(picture, (0, 0))
+    draw, top = ImageDraw.Draw(whole), picture.height + gap
+    for (text, _), row in zip(rows, fits):
+        draw.text((gap, top + row.height / 2), text, fill=INK, font=font(16), anchor="lm")
+        whole.paste(row, (label, top))
+        top += row.height + gap
+    return whole
 
 
 def noise_picture(levels: list[float], kind: str, width: int = 420, height: int = 200) -> Image.Image:

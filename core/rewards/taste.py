@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from ..method.advantage import total_reward
+from .combine import scores
 from .contract import Reward
 from .files import open_weights
 from .human import NONE, parse
-from .picks import Picks
+from .picks import ANSWERED, Picks
 
 log = logging.getLogger("treerpo")
 FILE = "taste.safetensors"
@@ -32,6 +34,7 @@ ALSO_WIDTH, ALSO_PRIOR = (
     0.5,
     2.0,
 )  # of the extra reward's z-score: its scale as a feature, and its weight before any pick
+EVEN = 0.5  # the score of every picture as long as the taste is not known: nothing is learned from it
 SURE = 1.64  # standard errors above chance from which on picks are said to agree: 1 in 20 by luck
 ENOUGH = 20  # picks after which disagreement is said to be the user's, not the head's youth
 
@@ -191,28 +194,26 @@ class Known:
     """Pictures that were asked about, as features: read once from the book's sheets."""
 
     def __init__(self, features: Features, also: Reward | None = None):
-        """also: another reward whose score is one more feature, such as one that reads the prompt."""
+        """also: another reward, or several, whose score is one more feature, such as one that reads the prompt."""
         self.features, self.also = features, also
         self._rows: dict[str, Tensor | None] = {}
 
     def look(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] -> [B, D + 1]; NaN in the last column without an extra reward."""
         found = self.features.embed(images).float().cpu()
-        extra = self.also.score(images, prompts).float().cpu() if self.also else torch.full((len(images),), math.nan)
+        extra = torch.full((len(images),), math.nan)
+        if self.also is not None:
+            scored = scores(self.also, images, prompts)
+            extra = total_reward(scored.values, scored.weights).float().cpu()
         return torch.cat([found, extra[:, None]], 1)
 
     def choices(self, books: list[Picks], before: int | None = None) -> list[Choice]:
         """All that the answers in these books say, the newest answer to each group. before: only those of earlier
         iterations.
         """
-        rows = {}
-        for book in books:
-            for row in book.rows():
-                if row["by"] in ("person", "skip"):
-                    rows[book.folder, row["id"]] = (book, row)  # an answer that was taken back gives way
         rows = [
             (self._seen(book, row), row)
-            for book, row in rows.values()
+            for book, row in newest(books)
             if row["by"] == "person" and (before is None or (row["iteration"] or 0) < before)
         ]
         return said_by([(seen, row) for seen, row in rows if seen is not None])
@@ -227,6 +228,14 @@ class Known:
                 log.warning("A pick is passed over, its pictures cannot be read: %s", error)
                 self._rows[key] = None
         return self._rows[key]
+
+
+def newest(books: list[Picks]) -> list[tuple[Picks, dict]]:
+    """The newest answer to each group of these books, in the order in which they were first asked about."""
+    found = {}
+    for book in books:
+        found |= {(book.folder, row["id"]): (book, row) for row in book.rows() if row["by"] in ANSWERED}
+    return list(found.values())
 
 
 def said_by(rows: list[tuple[Tensor, dict]]) -> list[Choice]:
@@ -257,13 +266,18 @@ class MyTaste(Reward):
 
     name = "my taste"
 
-    def __init__(self, head: Head, known: Known):
+    def __init__(self, head: Head | None, known: Known):
+        """head: None = nothing is known yet, so all pictures are even."""
         self.head, self.known = head, known
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1 -> [B]; NaN for a picture that holds NaN."""
-        whole = images.flatten(1).isfinite().all(1).cpu()
-        return torch.where(whole, self.head.wins(self.known.look(images.nan_to_num(0.0), prompts)), torch.nan)
+        return self.judged(images, self.known.look(images.nan_to_num(0.0), prompts))
+
+    def judged(self, images: Tensor, seen: Tensor) -> Tensor:
+        """The same of pictures whose features [B, D + 1] are known."""
+        found = torch.full((len(images),), EVEN) if self.head is None else self.head.wins(seen)
+        return torch.where(images.flatten(1).isfinite().all(1).cpu(), found, torch.nan)
 
 
 def save(head: Head, path: Path, features: Features, ids: list[str]) -> None:
@@ -276,6 +290,17 @@ def save(head: Head, path: Path, features: Features, ids: list[str]) -> None:
     metadata = {"format": "treerpo taste 1", "features": features.name, "head": json.dumps(numbers),
                 "picks": json.dumps(ids)}  # fmt: skip
     write_atomically(path, packed({key: value.contiguous() for key, value in tensors.items()}, metadata=metadata))
+
+
+def saved_picks(path: Path) -> list[str]:
+    """The ids of the groups that a saved head was fitted to; none where the file is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as opened:
+            return json.loads((opened.metadata() or {}).get("picks", "[]"))
+    except (SafetensorError, OSError, ValueError):
+        return []
 
 
 def load(path: Path, features: Features) -> Head:

@@ -14,10 +14,9 @@ from torch import Tensor
 from .combine import neighbours
 from .contract import Reward
 from .human import HumanReward, Undone
-from .taste import FILE, Features, Head, Known, fit, save
+from .taste import FILE, Features, Head, Known, MyTaste, fit, newest, save
 
 SETS = 60  # sets of leaves that are tried for a question, per prompt
-EVEN = 0.5  # the score of every picture as long as the taste is not known: nothing is learned from it
 
 
 class Teaching(Reward):
@@ -57,8 +56,7 @@ class Teaching(Reward):
 
     def answers(self) -> list[dict]:
         """The newest answer of the person to each group, first answered first; skips and time-outs are none."""
-        newest = {row["id"]: row for row in self.person.picks.rows() if row["by"] in ("person", "skip")}
-        return [row for row in newest.values() if row["by"] == "person"]
+        return [row for _, row in newest([self.person.picks]) if row["by"] == "person"]
 
     def left(self) -> int:
         return max(self.questions - len(self.answers()), 0)
@@ -96,11 +94,8 @@ class Teaching(Reward):
         seen = self.known.look(images.nan_to_num(0.0), prompts)
         if groups and self.due():
             self._ask(images, prompts, seen, groups)
-        if self.head is None or not self.head.sure:
-            found = torch.full((len(images),), EVEN)
-        else:
-            found = self.head.wins(seen)
-        return torch.where(images.flatten(1).isfinite().all(1).cpu(), found, torch.nan)
+        sure = self.head is not None and self.head.sure
+        return MyTaste(self.head if sure else None, self.known).judged(images, seen)
 
     def _ask(self, images: Tensor, prompts: list[str], seen: Tensor, groups: list[slice]) -> None:
         """`each` questions, one after the other: the next one already knows the answer before."""
@@ -142,6 +137,15 @@ class Teaching(Reward):
             except Undone:
                 earlier, self._last = self._last, None
                 self.person.answer(*earlier, again=True, **shown)
+
+    def learned(self) -> MyTaste:
+        """What was learned, as a reward that asks nobody."""
+        return MyTaste(self.fitted(), self.known)
+
+    def told(self) -> str:
+        """How well the taste is known, in a sentence."""
+        head = self.fitted()
+        return head.said() if head is not None else "No pick yet."
 
     def keep(self, folder: Path) -> None:
         """The head as it is, in the run's folder, for the My Taste node."""

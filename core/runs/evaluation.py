@@ -1,11 +1,32 @@
 """The held-out prompts on fixed noise: what an evaluation sees, and its metrics beside the base model's."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from ..files import write_picture
+from ..pictures import plot
 from ..pictures.distance import diversity, drift
 from .health import Evaluation
+
+STRIPS = "held_out"  # folder of a run: <iteration>.png, the first held-out pictures in a row
+MOST_STRIPS = 4  # in the dashboard
+
+
+def keep_strip(folder: Path, iteration: int, images: Tensor) -> None:
+    """The first pictures of an evaluation in a row, once per iteration; what cannot be written is no loss."""
+    path = folder / STRIPS / f"{iteration:06d}.png"
+    if iteration or not path.is_file():
+        write_picture(path, plot.strip(images[: plot.STRIP]))
+
+
+def strips(folder: Path, now: int) -> list[tuple[int, Path]]:
+    """At most MOST_STRIPS of a run's strips up to iteration `now`, evenly spread, the base model's first."""
+    known = sorted((folder / STRIPS).glob("[0-9]*.png"))
+    known = [(int(path.stem), path) for path in known if path.stem.isdigit() and int(path.stem) <= now]
+    count = min(MOST_STRIPS, len(known))
+    return [known[round(i * (len(known) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 @dataclass

@@ -32,7 +32,7 @@ from ..method.rollout import grow
 from ..method.tree import Forest, TreeShape
 from ..pictures.distance import SIDE, diversity, small
 from ..rewards.combine import parts, scores
-from .evaluation import HeldOut
+from .evaluation import HeldOut, keep_strip
 from .health import Skips, Watch
 from .prompts import PromptList, order
 from .run import Run, finite
@@ -131,21 +131,26 @@ class Trainer:
         if settings.evaluate_every:
             refuse_unheld(prompts)
 
-    def train(self, iterations: int, report: Callable[[Event], None] = lambda event: None, minutes: float = 0.0) -> str:
+    def train(
+        self,
+        iterations: int | Callable[[], int],
+        report: Callable[[Event], None] = lambda event: None,
+        minutes: float = 0.0,
+    ) -> str:
         """Go on until the run has `iterations` in all, or for `minutes` (0 = no limit; at least one iteration); a
-        sentence on how it ended.
+        sentence on how it ended. iterations: also a function, asked after each, where the end is not known before.
 
         The run is saved on every way out, and nobody else can train it meanwhile (Run.training).
         """
         with self.run.training():
-            return self._train(iterations, report, minutes)
+            return self._train(iterations if callable(iterations) else lambda: iterations, report, minutes)
 
-    def _train(self, iterations: int, report: Callable[[Event], None], minutes: float) -> str:
+    def _train(self, iterations: Callable[[], int], report: Callable[[Event], None], minutes: float) -> str:
         began = time.monotonic()
         try:
             if self._due():
                 self._assess()
-            while self.run.iteration < iterations:
+            while self.run.iteration < iterations():
                 event = self.step()
                 report(event)
                 if event.message and self.settings.on_alarm == "pause":
@@ -154,8 +159,8 @@ class Trainer:
                     return f"Paused after iteration {self.run.iteration}. {event.message}"
                 if self.skips.too_many(self.settings.most_skips):
                     raise RuntimeError(f"{self.skips.sentence()} The run is saved at iteration {self.run.iteration}.")
-                if 0 < minutes * 60 <= time.monotonic() - began and self.run.iteration < iterations:
-                    return f"{minutes:g} minutes are over, at {self.run.iteration} of {iterations} iterations."
+                if 0 < minutes * 60 <= time.monotonic() - began and self.run.iteration < iterations():
+                    return f"{minutes:g} minutes are over, at {self.run.iteration} of {iterations()} iterations."
             return f"{self.run.iteration} iterations done."
         finally:
             if self.run.iteration and self.run.unsaved:
@@ -300,6 +305,9 @@ class Trainer:
     def _assess(self) -> bool:
         """Evaluate the policy and add that to the newest iteration's metrics; whether it is the best so far."""
         run, base, found = self.run, self._baseline(), self.evaluate()
+        if run.writes:
+            keep_strip(run.folder, 0, base.images)
+            keep_strip(run.folder, run.iteration, found.images)
         measured = found.row(base)
         if not self.watch.evaluations:
             self.watch.evaluate(base.evaluation(0, base.row(base)))
