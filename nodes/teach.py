@@ -40,8 +40,7 @@ class ClipVisionFeatures:
 
     def __init__(self, clip_vision):
         self.clip_vision = clip_vision
-        config = getattr(clip_vision.model, "config", None) or {}
-        width = config.get("projection_dim") or config.get("hidden_size", "?") if isinstance(config, dict) else "?"
+        width = self.embed(torch.zeros(1, 32, 32, 3)).shape[1]
         self.name = f"a CLIP_VISION of {width} numbers at {clip_vision.image_size} px"
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:

@@ -308,7 +308,9 @@ function pickKeys(key) {
   if (key === "Escape") closeDialog();
   else if (!question && key === "Enter") runAgain();
   else if (!question) return false;
-  else if (key === "0" || key === "-") send("-");
+  else if (["0", "-", "s", "S"].includes(key)) send("-");
+  else if (/^u$/i.test(key) && question.undo) send("undo");
+  else if (/^n$/i.test(key) && question.live) send("none");
   else if (/^[1-9]$/.test(key) && Number(key) <= question.count) choose(Number(key));
   else if (key === "Backspace") chosen.pop(), showQuestion();
   else if (key === "Enter" && chosen.length) send(answerText());
@@ -361,7 +363,7 @@ function pickMessage(title, text, ...buttons) {
 
 function showQuestion() {
   const root = pickDialog(), question = first(), roles = ROLES[question.how], columns = Math.ceil(Math.sqrt(question.count)), rows = Math.ceil(question.count / columns);
-  const where = [question.groups > 1 && `prompt ${question.group} of ${question.groups}`, question.iteration != null && `iteration ${question.iteration}`].filter(Boolean).join(", ");
+  const where = [question.groups > 1 && `${question.counted ?? "prompt"} ${question.group} of ${question.groups}`, question.iteration != null && `iteration ${question.iteration}`].filter(Boolean).join(", ");
   const focused = document.activeElement?.dataset?.number, none = chosen.length ? null : "";
   const grid = el("div", { class: "grid" }, ...question.images.map((image, i) => {
     const at = chosen.indexOf(i + 1);
@@ -375,8 +377,10 @@ function showQuestion() {
     el("div", { class: "prompt" }, question.prompt), grid,
     el("div", { class: "row" }, question.how !== "best" && el("button", { class: "main", disabled: none, onclick: () => send(answerText()) }, "Send"),
       question.how !== "best" && el("button", { disabled: none, onclick: () => pickKeys("Backspace") }, "Take back"),
-      el("button", { onclick: () => send("-") }, "Skip"), el("button", { onclick: closeDialog }, "Later"),
-      el("span", { class: "hint" }, `Keys: 1 to 9${question.how === "best" ? "" : ", Enter = send, Backspace = take back"}, 0 = skip, Esc = later`)),
+      question.live && el("button", { title: "None of them is good", onclick: () => send("none") }, "None of these"), el("button", { onclick: () => send("-") }, "Skip"),
+      question.undo && el("button", { title: "Take back the answer before: it is asked again", onclick: () => send("undo") }, "Undo"), el("button", { onclick: closeDialog }, "Later"),
+      el("span", { class: "hint" }, `Keys: 1 to 9${question.how === "best" ? "" : ", Enter = send, Backspace = take back"}${question.live ? ", N = none" : ""}, S = skip${question.undo ? ", U = undo" : ""}, Esc = later`)),
+    question.note && el("div", { class: "hint" }, question.note),
     notice && el("div", { class: "error", role: "alert" }, notice));
   place(root, findNode(question.node_id));
   if (!typing(document.activeElement)) (grid.querySelector(`[data-number="${focused}"]`) ?? root).focus();

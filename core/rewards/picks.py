@@ -14,7 +14,6 @@ import math
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy
 import torch
 import torch.nn.functional as F
 
@@ -159,7 +158,8 @@ class Picks:
         sheet, count = row["sheet"], row["count"]
         (wide, high), (right, down), margin = sheet["image"], sheet["step"], sheet["margin"]
         with Image.open(self.folder / "picks" / Path(sheet["file"]).name) as picture:
-            pixels = torch.from_numpy(numpy.array(picture.convert("RGB"))).float() / 255
+            data = bytearray(picture.convert("RGB").tobytes())
+            pixels = torch.frombuffer(data, dtype=torch.uint8).view(picture.height, picture.width, 3).float() / 255
         places = [(margin + i % sheet["columns"] * right, margin + i // sheet["columns"] * down) for i in range(count)]
         return torch.stack([pixels[y : y + high, x : x + wide] for x, y in places])
 

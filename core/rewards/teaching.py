@@ -115,13 +115,16 @@ class Teaching(Reward):
             count = group.stop - group.start
             size = min(self.show, count)
             sets = torch.stack([torch.randperm(count, generator=generator)[:size] for _ in range(SETS)])
-            if self.head is None:
-                told = torch.rand(SETS, generator=generator)
-            else:
-                told = self.head.informative(seen[group], sets, generator)
+            told = self.informative(seen[group], sets, generator)
             if best is None or float(told.max()) > best[0]:
                 best = float(told.max()), group, [group.start + int(i) for i in sets[told.argmax()].sort().values]
         return best[1], best[2]
+
+    def informative(self, seen: Tensor, sets: Tensor, generator) -> Tensor:
+        """How much a pick among each set of rows tells: [n, D + 1], [s, k] -> [s]."""
+        if self.head is None:
+            return torch.rand(len(sets), generator=generator)
+        return self.head.informative(seen, sets, generator)
 
     def _answered(self, images: list[Tensor], prompt: str) -> None:
         shown = {"counted": "question", "groups": self.questions}

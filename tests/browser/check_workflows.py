@@ -98,6 +98,9 @@ CARDS = {
     "rank_images": ("Rank a folder of pictures", "Any mix of rewards, no training"),
     "best_of_n": ("Best of 16", "Draw many, keep the best. No training."),
     "pick_the_winner": ("Pick the winner", "Your own taste as the reward"),
+    "teach_my_taste": ("Teach my taste", "You pick, it learns. No download."),
+    "flux_teach": ("Teach FLUX my taste", "You pick, it learns. No reward weights."),
+    "sd35_teach": ("Teach SD3.5 my taste", "You pick, it learns. No reward weights."),
     "start_here": ("Start here", "Press Run: a LoRA, and before and after"),
     "compare": ("Compare", "Without and with the LoRA, same noise"),
 }

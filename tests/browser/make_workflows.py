@@ -16,11 +16,12 @@ from page import ROOT, Page
 MOST = (1900, 1000)  # pixels of a graph: readable when it is opened
 GAP, PADDING, TITLE, HEAD = 10, 14, 42, 30  # between nodes, inside a group, its title, a node's title bar
 WIDTH = 330
-WIDE = {"TreeRPOTrainer": 420, "TreeRPOSimple": 400, "TreeRPOPick": 370}
+WIDE = {"TreeRPOTrainer": 420, "TreeRPOSimple": 400, "TreeRPOTeach": 400, "TreeRPOPick": 370}
 ROOM = {
     "TreeRPOTreeView": 190,
     "TreeRPOTrainer": 200,
     "TreeRPOSimple": 300,
+    "TreeRPOTeach": 300,
     "TreeRPOAdvantages": 180,
     "TreeRPOScore": 160,
     "TreeRPOUpdate": 70,
@@ -74,6 +75,9 @@ HPS_FILES = """Weights go to `models/rewards`; `download` fetches them."""
 RUNS = """Queue again and the run goes on, also after a restart. Another **run_name** begins anew."""
 JUDGE = """The **judge** is never trained on: if it falls while the reward rises, the run pauses."""
 BYPASS = """On an fp8 or bf16 model load the LoRA with *Load LoRA (Bypass, Model Only)*: exactly what was trained."""
+VISION = """**CLIP Vision** sees your pictures: any file of `models/clip_vision`. No reward weights are needed."""
+TEACH = """It asks about each prompt of an iteration: **1** to **4** = the best, **N** = none, **S** = skip, **U** = undo.
+Stop whenever you like; Run goes on. Every pick is kept."""
 
 GRAPHS = {
     "start_here": [
@@ -98,6 +102,33 @@ GRAPHS = {
             ["Sample before", "Sample after"],
         ),
         stage("Before and after", ORANGE, "", ["Before", "After"]),
+    ],
+    "teach_my_taste": [
+        stage(
+            "START: press Run, then pick",
+            BLUE,
+            "Nothing to download. It asks which picture you like best: click it, or press 1 to 4. **N** = none of "
+            "these, **S** = skip, **U** = undo. It learns in between.",
+            ["Model", "Follow the prompt"],
+        ),
+        stage(
+            "Teach",
+            PURPLE,
+            "Decide for a look and stay with it: pastel, framed, smiling ... Thirty picks are enough for a start.",
+            ["Teach"],
+        ),
+        stage("Draw with your LoRA", GREEN, "", ["Held-out prompts", "Size", "Sample", "Decode"]),
+        stage("Your taste", ORANGE, "", ["Pictures"]),
+    ],
+    "flux_teach": [
+        stage("START: FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE", "CLIP Vision"]),
+        stage("Teach: press Run, then pick", PURPLE, TEACH, ["Teach"]),
+        stage("Result", ORANGE, "", ["Dashboard"]),
+    ],
+    "sd35_teach": [
+        stage("START: SD3.5 medium", BLUE, VISION, ["SD3.5 medium", "Text encoders", "CLIP Vision"]),
+        stage("Teach: press Run, then pick", PURPLE, TEACH, ["Teach"]),
+        stage("Result", ORANGE, "", ["Dashboard"]),
     ],
     "first_steps": [
         stage(
