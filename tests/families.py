@@ -407,7 +407,7 @@ def load(family: Family, dtype=torch.float32, seed: int = 0):
         model = config.get_model({}, "")
         if family.config == "Anima":
             shrink_adapter(model.diffusion_model, dtype)
-        fill(model.diffusion_model, seed)
+        fill(model.diffusion_model, seed, scale=0.0 if family.config == "Krea2" else 1.0)
         return comfy.model_patcher.ModelPatcher(
             model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
         )
@@ -423,15 +423,15 @@ def shrink_adapter(network: torch.nn.Module, dtype) -> None:
     )
 
 
-def fill(network: torch.nn.Module, seed: int) -> None:
-    """N(0, 1/fan_in), modulations half of that, biases 0, norms 1."""
+def fill(network: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
+    """N(0, 1/fan_in), modulations half of that, biases 0. scale: what a file has where a norm scales by 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
         if weight.dim() > 1:
             gain = 0.5 if "mod" in name.lower() else 1.0
             weight.copy_(torch.randn(weight.shape, generator=generator) * gain / weight[0].numel() ** 0.5)
         else:
-            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            weight.fill_(0.0 if name.endswith("bias") else scale)
 
 
 def conditioning(family: Family, tokens: int = 7, seed: int = 1) -> list:

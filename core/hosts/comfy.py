@@ -25,7 +25,16 @@ from ..lora.adapters import Adapters, choose_layers
 from ..model import Velocity, by_kind
 from .architectures import Architecture, architecture_of
 
+try:
+    import comfy_kitchen
+    from comfy_kitchen.backends.eager import rope as comfy_kitchen_plain
+except ImportError:  # older ComfyUI
+    comfy_kitchen = None
+
 INJECTION = "treerpo"
+FUSED = tuple(
+    f"{op}{half}{one}" for op in ("apply_rope", "rms_rope") for half in ("", "_split_half") for one in ("", "1")
+)
 WHOLE_RUN = ("outer_sample", "prepare_sampling", "sampler_sample")  # wrappers that need a KSampler's whole run
 ROWS = "treerpo_rows"  # option of an entry of Tree Prompts' CONDITIONING: the numbers of its prompts
 
@@ -487,17 +496,28 @@ def _recomputing(forward):
 def _training_kernels():
     """ComfyUI's differentiable kernels, for rollouts too, so that the first ratio is exactly 1.
 
-    Versions before 0.14 have only those.
+    Versions before 0.14 have only those. Not every network asks whether it is in training (Anima, ERNIE-Image and
+    JoyImage call fused kernels all the same): those are replaced by comfy_kitchen's own plain versions.
     """
-    management = comfy.model_management
-    if not hasattr(management, "in_training"):
+    with ExitStack() as stack:
+        if hasattr(comfy.model_management, "in_training"):
+            stack.enter_context(_set(comfy.model_management, "in_training", True))
+        for name in FUSED if comfy_kitchen is not None else ():
+            plain = getattr(comfy_kitchen_plain, name, None)
+            if plain is not None and hasattr(comfy_kitchen, name):
+                stack.enter_context(_set(comfy_kitchen, name, plain))
         yield
-        return
-    before, management.in_training = management.in_training, True
+
+
+@contextmanager
+def _set(owner, name: str, value):
+    """owner.name is value inside."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        management.in_training = before
+        setattr(owner, name, before)
 
 
 def _use_differentiable_attention(transformer_options: dict) -> None:

@@ -1,0 +1,217 @@
+"""Every flow model for images that ComfyUI loads, as a tiny random network in real ComfyUI: what must hold for all.
+
+The table in docs/compatibility.md is what these checks found:
+
+    python tests/test_families.py --write
+"""
+
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from families import FAMILIES, Family
+from test_backend_comfy import differences, marks, new_policy, velocity_of
+
+pytestmark = pytest.mark.usefixtures("comfy")
+TABLE = Path(__file__).resolve().parent.parent / "docs/compatibility.md"
+BEGIN, END = "<!-- families: tests/test_families.py --write -->\n", "<!-- families end -->"
+FAILS: dict[tuple[str, str], str] = {}  # (family, check) -> why; everything else holds
+
+
+@dataclass
+class Subject:
+    """A family's network, the same for all checks, and what they feed it."""
+
+    family: Family
+
+    @cached_property
+    def model(self):
+        return families.load(self.family)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        from core.hosts.comfy_host import downscale, empty_latent
+
+        return tuple(empty_latent(self.model, self.family.size * downscale(self.model))["samples"].shape[1:])
+
+    def latents(self, count: int) -> torch.Tensor:
+        return torch.randn(count, *self.shape, generator=torch.Generator().manual_seed(2))
+
+    def prompts(self, lengths=(7, 9, 7)) -> list:
+        """CONDITIONING of prompts of these lengths, as Tree Prompts makes it."""
+        from core.hosts.comfy_host import batch
+
+        return batch([self.prompt(number, length) for number, length in enumerate(lengths)])
+
+    def prompt(self, number: int, length: int) -> list:
+        return families.conditioning(self.family, length, 20 + number)
+
+    def trees(self, velocity, prompts: int, branching: int = 2, noise: float = 0.7, cfg=1.0):
+        from core.method.iteration import sample
+        from core.method.noise import NoiseSchedule
+        from core.method.tree import TreeShape
+
+        shape = TreeShape(branching=branching, depth=1, trees=1, window="fixed")
+        schedule, sigmas = NoiseSchedule("cps", noise), self.sigmas
+        settings = {"iteration": 0, "seed": 3, "prompts": list(range(prompts))}
+        return sample(velocity, lambda drawn: float(sigmas[0]) * drawn, sigmas, shape, schedule, **settings).forest
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        import comfy.samplers
+
+        return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "simple", 3).float()
+
+    def euler(self, positive, negative, cfg=1.0) -> torch.Tensor:
+        """ComfyUI's own KSampler, in inference mode as in its executor."""
+        import comfy.sample
+
+        with torch.inference_mode():
+            latent = torch.zeros(1, *self.shape)
+            drawn = comfy.sample.prepare_noise(latent, 3)
+            settings = (3, cfg, "euler", "simple", positive, negative, latent)
+            return comfy.sample.sample(self.model, drawn, *settings, seed=3, disable_pbar=True)
+
+
+def gradients_are_finite_differences(subject: Subject) -> None:
+    """Of all adapters, in float64, with and without checkpointing."""
+    policy = new_policy(families.load(subject.family, torch.float64), dtype=torch.float64)
+    x, rows = subject.latents(2), [1, 0]
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+    found = {}
+    with policy.session(subject.prompts((7, 9)), shape=subject.shape) as velocity:
+        pairs = differences(policy, velocity, x, rows, weights, 2e-3)
+        for policy.checkpointing in (False, True):
+            with velocity.grad():
+                loss = (velocity(x, 0.6, rows).double() * weights).sum()
+                parameters = policy.adapters.parameters()
+                found[policy.checkpointing] = torch.autograd.grad(
+                    loss, parameters, allow_unused=True, materialize_grads=True
+                )
+    assert max(abs(slope) for slope, _ in pairs) > 1
+    size = sum(slope**2 for slope, _ in pairs) ** 0.5
+    assert sum((slope - difference) ** 2 for slope, difference in pairs) ** 0.5 < 1e-3 * size, pairs
+    plain, checkpointed = (torch.cat([g.flatten() for g in found[way]]) for way in (False, True))
+    assert (plain - checkpointed).norm() <= 1e-6 * plain.norm()
+
+
+def rollout_is_update(subject: Subject) -> None:
+    """Bit for bit, with and without checkpointing."""
+    policy, x, rows = new_policy(subject.model), subject.latents(3), [0, 1, 2]
+    with policy.session(subject.prompts(), shape=subject.shape) as velocity:
+        rollout = velocity(x, 0.7, rows)
+        assert rollout.std() > 0.3
+        for policy.checkpointing in (False, True):
+            with velocity.grad():
+                replay = velocity(x, 0.7, rows)
+            assert replay.requires_grad and torch.equal(rollout, replay.detach())
+
+
+def first_ratio_is_one(subject: Subject) -> None:
+    """Of every edge of a tree, before any update; and there is something to learn."""
+    from core.method.objective import Objective
+    from core.method.update import policy_gradient
+
+    policy = new_policy(subject.model)
+    with policy.session(subject.prompts((7, 9)), shape=subject.shape) as velocity:
+        forest = subject.trees(velocity, 2)
+        advantages = [torch.tensor([1.0, -1.0, 0.5, -0.5])]
+        for policy.checkpointing in (False, True):
+            metrics = policy_gradient(velocity, forest, advantages, Objective(1e-6, 1e-6))
+            assert metrics["ratio_mean"] == 1 and metrics["clip_frac"] == 0 and metrics["edges_trained"] == 4
+        assert sum(float(p.grad.norm()) for p in velocity.parameters() if p.grad is not None) > 0
+
+
+def a_bare_branch_is_comfyuis_euler(subject: Subject) -> None:
+    """Branching 1 without noise, without CFG and with."""
+    positive, negative = subject.prompt(0, 7), subject.prompt(5, 5)
+    for cfg in (1.0, 3.0):
+        expected = subject.euler(positive, negative, cfg)
+        session = new_policy(subject.model, trained=False).session(positive, negative, cfg, shape=subject.shape)
+        with session as velocity:
+            leaves = velocity.process_out(subject.trees(velocity, 1, branching=1, noise=0.0).leaves)
+        assert expected.shape == leaves.shape and expected.std() > 0.3
+        torch.testing.assert_close(leaves, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+def a_saved_lora_is_the_policy(subject: Subject) -> None:
+    """Through ComfyUI's own loader, every key of it."""
+    import comfy.sd
+    import comfy.utils
+    from safetensors.torch import save_file
+
+    policy, x, rows = new_policy(subject.model, targets="all linear"), subject.latents(2), [0, 1]
+    positive = subject.prompts((7, 9))
+    live = velocity_of(policy, x, 0.7, rows, positive)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        save_file(policy.adapters.state_dict(), f"{folder}/lora.safetensors")
+        lora = comfy.utils.load_torch_file(f"{folder}/lora.safetensors", safe_load=True)
+        loaded, _ = comfy.sd.load_lora_for_models(subject.model, None, lora, 1.0, 0)
+    assert len(loaded.patches) == len(policy.adapters.names)
+    found = velocity_of(new_policy(loaded, trained=False), x, 0.7, rows, positive)
+    base = velocity_of(new_policy(subject.model, trained=False), x, 0.7, rows, positive)
+    torch.testing.assert_close(found, live, rtol=1e-4, atol=1e-4)
+    assert (live - base).abs().max() > 0.05
+
+
+def the_model_is_left_as_it_was(subject: Subject) -> None:
+    """After training, after an error in it, and after an interrupt."""
+    import comfy.model_management as management
+
+    positive = subject.prompt(0, 7)
+    before, clean = subject.euler(positive, positive), marks(subject.model)
+    for way_out in (None, ArithmeticError, management.InterruptProcessingException):
+        policy = new_policy(subject.model, checkpointing=True)
+        try:
+            with policy.session(subject.prompts((7, 9)), shape=subject.shape) as velocity, velocity.grad():
+                velocity(subject.latents(2), 0.7, [0, 1]).sum().backward()
+                assert marks(subject.model) != clean
+                if way_out is not None:
+                    raise way_out()
+        except (ArithmeticError, management.InterruptProcessingException):
+            pass
+        assert marks(subject.model) == clean and not subject.model.is_injected
+        assert subject.model.model.current_patcher is None and not getattr(management, "in_training", False)
+        assert torch.equal(subject.euler(positive, positive), before)
+
+
+def prompts_do_not_mix(subject: Subject) -> None:
+    """Of unequal lengths and with references of their own, in one batch: each as alone."""
+    policy, x, lengths = new_policy(subject.model), subject.latents(3), (7, 9, 7)
+    together = velocity_of(policy, x, 0.7, [0, 1, 2], subject.prompts(lengths))
+    for number, length in enumerate(lengths):
+        alone = velocity_of(policy, x[number : number + 1], 0.7, [0], subject.prompt(number, length))
+        torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-4)
+    other = velocity_of(policy, x[:1], 0.7, [0], subject.prompt(1, 7))
+    assert (together[:1] - other).abs().max() > 5e-3, "the prompt must matter"
+
+
+CHECKS = {
+    "gradient = finite differences": gradients_are_finite_differences,
+    "rollout = update": rollout_is_update,
+    "first ratio 1": first_ratio_is_one,
+    "euler": a_bare_branch_is_comfyuis_euler,
+    "LoRA file": a_saved_lora_is_the_policy,
+    "MODEL as before": the_model_is_left_as_it_was,
+    "prompts apart": prompts_do_not_mix,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def subject(request, comfy):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small are slower on several
+    yield Subject(request.param)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_family(subject, check, request):
+    reason = FAILS.get((subject.family.name, check))
+    if reason:
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    CHECKS[check](subject)
