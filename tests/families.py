@@ -70,6 +70,17 @@ Z_IMAGE = {
     "time_scale": 1000.0,
     "pad_tokens_multiple": 32,
 }
+CHROMA = {
+    **{key: value for key, value in FLUX.items() if key != "guidance_embed"},
+    "image_model": "chroma",
+    "in_channels": 64,
+    "out_channels": 64,
+    "in_dim": 64,
+    "out_dim": 128,
+    "hidden_dim": 64,
+    "n_layers": 1,
+    "vec_in_dim": None,
+}
 SD3 = {
     "in_channels": 16,
     "out_channels": 16,
@@ -219,20 +230,60 @@ FAMILIES = [
         },
     ),
     Family("Anima", "Anima", COSMOS),
+    Family("Chroma", "Chroma", CHROMA),
     Family(
-        "Chroma",
-        "Chroma",
+        "Chroma Radiance",
+        "ChromaRadiance",
         {
-            **{key: value for key, value in FLUX.items() if key != "guidance_embed"},
-            "image_model": "chroma",
-            "in_channels": 64,
-            "out_channels": 64,
-            "in_dim": 64,
-            "out_dim": 128,
-            "hidden_dim": 64,
-            "n_layers": 1,
-            "vec_in_dim": None,
+            **CHROMA,
+            "image_model": "chroma_radiance",
+            "in_channels": 3,
+            "out_channels": 3,
+            "patch_size": 8,
+            "nerf_hidden_size": 16,
+            "nerf_mlp_ratio": 2,
+            "nerf_depth": 1,
+            "nerf_max_freqs": 4,
+            "nerf_tile_size": 512,
+            "nerf_final_head_type": "conv",
+            "nerf_embedder_dtype": torch.float32,
+            "use_x0": True,
+            "use_sequential_txt_ids": False,
         },
+        size=16,
+    ),
+    Family(
+        "Z-Image, pixels",
+        "ZImagePixelSpace",
+        {
+            **Z_IMAGE,
+            "image_model": "zimage_pixel",
+            "patch_size": 8,
+            "in_channels": 3,
+            "decoder_in_channels": 192,
+            "decoder_hidden_size": 64,
+            "decoder_num_res_blocks": 1,
+            "decoder_max_freqs": 4,
+        },
+        size=16,
+    ),
+    Family(
+        "PixelDiT",
+        "PixelDiTT2I",
+        {
+            "image_model": "pixeldit_t2i",
+            "num_groups": 2,
+            "hidden_size": 128,
+            "pixel_hidden_size": 8,
+            "pixel_attn_hidden_size": 64,
+            "pixel_num_groups": 1,
+            "patch_depth": 2,
+            "pixel_depth": 1,
+            "patch_size": 8,
+            "txt_embed_dim": CONTEXT,
+            "txt_max_length": 20,
+        },
+        size=16,
     ),
     Family(
         "AuraFlow",
@@ -388,6 +439,24 @@ FAMILIES = [
         pooled=POOLED,
     ),
 ]
+
+
+OTHERS = {  # classes of comfy.supported_models that are not tried, by the reason
+    "They predict noise or v, or have no flow: refused.": "LotusD Stable_Zero123 SD15_instructpix2pix SD15 SD20 "
+    "SD21UnclipL SD21UnclipH SDXL_instructpix2pix SDXLRefiner SDXL SSD1B KOALA_700M KOALA_1B Segmind_Vega "
+    "SD_X4Upscaler Stable_Cascade_C Stable_Cascade_B SV3D_u SV3D_p SVD_img2vid PixArtAlpha PixArtSigma HunyuanDiT "
+    "HunyuanDiT1 CogVideoX_Inpaint CogVideoX_I2V CogVideoX_T2V",
+    "Their flow has sigmas beyond 1 (Cosmos, Cosmos-Predict2): refused.": "CosmosT2V CosmosI2V CosmosT2IPredict2 "
+    "CosmosI2VPredict2",
+    "Noise of scale 8 (HiDream-O1): refused.": "HiDreamO1",
+    "They need a latent or an image to refine: not tried.": "PiD HunyuanImage21Refiner SeedVR2",
+    "Video models; single images with them were not tried.": "GenmoMochi LTXV LTXAV MiniMaxH3 HunyuanVideo "
+    "HunyuanVideoI2V HunyuanVideoSkyreelsI2V HunyuanVideo15 HunyuanVideo15_SR_Distilled Kandinsky5 WAN22_T2V WAN21_T2V "
+    "WAN21_CausalAR_T2V WAN21_I2V WAN21_FunControl2V WAN21_Vace WAN21_Camera WAN22_Camera WAN22_S2V WAN21_HuMo "
+    "WAN22_Animate WAN_Animate2 WAN21_FlowRVS WAN21_SCAIL WAN21_SCAIL2 WAN22_WanDancer",
+    "No pictures: sound, shapes, depth, masks.": "StableAudio StableAudio3 ACEStep ACEStep15 MiniMaxMusic3 Hunyuan3Dv2 "
+    "Hunyuan3Dv2mini Hunyuan3Dv2_1 TripoSplat Trellis2 RT_DETR_v4 SAM3 SAM31 DepthAnything3",
+}
 
 
 def named(name: str) -> Family:

@@ -1,25 +1,25 @@
 """Every flow model for images that ComfyUI loads, as a tiny random network in real ComfyUI: what must hold for all.
 
-The table in docs/compatibility.md is what these checks found:
-
-    python tests/test_families.py --write
+The table in docs/compatibility.md is what these checks found: python tests/compat/base_models.py writes it.
 """
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 import families
 import pytest
 import torch
-from families import FAMILIES, Family
+from families import FAMILIES, OTHERS, Family
 from test_backend_comfy import differences, marks, new_policy, velocity_of
 
+from core.hosts.architectures import ARCHITECTURES
+
 pytestmark = pytest.mark.usefixtures("comfy")
-TABLE = Path(__file__).resolve().parent.parent / "docs/compatibility.md"
-BEGIN, END = "<!-- families: tests/test_families.py --write -->\n", "<!-- families end -->"
-FAILS: dict[tuple[str, str], str] = {}  # (family, check) -> why; everything else holds
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -201,17 +201,62 @@ CHECKS = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
-def subject(request, comfy):
+def refused(family: Family) -> str:
+    """Why it cannot be trained; "" where it can."""
+    row = family.row or family.name
+    return next(architecture.untrainable for architecture in ARCHITECTURES if architecture.name == row)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are slower on several."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small are slower on several
-    yield Subject(request.param)
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", params=[family for family in FAMILIES if not refused(family)], ids=attrgetter("name"))
+def subject(request, comfy):
+    return Subject(request.param)
+
+
 @pytest.mark.parametrize("check", CHECKS)
-def test_family(subject, check, request):
-    reason = FAILS.get((subject.family.name, check))
-    if reason:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_family(subject, check):
     CHECKS[check](subject)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if refused(family)], ids=attrgetter("name"))
+def test_what_is_refused_would_fail(family, monkeypatch):
+    """In a sentence, instead of in the middle of the first update."""
+    import core.hosts.architectures as architectures
+
+    model = families.load(family)
+    with pytest.raises(ValueError, match=f"^{family.name} cannot be trained here: .*[^.]\\.$"):
+        new_policy(model)
+    rows = tuple(dataclasses.replace(row, untrainable="") for row in ARCHITECTURES)
+    monkeypatch.setattr(architectures, "ARCHITECTURES", rows)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first_ratio_is_one(Subject(family))
+
+
+def test_the_table_is_of_these_families_and_checks():
+    text = (ROOT / "docs/compatibility.md").read_text("utf-8").partition("## Base models")[2].partition("\n## ")[0]
+    heads, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert heads[-len(CHECKS) :] == list(CHECKS)
+    assert [row[0] for row in rows[1:]] == [family.name for family in FAMILIES]
+    for row in rows[1:]:
+        why = refused(families.named(row[0]))
+        held = [f"refused: {why}", *["–"] * (len(CHECKS) - 1)] if why else ["yes"] * len(CHECKS)
+        assert row[-len(CHECKS) :] == held, "python tests/compat/base_models.py writes the table anew"
+
+
+def test_every_model_of_comfyui_is_in_the_table_or_said_to_be_left_out(comfy):
+    import comfy.supported_models
+
+    environments = pytest.importorskip("environments")
+    version = pytest.importorskip("comfyui_version").__version__
+    if version != environments.TESTED_COMFYUI:
+        pytest.skip(f"ComfyUI {version} has other models than {environments.TESTED_COMFYUI}")
+    told = [family.config for family in FAMILIES] + [name for names in OTHERS.values() for name in names.split()]
+    assert {kind.__name__ for kind in comfy.supported_models.models} == set(told)

@@ -555,6 +555,10 @@ def _described(value) -> str:
 
 
 def refuse_other_than_flow(model) -> None:
+    """ValueError for a MODEL that cannot be trained, whatever the settings."""
+    architecture = architecture_of(model)
+    if architecture.untrainable:
+        raise ValueError(f"{architecture.name} cannot be trained here: {architecture.untrainable}.")
     sampling = model.get_model_object("model_sampling")
     other = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # begins from an image, and predicts another
     if not isinstance(sampling, comfy.model_sampling.CONST) or isinstance(sampling, other):
