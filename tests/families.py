@@ -495,7 +495,7 @@ def shrink_adapter(network: torch.nn.Module, dtype) -> None:
 def fill(network: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
     """N(0, 1/fan_in), modulations half of that, biases 0. scale: what a file has where a norm scales by 1."""
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in network.named_parameters():
+    for name, weight in network.state_dict().items():  # positions are a buffer in SD3
         if weight.dim() > 1:
             gain = 0.5 if "mod" in name.lower() else 1.0
             weight.copy_(torch.randn(weight.shape, generator=generator) * gain / weight[0].numel() ** 0.5)

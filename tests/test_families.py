@@ -50,15 +50,16 @@ class Subject:
     def prompt(self, number: int, length: int) -> list:
         return families.conditioning(self.family, length, 20 + number)
 
-    def trees(self, velocity, prompts: int, branching: int = 2, noise: float = 0.7, cfg=1.0):
-        from core.method.iteration import sample
-        from core.method.noise import NoiseSchedule
+    def trees(self, velocity, numbers: list[int], branching: int = 2, noise: float = 0.7):
+        """A tree of one layer for each prompt. numbers: the prompts', which seed their noise; 0 has a KSampler's."""
+        from core.method.noise import NoiseSchedule, roots
+        from core.method.rollout import grow
         from core.method.tree import TreeShape
 
-        shape = TreeShape(branching=branching, depth=1, trees=1, window="fixed")
-        schedule, sigmas = NoiseSchedule("cps", noise), self.sigmas
-        settings = {"iteration": 0, "seed": 3, "prompts": list(range(prompts))}
-        return sample(velocity, lambda drawn: float(sigmas[0]) * drawn, sigmas, shape, schedule, **settings).forest
+        shape, schedule = TreeShape(branching=branching, depth=1, trees=1), NoiseSchedule("cps", noise)
+        drawn = float(self.sigmas[0]) * roots(self.shape, 3, 0, numbers, 1)
+        rows = list(range(len(numbers)))
+        return grow(velocity, drawn, self.sigmas, shape, schedule, start=0, prompts=rows, numbers=numbers, seed=3)
 
     @property
     def sigmas(self) -> torch.Tensor:
@@ -118,7 +119,7 @@ def first_ratio_is_one(subject: Subject) -> None:
 
     policy = new_policy(subject.model)
     with policy.session(subject.prompts((7, 9)), shape=subject.shape) as velocity:
-        forest = subject.trees(velocity, 2)
+        forest = subject.trees(velocity, [0, 1])
         advantages = [torch.tensor([1.0, -1.0, 0.5, -0.5])]
         for policy.checkpointing in (False, True):
             metrics = policy_gradient(velocity, forest, advantages, Objective(1e-6, 1e-6))
@@ -133,7 +134,7 @@ def a_bare_branch_is_comfyuis_euler(subject: Subject) -> None:
         expected = subject.euler(positive, negative, cfg)
         session = new_policy(subject.model, trained=False).session(positive, negative, cfg, shape=subject.shape)
         with session as velocity:
-            leaves = velocity.process_out(subject.trees(velocity, 1, branching=1, noise=0.0).leaves)
+            leaves = velocity.process_out(subject.trees(velocity, [0], branching=1, noise=0.0).leaves)
         assert expected.shape == leaves.shape and expected.std() > 0.3
         torch.testing.assert_close(leaves, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
@@ -260,3 +261,61 @@ def test_every_model_of_comfyui_is_in_the_table_or_said_to_be_left_out(comfy):
         pytest.skip(f"ComfyUI {version} has other models than {environments.TESTED_COMFYUI}")
     told = [family.config for family in FAMILIES] + [name for names in OTHERS.values() for name in names.split()]
     assert {kind.__name__ for kind in comfy.supported_models.models} == set(told)
+
+
+REFERRING = [family for family in FAMILIES if family.references]
+
+
+@pytest.mark.parametrize("family", REFERRING, ids=attrgetter("name"))
+def test_references_are_each_prompts_own_in_rollout_and_update(family, comfy):
+    """Two prompts of the same words with other references, and one without: tree and gradient are each one's alone."""
+    from core.hosts.comfy_host import batch
+    from core.method.objective import Objective
+    from core.method.update import policy_gradient
+
+    subject = Subject(family)
+    policy = new_policy(subject.model)
+    [[context, first]], [[_, second]] = subject.prompt(0, 7), subject.prompt(1, 7)
+    bare = {key: value for key, value in first.items() if key != "reference_latents"}
+    prompts = [[[context, {**first, "reference_latents": own["reference_latents"]}]] for own in (first, second)]
+    prompts.append([[context, bare]])
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, 1.0])
+
+    def learned(rows: list[int]):
+        """Leaves and gradient of these prompts' trees, with the noise that they have in a batch of all."""
+        wanted = batch([prompts[row] for row in rows])
+        with policy.session(wanted, shape=subject.shape) as velocity:
+            forest = subject.trees(velocity, rows)
+            edges = [advantages[[edge for row in rows for edge in (2 * row, 2 * row + 1)]]]
+            metrics = policy_gradient(velocity, forest, edges, Objective(1e-2, 1e-2))
+            gradient = torch.cat([p.grad.flatten() for p in velocity.parameters() if p.grad is not None])
+            for parameter in velocity.parameters():
+                parameter.grad = None
+        assert metrics["ratio_mean"] == 1
+        return forest.leaves, gradient * metrics["edges_trained"]
+
+    leaves, gradient = learned([0, 1, 2])
+    alone = [learned([row]) for row in range(3)]
+    torch.testing.assert_close(leaves, torch.cat([own for own, _ in alone]), rtol=1e-4, atol=1e-4)
+    assert (gradient - sum(own for _, own in alone)).norm() < 1e-4 * gradient.norm()
+    seen, *others = (velocity_of(policy, subject.latents(1), 0.7, [0], own) for own in prompts)
+    assert all((seen - other).abs().max() > 0.01 for other in others), "the reference must matter"
+
+
+@pytest.mark.parametrize("family", REFERRING, ids=attrgetter("name"))
+def test_references_are_in_the_memory_estimate(family, comfy, monkeypatch):
+    """They go through the network beside every latent."""
+    import comfy.model_management as management
+
+    asked, subject = [], Subject(family)
+    load = management.load_models_gpu
+    monkeypatch.setattr(
+        management, "load_models_gpu", lambda *args, **kw: [asked.append(kw["memory_required"]), load(*args, **kw)]
+    )
+    policy, [[context, options]] = new_policy(subject.model), subject.prompt(0, 7)
+    bare = {key: value for key, value in options.items() if key != "reference_latents"}
+    for own in (bare, options):
+        velocity_of(policy, subject.latents(1), 0.7, [0], [[context, own]])
+    size = sum(shape[-2] * shape[-1] for shape in family.references) / (family.size**2)
+    adapters = policy.memory(subject.shape, 1)["adapters"]
+    assert asked[1] - adapters == pytest.approx((1 + size) * (asked[0] - adapters)) and size >= 1

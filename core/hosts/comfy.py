@@ -79,13 +79,14 @@ class ComfyPolicy:
     def architecture(self) -> Architecture:
         return architecture_of(self.model)
 
-    def memory(self, shape, batch: int, patcher=None) -> dict[str, float]:
+    def memory(self, shape, batch: int, patcher=None, references: float = 0.0) -> dict[str, float]:
         """Bytes, estimated from shapes and not measured: `weights`; `adapters` with gradients and AdamW's two moments;
         activations of a call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while
-        `sampling` and while `learning`; and `graph`, what one latent keeps until its backward pass.
+        `sampling` and while `learning`; and `graph`, what one latent keeps until its backward pass. references: size
+        of the reference latents that go with each latent, in latents.
         """
         patcher = patcher or self.model
-        forward, one = (patcher.model.memory_required([count, *shape]) for count in (batch, 1))
+        forward, one = ((1 + references) * patcher.model.memory_required([count, *shape]) for count in (batch, 1))
         # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass;
         # checkpointed, the blocks' inputs and one whole block.
         blocks = len(_blocks(patcher.model.diffusion_model))
@@ -242,7 +243,8 @@ class ComfyVelocity(Velocity):
         """Bytes beside the weights, for ComfyUI to make room."""
         overridden = bool(self._options["transformer_options"].get("wrappers", {}).get("predict_noise"))
         passes = 2 if "negative" in self._conds and (overridden or not math.isclose(self.cfg, 1.0)) else 1
-        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher)
+        references = _references(self._patcher.model, self._conds["positive"]) / math.prod(self.shape[1:])
+        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher, references)
         return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
 
     def _inject(self, patcher) -> None:
@@ -448,6 +450,13 @@ def _select(entry: dict, index: Tensor, prompts: int) -> dict:
         constant = isinstance(cond, comfy.conds.CONDConstant)
         chosen[key] = cond if constant else cond._copy_with(_map(cond.cond, rows))
     return {**entry, "model_conds": chosen}
+
+
+def _references(model, entries: list) -> int:
+    """The most that any of these entries refers to, in latent pixels: ComfyUI's own count, but for a single latent."""
+    keys = getattr(model, "memory_usage_factor_conds", ())
+    shapes = [model.extra_conds_shapes(**entry) for entry in entries] if keys else []
+    return max((sum(math.prod(found[key][2:]) for key in keys if key in found) for found in shapes), default=0)
 
 
 def _own_input(layer, args):
