@@ -295,7 +295,8 @@ class ComfyVelocity(Velocity):
 
     def _call(self, x: Tensor, sigma: Tensor, rows: list[int]) -> Tensor:
         conds = self._of_rows(rows)
-        with torch.inference_mode(self._inference and not torch.is_grad_enabled()):
+        fast = self._inference and not torch.is_grad_enabled()
+        with torch.inference_mode() if fast else nullcontext():  # inference_mode(False) would turn gradients on
             self._guider.conds = conds
             denoised = self._guider(x, sigma, model_options=self._options)
         return (x - denoised) / sigma.view(-1, *[1] * (x.dim() - 1))
