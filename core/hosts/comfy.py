@@ -414,6 +414,13 @@ def thaw_weights(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and not _autograd_can_save(buffer):
                 module._buffers[name] = _normal(buffer)
+        # ComfyUI's bypass loaders keep a LoRA's tensors in an object behind the layer's swapped forward
+        adapter = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
+        if isinstance(getattr(adapter, "weights", None), (tuple, list)):
+            adapter.weights = type(adapter.weights)(
+                _normal(part) if torch.is_tensor(part) and not _autograd_can_save(part) else part
+                for part in adapter.weights
+            )
 
 
 def _autograd_can_save(tensor: Tensor) -> bool:

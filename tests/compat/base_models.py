@@ -24,10 +24,11 @@ with torch {torch}. `python tests/compat/base_models.py` wrote this from what
   distilled model (Turbo, Lightning ...) has the shapes of its base model, so only its file's name can tell it:
   Z-Image-Turbo cannot be told from Z-Image by its weights.
 - *gradient = finite differences*: of all adapters, in float64 (1e-3); with checkpointing the same (1e-6).
-- *rollout = update*: the velocity is the same bit for bit with gradients off, on, and checkpointed.
+- *rollout = update*: the velocity is the same bit for bit with gradients off, on, and checkpointed, in float32 and in
+  bfloat16; a rollout keeps nothing for a backward pass.
 - *first ratio 1*: of every edge, exactly, before any update.
 - *euler*: branching 1 without noise is ComfyUI's KSampler (euler), without CFG and with (1e-4).
-- *LoRA file*: through ComfyUI's own loader, all keys, it draws what was trained (1e-4).
+- *LoRA file*: through ComfyUI's own loaders, merged and bypass, all keys, it draws what was trained (1e-4).
 - *MODEL as before*: after training, after an error in it and after an interrupt, bit for bit, with nothing left on its
   layers.
 - *prompts apart*: prompts of unequal length in one batch, each as alone (1e-4).
