@@ -441,6 +441,27 @@ FAMILIES = [
         },
         pooled=POOLED,
     ),
+    Family(
+        "Wan, one frame",
+        "WAN21_T2V",
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 128,
+            "out_dim": 16,
+            "num_heads": 2,
+            "ffn_dim": 256,
+            "num_layers": 2,
+            "patch_size": (1, 2, 2),
+            "freq_dim": 64,
+            "text_dim": CONTEXT,
+            "in_dim": 16,
+            "window_size": (-1, -1),
+            "qk_norm": True,
+            "cross_attn_norm": True,
+            "eps": 1e-6,
+        },
+    ),
 ]
 
 
@@ -453,10 +474,11 @@ OTHERS = {  # classes of comfy.supported_models that are not tried, by the reaso
     "CosmosI2VPredict2",
     "Noise of scale 8 (HiDream-O1): refused.": "HiDreamO1",
     "They need a latent or an image to refine: not tried.": "PiD HunyuanImage21Refiner SeedVR2",
-    "Video models; single images with them were not tried.": "GenmoMochi LTXV LTXAV MiniMaxH3 HunyuanVideo "
-    "HunyuanVideoI2V HunyuanVideoSkyreelsI2V HunyuanVideo15 HunyuanVideo15_SR_Distilled Kandinsky5 WAN22_T2V WAN21_T2V "
-    "WAN21_CausalAR_T2V WAN21_I2V WAN21_FunControl2V WAN21_Vace WAN21_Camera WAN22_Camera WAN22_S2V WAN21_HuMo "
-    "WAN22_Animate WAN_Animate2 WAN21_FlowRVS WAN21_SCAIL WAN21_SCAIL2 WAN22_WanDancer",
+    "Video models: single images with these were not tried, only with Wan.": "GenmoMochi LTXV LTXAV MiniMaxH3 "
+    "HunyuanVideo HunyuanVideoI2V HunyuanVideoSkyreelsI2V HunyuanVideo15 "
+    "HunyuanVideo15_SR_Distilled Kandinsky5 WAN22_T2V WAN21_CausalAR_T2V WAN21_I2V WAN21_FunControl2V WAN21_Vace "
+    "WAN21_Camera WAN22_Camera WAN22_S2V WAN21_HuMo WAN22_Animate WAN_Animate2 WAN21_FlowRVS WAN21_SCAIL "
+    "WAN21_SCAIL2 WAN22_WanDancer",
     "No pictures: sound, shapes, depth, masks.": "StableAudio StableAudio3 ACEStep ACEStep15 MiniMaxMusic3 Hunyuan3Dv2 "
     "Hunyuan3Dv2mini Hunyuan3Dv2_1 TripoSplat Trellis2 RT_DETR_v4 SAM3 SAM31 DepthAnything3",
 }

@@ -128,6 +128,7 @@ ARCHITECTURES = (
     Architecture("JoyImage", "JoyImage", steps=40),
     Architecture("Lens", "Lens", distilled=_FAST, few=4),
     Architecture("Kandinsky 5 Image", "Kandinsky5Image", needs_pooled=True, cfg=3.5, steps=50),
+    Architecture("Wan, one frame", "WAN21_T2V", text="text_embedding.0", cfg=5.0, distilled=_FAST),
 )
 
 

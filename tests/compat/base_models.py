@@ -15,8 +15,8 @@ REPO = HERE.parent.parent
 PAGE = REPO / "docs" / "compatibility.md"
 HEAD = """## Base models
 
-Every flow model for images that ComfyUI {version} loads, as a tiny random network of ComfyUI's own classes, on a CPU
-with torch {torch}. `python tests/compat/base_models.py` wrote this from what
+Every flow model for images that ComfyUI {version} loads, and Wan for single ones, as a tiny random network of ComfyUI's
+own classes, on a CPU with torch {torch}. `python tests/compat/base_models.py` wrote this from what
 [tests/test_families.py](../tests/test_families.py) found. No real weights and no GPU were tried.
 
 - *latents*: channels, and their size in proportion to the picture's; `x 1` = with a time, of one frame.
