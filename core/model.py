@@ -16,15 +16,15 @@ DECODED_AT_ONCE = 8  # images between two looks at the stop button
 class Velocity(Protocol):
     """A flow-matching network with a trainable LoRA, and a fixed set of prompts: `velocity(x, sigma, rows) -> v`."""
 
-    shape: tuple[int, ...]  # (C, H, W) of the latents
+    shape: tuple[int, ...]  # of a latent: (C, H, W), or (C, 1, H, W) where the model's have a time
     device: torch.device
     forwards: int  # latents that went through the network so far, twice where CFG runs a second pass
 
     def __call__(self, x: Tensor, sigma, rows) -> Tensor:
-        """x: [B, C, H, W] latents as the network sees them. sigma: number or [B], in (0, 1]. rows: prompt of each
+        """x: [B, *shape] latents as the network sees them. sigma: number or [B], in (0, 1]. rows: prompt of each
         latent [B].
 
-        -> velocity eps - x0, [B, C, H, W] in float32. Without gradient unless called inside grad().
+        -> velocity eps - x0, [B, *shape] in float32. Without gradient unless called inside grad().
         """
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
@@ -76,7 +76,7 @@ class Host(Protocol):
         """
 
     def roots(self, velocity: Velocity, noise: Tensor) -> Tensor:
-        """Noise [B, C, H, W] -> latents at sigmas[0], on the model's device."""
+        """Noise [B, *shape] -> latents at sigmas[0], on the model's device."""
 
     def decode(self, velocity: Velocity, leaves: Tensor) -> Tensor:
-        """Denoised latents [B, C, h, w] as the network sees them -> images [B, H, W, 3] in 0..1 on the CPU."""
+        """Denoised latents [B, *shape] as the network sees them -> images [B, H, W, 3] in 0..1 on the CPU."""

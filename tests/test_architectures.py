@@ -45,7 +45,7 @@ def test_a_text_of_another_width_is_refused_before_anything_is_loaded(family, mo
     from core.hosts.comfy import ComfyPolicy
     from core.hosts.comfy_host import empty_latent
 
-    if not architecture_of(model).text:
+    if not architecture_of(model).text or architecture_of(model).untrainable:
         pytest.skip("the network itself says so")
     [[context, options]] = families.conditioning(family)
     shape = empty_latent(model, 64)["samples"].shape[1:]
@@ -77,7 +77,7 @@ def test_the_presets_choose_what_they_say(model):
 STACKS = (
     "blocks double_blocks single_blocks joint_blocks layers double_layers single_layers transformer_blocks "
     "noise_refiner double_stream_blocks single_stream_blocks double_stream_layers single_stream_layers "
-    "visual_transformer_blocks"
+    "visual_transformer_blocks patch_blocks pixel_blocks"
 ).split()
 
 

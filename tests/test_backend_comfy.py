@@ -159,7 +159,8 @@ def differences(policy, velocity, x, rows, weights, h):
         return (velocity(x, torch.tensor([0.8, 0.4]), rows).double() * weights).sum()
 
     with velocity.grad():
-        gradients = torch.autograd.grad(loss(), parameters)
+        # a last block may compute text that nothing reads
+        gradients = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
     generator = torch.Generator().manual_seed(11)
     pairs = []
     for _ in range(3):
@@ -347,6 +348,27 @@ def test_other_peoples_injections_and_loras_stay(model):
     assert torch.equal(euler(patched, positive, negative), before) and torch.equal(
         euler(model, positive, negative), base
     )
+
+
+def test_a_policy_learns_beside_a_lora_that_is_not_merged(model):
+    """As ComfyUI's bypass loaders put it on, in inference mode: the gradient is that beside the merged one."""
+    import comfy.sd
+
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass loaders")
+    positive, x, found = tiny.conditioning(2), tiny.latents(2), []
+    lora = new_policy(model).adapters.state_dict()
+    before = euler(model, tiny.one_prompt(positive, 0), tiny.one_prompt(positive, 0))
+    for load in (comfy.sd.load_lora_for_models, comfy.sd.load_bypass_lora_for_models):
+        with torch.inference_mode():
+            loaded = load(model, None, {key: tensor.clone() for key, tensor in lora.items()}, 1.0, 0)[0]
+            policy = new_policy(loaded, trained=False)
+            with policy.session(positive, shape=C_H_W) as velocity, velocity.grad():
+                velocity(x, 0.7, [0, 1]).square().sum().backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in policy.adapters.parameters()]))
+    merged, beside = found
+    assert merged.norm() > 1 and (merged - beside).norm() < 1e-3 * merged.norm()
+    assert torch.equal(euler(model, tiny.one_prompt(positive, 0), tiny.one_prompt(positive, 0)), before)
 
 
 def test_thawed_weights_share_the_memory(model):

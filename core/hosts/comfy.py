@@ -25,7 +25,16 @@ from ..lora.adapters import Adapters, choose_layers
 from ..model import Velocity, by_kind
 from .architectures import Architecture, architecture_of
 
+try:
+    import comfy_kitchen
+    from comfy_kitchen.backends.eager import rope as comfy_kitchen_plain
+except ImportError:  # older ComfyUI
+    comfy_kitchen = None
+
 INJECTION = "treerpo"
+FUSED = tuple(
+    f"{op}{half}{one}" for op in ("apply_rope", "rms_rope") for half in ("", "_split_half") for one in ("", "1")
+)
 WHOLE_RUN = ("outer_sample", "prepare_sampling", "sampler_sample")  # wrappers that need a KSampler's whole run
 ROWS = "treerpo_rows"  # option of an entry of Tree Prompts' CONDITIONING: the numbers of its prompts
 
@@ -70,13 +79,14 @@ class ComfyPolicy:
     def architecture(self) -> Architecture:
         return architecture_of(self.model)
 
-    def memory(self, shape, batch: int, patcher=None) -> dict[str, float]:
+    def memory(self, shape, batch: int, patcher=None, references: float = 0.0) -> dict[str, float]:
         """Bytes, estimated from shapes and not measured: `weights`; `adapters` with gradients and AdamW's two moments;
         activations of a call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while
-        `sampling` and while `learning`; and `graph`, what one latent keeps until its backward pass.
+        `sampling` and while `learning`; and `graph`, what one latent keeps until its backward pass. references: size
+        of the reference latents that go with each latent, in latents.
         """
         patcher = patcher or self.model
-        forward, one = (patcher.model.memory_required([count, *shape]) for count in (batch, 1))
+        forward, one = ((1 + references) * patcher.model.memory_required([count, *shape]) for count in (batch, 1))
         # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass;
         # checkpointed, the blocks' inputs and one whole block.
         blocks = len(_blocks(patcher.model.diffusion_model))
@@ -233,7 +243,8 @@ class ComfyVelocity(Velocity):
         """Bytes beside the weights, for ComfyUI to make room."""
         overridden = bool(self._options["transformer_options"].get("wrappers", {}).get("predict_noise"))
         passes = 2 if "negative" in self._conds and (overridden or not math.isclose(self.cfg, 1.0)) else 1
-        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher)
+        references = _references(self._patcher.model, self._conds["positive"]) / math.prod(self.shape[1:])
+        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher, references)
         return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
 
     def _inject(self, patcher) -> None:
@@ -284,7 +295,8 @@ class ComfyVelocity(Velocity):
 
     def _call(self, x: Tensor, sigma: Tensor, rows: list[int]) -> Tensor:
         conds = self._of_rows(rows)
-        with torch.inference_mode(self._inference and not torch.is_grad_enabled()):
+        fast = self._inference and not torch.is_grad_enabled()
+        with torch.inference_mode() if fast else nullcontext():  # inference_mode(False) would turn gradients on
             self._guider.conds = conds
             denoised = self._guider(x, sigma, model_options=self._options)
         return (x - denoised) / sigma.view(-1, *[1] * (x.dim() - 1))
@@ -402,6 +414,13 @@ def thaw_weights(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and not _autograd_can_save(buffer):
                 module._buffers[name] = _normal(buffer)
+        # ComfyUI's bypass loaders keep a LoRA's tensors in an object behind the layer's swapped forward
+        adapter = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
+        if isinstance(getattr(adapter, "weights", None), (tuple, list)):
+            adapter.weights = type(adapter.weights)(
+                _normal(part) if torch.is_tensor(part) and not _autograd_can_save(part) else part
+                for part in adapter.weights
+            )
 
 
 def _autograd_can_save(tensor: Tensor) -> bool:
@@ -439,6 +458,13 @@ def _select(entry: dict, index: Tensor, prompts: int) -> dict:
         constant = isinstance(cond, comfy.conds.CONDConstant)
         chosen[key] = cond if constant else cond._copy_with(_map(cond.cond, rows))
     return {**entry, "model_conds": chosen}
+
+
+def _references(model, entries: list) -> int:
+    """The most that any of these entries refers to, in latent pixels: ComfyUI's own count, but for a single latent."""
+    keys = getattr(model, "memory_usage_factor_conds", ())
+    shapes = [model.extra_conds_shapes(**entry) for entry in entries] if keys else []
+    return max((sum(math.prod(found[key][2:]) for key in keys if key in found) for found in shapes), default=0)
 
 
 def _own_input(layer, args):
@@ -487,17 +513,28 @@ def _recomputing(forward):
 def _training_kernels():
     """ComfyUI's differentiable kernels, for rollouts too, so that the first ratio is exactly 1.
 
-    Versions before 0.14 have only those.
+    Versions before 0.14 have only those. Not every network asks whether it is in training (Anima, ERNIE-Image and
+    JoyImage call fused kernels all the same): those are replaced by comfy_kitchen's own plain versions.
     """
-    management = comfy.model_management
-    if not hasattr(management, "in_training"):
+    with ExitStack() as stack:
+        if hasattr(comfy.model_management, "in_training"):
+            stack.enter_context(_set(comfy.model_management, "in_training", True))
+        for name in FUSED if comfy_kitchen is not None else ():
+            plain = getattr(comfy_kitchen_plain, name, None)
+            if plain is not None and hasattr(comfy_kitchen, name):
+                stack.enter_context(_set(comfy_kitchen, name, plain))
         yield
-        return
-    before, management.in_training = management.in_training, True
+
+
+@contextmanager
+def _set(owner, name: str, value):
+    """owner.name is value inside."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        management.in_training = before
+        setattr(owner, name, before)
 
 
 def _use_differentiable_attention(transformer_options: dict) -> None:
@@ -535,6 +572,10 @@ def _described(value) -> str:
 
 
 def refuse_other_than_flow(model) -> None:
+    """ValueError for a MODEL that cannot be trained, whatever the settings."""
+    architecture = architecture_of(model)
+    if architecture.untrainable:
+        raise ValueError(f"{architecture.name} cannot be trained here: {architecture.untrainable}.")
     sampling = model.get_model_object("model_sampling")
     other = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # begins from an image, and predicts another
     if not isinstance(sampling, comfy.model_sampling.CONST) or isinstance(sampling, other):

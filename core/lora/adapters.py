@@ -13,7 +13,7 @@ from ..patterns import search
 # Presets: a layer is adapted where the pattern is found in its name, as ComfyUI or diffusers name it. FLUX's single
 # blocks fuse attention and MLP into one layer each (linear1, linear2), so "attention" has to take them whole.
 ATTENTION = r"(attn\d*|attention)\.|single_blocks\.\d+\.linear[12]$|single_transformer_blocks\.\d+\.proj_(mlp|out)$"
-MLP = r"(blocks|layers|refiner)\.\d+\.(.+[._])?(mlp[CX]?|ff|ffn|ff_[it]|ff_context|feed_forward)\."
+MLP = r"(blocks|layers|refiner)\.\d+\.(.+[._])?(mlp(C|X|_x|_y)?|ff|ffn|ff_[it]|ff_context|feed_forward)\."
 TARGETS = {"attention": ATTENTION, "attention+mlp": f"{ATTENTION}|{MLP}", "all linear": r""}
 
 
