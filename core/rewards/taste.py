@@ -109,7 +109,7 @@ class Head:
     def said(self) -> str:
         """How well the head knows the taste, in a sentence."""
         if self.choices < FOLDS:
-            return f"{self.choices} picks: too few to know a taste."
+            return f"{self.choices} of at least {FOLDS} picks that a taste needs."
         known = f"{self.choices} picks; it would have made {self.agreement:.0%} of those it has not seen"
         if self.sure:
             return f"{known} (by chance {self.chance:.0%})."
