@@ -38,8 +38,8 @@ from embedded.judge import judge  # noqa: E402
 from standalone.demo import Demo  # noqa: E402
 from standalone.figures import in_turn  # noqa: E402
 
-PICTURES = 96  # held-out ones, before and after
-MARKS = (15, 30, 50, 100)  # picks after which it is looked
+PICTURES = 64  # held-out ones, before and after
+MARKS = (10, 20, 30, 50, 100)  # picks after which it is looked
 SETTLE = 30
 CLEAR = 0.01  # of utility; less is a tie
 
@@ -105,8 +105,20 @@ class Session:
             "wins": float(((gain > CLEAR).float() + 0.5 * (gain.abs() <= CLEAR).float()).mean()),
             "utility": [float(first.mean()), float(last.mean())],
             "quality": [float(one.mean()) for one in quality],
+            "quality_of_its_styles": float((quality[1] - expected(self.before, now)).mean()),
             "changed": float((now - self.before).abs().mean()),
         }
+
+
+def expected(before, now) -> torch.Tensor:
+    """How well the base model draws the styles that pictures [B, 64, 64, 3] have (faces worse than others): least
+    squares over its own pictures.
+    """
+    styles = [
+        torch.stack([*(found[name].float() for name in shapes.STYLES), torch.ones(len(found["quality"]))], 1)
+        for found in (judge(before), judge(now))
+    ]
+    return styles[1] @ torch.linalg.lstsq(styles[0], judge(before)["quality"][:, None]).solution[:, 0]
 
 
 def teach(options, seed: int) -> dict:
@@ -137,11 +149,16 @@ def table(rows: list[dict]) -> None:
         looks = [row["looks"][name] for row in rows if name in row["looks"]]
         wins = [look["wins"] for look in looks]
         error = 1.96 * statistics.stdev(wins) / math.sqrt(len(wins)) if len(wins) > 1 else math.nan
-        change = [look["quality"][1] - look["quality"][0] for look in looks]
-        spread = 1.96 * statistics.stdev(change) / math.sqrt(len(change)) if len(change) > 1 else math.nan
+        change, own = (
+            f"{statistics.mean(values):+.3f} ± {1.96 * statistics.pstdev(values) / math.sqrt(len(values)):.3f}"
+            for values in (
+                [look["quality"][1] - look["quality"][0] for look in looks],
+                [look["quality_of_its_styles"] for look in looks],
+            )
+        )
         print(
-            f"{name:>22} picks: wins {statistics.mean(wins):.3f} ± {error:.3f}   quality {statistics.mean(change):+.3f}"
-            f" ± {spread:.3f}   {len(looks)} users"
+            f"{name:>22} picks: wins {statistics.mean(wins):.3f} ± {error:.3f}   quality {change}, "
+            f"beside the base's in the same styles {own}   {len(looks)} users"
         )
     print(f"median seconds from one question to the next: {statistics.median(row['median_wait'] for row in rows):.2f}")
 

@@ -29,6 +29,7 @@ FILE = "taste.safetensors"
 WIDTHS = (1.0, 4.0, 16.0, 64.0)  # prior variances of the weights that are tried
 MOST_AXES = 128  # principal axes of the features that are kept
 REFERENCES = 64  # pictures that a new one is compared with
+CEILING = 0.9  # quantile of the favourites' utilities that no picture counts for more than
 FOLDS = 5
 ALSO_WIDTH, ALSO_PRIOR = (
     0.5,
@@ -68,6 +69,7 @@ class Head:
     weights: Tensor  # [r] mean of the posterior
     covariance: Tensor  # [r, r]
     references: Tensor  # [m, r] pictures that were shown
+    ceiling: float  # utility of the better favourites
     width: float  # the prior's variance
     choices: int
     agreement: float  # share of picks that heads fitted without them would have made, NaN below FOLDS picks
@@ -90,11 +92,14 @@ class Head:
     def wins(self, x: Tensor) -> Tensor:
         """[B, D + 1] -> [B] in 0..1: how likely it is preferred to the pictures shown so far, on average.
 
-        Averaged over the posterior (MacKay's probit approximation), so what is unknown counts as even.
+        Averaged over the posterior (MacKay's probit approximation), so what is unknown counts as even. No picture
+        counts for more than the favourites did (`ceiling`): beyond what was shown a linear head knows nothing.
         """
-        differ = self.place(x)[:, None] - self.references[None]
+        placed = self.place(x)
+        differ = placed[:, None] - self.references[None]
         variance = ((differ @ self.covariance) * differ).sum(-1)
-        return torch.sigmoid(differ @ self.weights / (1 + math.pi * variance / 8).sqrt()).mean(1).float()
+        better = (placed @ self.weights).clamp(max=self.ceiling)[:, None] - (self.references @ self.weights)[None]
+        return torch.sigmoid(better / (1 + math.pi * variance / 8).sqrt()).mean(1).float()
 
     def informative(self, x: Tensor, sets: Tensor, generator: torch.Generator, draws: int = 64) -> Tensor:
         """Bits that the pick among each set of pictures is expected to tell about the weights (BALD, Houlsby et al.
@@ -133,7 +138,7 @@ def fit(choices: list[Choice], width: float | None = None) -> Head:
     axes = axes[sizes > 1e-6 * sizes[0]][:MOST_AXES].T
     rank = axes.shape[1] + 1
     head = Head(
-        centre, scale, axes, (mean, spread), torch.zeros(rank), torch.eye(rank), torch.zeros(0, rank), 0.0,
+        centre, scale, axes, (mean, spread), torch.zeros(rank), torch.eye(rank), torch.zeros(0, rank), math.inf, 0.0,
         len(choices), math.nan, sum(1 / len(choice.x) for choice in choices) / len(choices),
     )  # fmt: skip
     placed, there = padded([head.place(choice.x) for choice in choices])
@@ -144,6 +149,7 @@ def fit(choices: list[Choice], width: float | None = None) -> Head:
     else:
         head.width = width or WIDTHS[1]
     head.weights, head.covariance = posterior(placed, there, head.width)
+    head.ceiling = float((placed[:, 0] @ head.weights).quantile(CEILING))
     shown = placed[there]
     head.references = shown[torch.linspace(0, len(shown) - 1, min(REFERENCES, len(shown))).round().long()]
     return head
@@ -286,7 +292,9 @@ def save(head: Head, path: Path, features: Features, ids: list[str]) -> None:
 
     tensors = {"centre": head.centre, "axes": head.axes, "weights": head.weights, "covariance": head.covariance,
                "references": head.references}  # fmt: skip
-    numbers = {key: getattr(head, key) for key in ("scale", "extra", "width", "choices", "agreement", "chance")}
+    numbers = {
+        key: getattr(head, key) for key in ("scale", "extra", "ceiling", "width", "choices", "agreement", "chance")
+    }
     metadata = {"format": "treerpo taste 1", "features": features.name, "head": json.dumps(numbers),
                 "picks": json.dumps(ids)}  # fmt: skip
     write_atomically(path, packed({key: value.contiguous() for key, value in tensors.items()}, metadata=metadata))
