@@ -788,6 +788,9 @@ def test_http_live_is_answered_by_a_post_and_a_reloaded_page_sees_the_question(c
         "seconds_left",
         "live",
         "iteration",
+        "counted",
+        "undo",
+        "note",
     } == question.keys()
     assert (
         question["group"],
@@ -885,3 +888,20 @@ def test_http_trainer_with_a_person(comfyui_server, client):
         row["rewards/person/mean"] == pytest.approx(0, abs=1e-5) and row["grad_norm"] > 0
         for row in rows(comfyui_server, "person")
     )
+
+
+def test_http_teach_my_taste(comfyui_server, client):
+    graph = run.load_graph(ROOT / "workflows/api/teach_my_taste.json")
+    settings = {"lora_name": "taught", "questions": 3, "settle": 0, "prompts": TRAIN.splitlines()[0]}
+    for field, value in settings.items():
+        run.set_input(graph, "Teach", field, value)
+    with Answering(lambda: questions(client), lambda *answer: post(client, *answer)) as person:
+        outputs = run.Client(comfyui_server.url).run(graph)
+    assert [(question["counted"], question["group"], question["undo"]) for question in person.asked] == [
+        ("question", 1, False),
+        ("question", 2, True),
+        ("question", 3, True),
+    ]
+    assert "3 of at least 5 picks" in "".join(outputs[run.find_node(graph, "Teach")]["text"])
+    assert len(rows(comfyui_server, "taught")) == 3, "as long as the taste is not known, every iteration asks"
+    assert (comfyui_server.base / "models/loras/taught.safetensors").is_file()

@@ -153,13 +153,11 @@ class Picks:
 
         Raises OSError or ValueError where the sheet is gone or damaged.
         """
-        from PIL import Image
+        from ..pictures.reading import read_picture  # Pillow, which only this needs
 
         sheet, count = row["sheet"], row["count"]
         (wide, high), (right, down), margin = sheet["image"], sheet["step"], sheet["margin"]
-        with Image.open(self.folder / "picks" / Path(sheet["file"]).name) as picture:
-            data = bytearray(picture.convert("RGB").tobytes())
-            pixels = torch.frombuffer(data, dtype=torch.uint8).view(picture.height, picture.width, 3).float() / 255
+        pixels = read_picture(self.folder / "picks" / Path(sheet["file"]).name)
         places = [(margin + i % sheet["columns"] * right, margin + i // sheet["columns"] * down) for i in range(count)]
         return torch.stack([pixels[y : y + high, x : x + wide] for x, y in places])
 
