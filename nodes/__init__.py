@@ -2,6 +2,7 @@
 
 from .preflight import PreflightNode
 from .pick import HumanRewardNode, PickWinnerNode
+from .ocr import OcrNode
 from .policy import PolicyNode, TinyModelNode
 from .prompts import PromptListNode, PromptsNode
 from .reward import CombineRewardsNode, ImageFolderNode, ScoreImagesNode
@@ -40,6 +41,7 @@ NODES = [
     PickScoreNode,
     ClipScoreNode,
     AestheticNode,
+    OcrNode,
     ImageSimilarityNode,
     ImageMeasureNode,
     ServerRewardNode,

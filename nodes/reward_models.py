@@ -110,17 +110,22 @@ def weight_files(official: Official, needed: bool = True) -> list[str]:
     """Files to choose from, as folder/name: the official one first, even when it is missing, then those whose names
     fit.
     """
-    found = {
+    found = files_ending(ENDINGS)
+    first = f"rewards/{official.file}"
+    fitting = sorted(file for file in found if any(hint in file.lower() for hint in official.hints))
+    return list(dict.fromkeys([*([first] if needed else []), *fitting, *sorted(found)]))
+
+
+def files_ending(endings: tuple[str, ...]) -> set[str]:
+    """All such files in the folders, as folder/name."""
+    return {
         f"{name}/{file}".replace("\\", "/")
         for name, places in folders().items()
         for place in places
         if place.is_dir()
         for file in folder_paths.recursive_search(str(place))[0]
-        if file.endswith(ENDINGS)
+        if file.endswith(endings)
     }
-    first = f"rewards/{official.file}"
-    fitting = sorted(file for file in found if any(hint in file.lower() for hint in official.hints))
-    return list(dict.fromkeys([*([first] if needed else []), *fitting, *sorted(found)]))
 
 
 def weight_path(choice: str) -> Path | None:

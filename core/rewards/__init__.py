@@ -13,19 +13,19 @@ import torch
 
 from .contract import Reward
 
-KINDS = ("image_reward", "hps_v2", "pickscore", "clipscore", "aesthetic", "measure", "drawing", "server")
+KINDS = ("image_reward", "hps_v2", "pickscore", "clipscore", "aesthetic", "ocr", "measure", "drawing", "server")
 
 
 def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | None = None, **options) -> Reward:
     """A reward model of this kind, one of KINDS.
 
     path: the weights' file or its folder; for "measure" what to measure; for "server" the address; for "drawing"
-    embedded/critic or embedded/judge.
+    embedded/critic or embedded/judge; for "ocr" a recognition model's .onnx file, or "" for rapidocr's own.
     dtype: default float16 on CUDA, float32 elsewhere. Sizes are read from the weights; heads, activation and tokenizer
     from the files beside them where there are any.
     options: `name` for all with weights; `tokenizer` (a file or folder, for weights without one beside them) for those
-    that read prompts; `clip` (weights of the image tower, or an encoder) for "aesthetic"; the fields of Measure and
-    ServerReward for these two; `wish`, `follow`, `each` or `of` for "drawing" (see drawing.load). Raises ValueError
+    that read prompts; `clip` (weights of the image tower, or an encoder) for "aesthetic"; the fields of Measure, Ocr
+    and ServerReward for these; `wish`, `follow`, `each` or `of` for "drawing" (see drawing.load). Raises ValueError
     with one sentence when the file is missing, damaged, not weights, or another model's.
     """
     if kind == "measure":
@@ -36,6 +36,10 @@ def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | No
         from .server import ServerReward
 
         return ServerReward(str(path), **options)
+    if kind == "ocr":
+        from .ocr import Ocr
+
+        return Ocr(recognition=path, device=device, **options)
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of reward '{kind}': choose one of {', '.join(KINDS)}.")
     # what is loaded inside a ComfyUI node could never have gradients

@@ -19,5 +19,8 @@ class Reward(Protocol):
     )
     patcher: object = None  # ComfyUI's ModelPatcher of its weights; None = it has none
 
+    def refuse(self, prompts: list[str]) -> None:
+        """ValueError in one sentence for a prompt it cannot score; asked before anything is sampled."""
+
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1, B prompts -> [B]; NaN = no score for this image, masked, never counted as 0."""

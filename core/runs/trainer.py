@@ -130,6 +130,9 @@ class Trainer:
         self._base: HeldOut | None = None
         if settings.evaluate_every:
             refuse_unheld(prompts)
+        refuse_prompts(reward, prompts.train)
+        for scorer in (reward, judge) if settings.evaluate_every else ():
+            refuse_prompts(scorer, prompts.held_out)
 
     def train(
         self,
@@ -372,6 +375,12 @@ def refuse_unheld(prompts: PromptList) -> None:
         raise ValueError(
             "Evaluation needs held-out prompts: raise held_out in Prompt List, or set evaluate_every to 0."
         )
+
+
+def refuse_prompts(reward, prompts: list[str]) -> None:
+    """ValueError where a reward cannot score one of the prompts."""
+    for model, _ in parts(reward) if reward is not None else ():
+        model.refuse(prompts)
 
 
 def refuse_split(
