@@ -200,6 +200,9 @@ class Managed(Reward):
             scorer.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
         )
 
+    def trial(self):
+        return self.scorer.trial()
+
     def score(self, images: torch.Tensor, prompts: list[str], differentiable: bool = False) -> torch.Tensor:
         with torch.inference_mode(False):
             comfy.model_management.load_models_gpu(

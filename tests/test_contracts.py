@@ -18,7 +18,7 @@ PLAYERS = [
     (Host, "comfy_host", "ComfyHost"),
     (Host, "diffusers_models", "DiffusersHost"),
 ]
-GIVEN = {"fingerprint", "refuse"}  # what a Protocol has an answer for itself
+GIVEN = {"fingerprint", "refuse", "trial"}  # what a Protocol has an answer for itself
 REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "human.HumanReward",
            "image_reward.ImageReward", "measure.Measure", "measure.Similarity", "ocr.Ocr",
            "server.ServerReward"]  # fmt: skip

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contract import Reward
+from .contract import Reward, Trial
 
 FORMULAS = ("flow_grpo", "tmpo")
 PIP = "pip install rapidocr onnxruntime"
@@ -154,6 +154,17 @@ class Ocr(Reward):
             self._engine = reader(self.recognition, self.cuda)
             self._known = frozenset("".join(self._engine.text_rec.postprocess_op.character))
         return self._engine
+
+    def trial(self) -> Trial | None:
+        """A word, half of it covered, and the word under another prompt. None for another recognition model, which may
+        read no Latin.
+        """
+        if self.recognition is not None:
+            return None
+        from ..pictures import plot  # Pillow
+
+        word = torch.cat([plot.to_tensor(plot.word(text, 256)) for text in ("HELLO 25", "HEL")])
+        return Trial(word[[0, 1, 0]], ['"HELLO 25"', '"HELLO 25"', '"GOODBYE"'], [(0, 1), (0, 2)])
 
     def refuse(self, prompts: list[str]) -> None:
         """ValueError for a prompt without a text in quotes, or with letters the recognition model does not have."""

@@ -32,6 +32,7 @@ from ..method.rollout import grow
 from ..method.tree import Forest, TreeShape
 from ..pictures.distance import SIDE, diversity, small
 from ..rewards.combine import parts, scores
+from ..rewards.self_test import doubts
 from .evaluation import HeldOut, keep_strip
 from .health import Skips, Watch
 from .prompts import PromptList, order
@@ -128,6 +129,7 @@ class Trainer:
         self.watch = Watch.from_dict(run.extra["watch"]) if "watch" in run.extra else Watch()
         self.skips = Skips(**run.extra.get("skips", {}))
         self._base: HeldOut | None = None
+        self.doubts = ""  # of the reward models, from their self-tests
         if settings.evaluate_every:
             refuse_unheld(prompts)
         refuse_prompts(reward, prompts.train)
@@ -150,11 +152,13 @@ class Trainer:
 
     def _train(self, iterations: Callable[[], int], report: Callable[[Event], None], minutes: float) -> str:
         began = time.monotonic()
+        self.doubts = doubts(self.reward, self.judge)
         try:
             if self._due():
                 self._assess()
             while self.run.iteration < iterations():
                 event = self.step()
+                event.note = " ".join(filter(None, (event.note, self.doubts)))
                 report(event)
                 if event.message and self.settings.on_alarm == "pause":
                     self.run.extra["paused"] = True
