@@ -14,11 +14,11 @@ from .reward_models import (
     ImageRewardNode,
     ImageSimilarityNode,
     PickScoreNode,
-    ServerRewardNode,
     TinyJudgeNode,
     TinyRewardNode,
 )
 from .sample import TreeSamplerNode
+from .server_reward import ServerRewardNode
 from .save import PolicyToLoraNode, SaveTreeLoraNode
 from .shape import DepthNoiseNode, TreeShapeNode
 from .advantages import AdvantagesNode

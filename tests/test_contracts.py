@@ -20,7 +20,7 @@ PLAYERS = [
 ]
 GIVEN = {"fingerprint", "refuse", "trial"}  # what a Protocol has an answer for itself
 REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "human.HumanReward",
-           "image_reward.ImageReward", "measure.Measure", "measure.Similarity", "ocr.Ocr",
+           "image_reward.ImageReward", "judge.Judge", "measure.Measure", "measure.Similarity", "ocr.Ocr",
            "server.ServerReward"]  # fmt: skip
 
 

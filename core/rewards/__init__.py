@@ -25,14 +25,19 @@ def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | No
     from the files beside them where there are any.
     options: `name` for all with weights; `tokenizer` (a file or folder, for weights without one beside them) for those
     that read prompts; `clip` (weights of the image tower, or an encoder) for "aesthetic"; the fields of Measure, Ocr
-    and ServerReward for these; `wish`, `follow`, `each` or `of` for "drawing" (see drawing.load). Raises ValueError
-    with one sentence when the file is missing, damaged, not weights, or another model's.
+    and ServerReward for these, those of Judge for a "server" with a `preset`; `wish`, `follow`, `each` or `of` for
+    "drawing" (see drawing.load). Raises ValueError with one sentence when the file is missing, damaged, not weights,
+    or another model's.
     """
     if kind == "measure":
         from .measure import Measure
 
         return Measure(str(path) or "foreground size", **options)
     if kind == "server":
+        if options.get("preset"):
+            from .judge import Judge
+
+            return Judge(str(path), **options)
         from .server import ServerReward
 
         return ServerReward(str(path), **options)
