@@ -38,8 +38,9 @@ FOLDERS = (
     "clip",
     "LLM",
 )
-# of the weights' bytes: room for a batch's activations, on top of the weights themselves. Estimated, not measured.
-ACTIVATIONS = 0.5
+# of the weights' bytes: room for a batch's activations, on top of the weights themselves, and bytes of it at most
+# without a gradient. Estimated, not measured.
+ACTIVATIONS, MOST_ACTIVATIONS = 0.5, 2e9
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ IMAGE_REWARD = Official(
     (("zai-org/ImageReward", "med_config.json"), ("google-bert/bert-base-uncased", "vocab.txt")),
 )
 HPS = Official("HPS_v2.1_compressed.pt", "2.0 GB", "Apache-2.0", "xswu/HPSv2", "HPS_v2.1_compressed.pt", ("hps",))
+HPSV3 = Official(
+    "HPSv3/HPSv3.safetensors",
+    "16.6 GB",
+    "MIT; of Qwen2-VL-7B inside it Apache-2.0",
+    "MizzenAI/HPSv3",
+    "HPSv3.safetensors",
+    ("hpsv3",),
+)
 PICKSCORE = Official(
     "PickScore_v1/model.safetensors",
     "3.9 GB",
@@ -204,25 +213,28 @@ class Managed(Reward):
 
     def score(self, images: torch.Tensor, prompts: list[str], differentiable: bool = False) -> torch.Tensor:
         with torch.inference_mode(False):
+            room = ACTIVATIONS * self.patcher.model_size()
             comfy.model_management.load_models_gpu(
-                [self.patcher], memory_required=ACTIVATIONS * self.patcher.model_size()
+                [self.patcher], memory_required=room if differentiable else min(room, MOST_ACTIVATIONS)
             )
             if differentiable:
                 thaw_weights(self.scorer.module)
             return self.scorer.score(images, prompts, differentiable)
 
 
-def precision() -> torch.dtype:
-    """float16 on CUDA, where it was measured to be close enough; bfloat16 would cost 5 % of HPS's spread."""
-    return torch.float16 if comfy.model_management.get_torch_device().type == "cuda" else torch.float32
+def precision(half: torch.dtype = torch.float16) -> torch.dtype:
+    """float16 on CUDA, where it was measured to be close enough; bfloat16 would cost 5 % of HPSv2's spread."""
+    return half if comfy.model_management.get_torch_device().type == "cuda" else torch.float32
 
 
 def tokenizer_for(kind: str) -> Path | None:
-    """A vocabulary this machine has, for weights without one beside them: ComfyUI's own copy of CLIP's, or BERT's in
-    models/.
+    """A vocabulary this machine has, for weights without one beside them: ComfyUI's own copy of CLIP's or Qwen2's, or
+    BERT's in models/.
     """
     if kind == "image_reward":
         folder, file = Path(folder_paths.models_dir) / "bert-base-uncased", "vocab.txt"
+    elif kind == "hpsv3":
+        folder, file = Path(comfy.sd1_clip.__file__).parent / "text_encoders" / "qwen25_tokenizer", "vocab.json"
     else:
         folder, file = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer", "vocab.json"
     return folder if (folder / file).is_file() else None
@@ -234,6 +246,7 @@ class WeightsNode(io.ComfyNode):
     kind: str
     official: Official
     package = "torch"  # what it needs to be installed
+    half = torch.float16  # what it computes in on a GPU
     node: tuple[str, str, str, list[str]]  # id, display name, description, search aliases
 
     @classmethod
@@ -292,7 +305,9 @@ class WeightsNode(io.ComfyNode):
         path = find_or_fetch(file, cls.official, download)
         options = {"tokenizer": tokenizer_for(cls.kind)} if cls.kind != "hps_v2" else {}
         options["name"] = cls.shown(path)
-        return io.NodeOutput(Managed(load(cls.kind, path, "cpu", precision(), **options), (cls.kind, path, options)))
+        return io.NodeOutput(
+            Managed(load(cls.kind, path, "cpu", precision(cls.half), **options), (cls.kind, path, options))
+        )
 
     @classmethod
     def shown(cls, path: Path) -> str:
@@ -324,6 +339,17 @@ class HpsNode(WeightsNode):
     @classmethod
     def shown(cls, path):
         return "HPSv2.1" if "2.1" in path.name else "HPSv2"
+
+
+class HpsV3Node(WeightsNode):
+    kind, official, half = "hpsv3", HPSV3, torch.bfloat16  # as it was trained; float16 overflows
+    node = (
+        "TreeRPOHPSv3",
+        "HPSv3",
+        "Human Preference Score v3 (arXiv 2508.03789): a vision language model of 8 billion parameters that reads "
+        "picture and prompt. Usual values: about 0 to 15. Needs 17 GB on the GPU.",
+        ["hps", "human preference", "qwen"],
+    )
 
 
 class PickScoreNode(WeightsNode):

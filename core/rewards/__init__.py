@@ -13,7 +13,18 @@ import torch
 
 from .contract import Reward
 
-KINDS = ("image_reward", "hps_v2", "pickscore", "clipscore", "aesthetic", "ocr", "measure", "drawing", "server")
+KINDS = (
+    "image_reward",
+    "hps_v2",
+    "pickscore",
+    "clipscore",
+    "aesthetic",
+    "hpsv3",
+    "ocr",
+    "measure",
+    "drawing",
+    "server",
+)
 
 
 def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | None = None, **options) -> Reward:
@@ -21,8 +32,8 @@ def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | No
 
     path: the weights' file or its folder; for "measure" what to measure; for "server" the address; for "drawing"
     embedded/critic or embedded/judge; for "ocr" a recognition model's .onnx file, or "" for rapidocr's own.
-    dtype: default float16 on CUDA, float32 elsewhere. Sizes are read from the weights; heads, activation and tokenizer
-    from the files beside them where there are any.
+    dtype: default float16 on CUDA (bfloat16 for "hpsv3"), float32 elsewhere. Sizes are read from the weights; heads,
+    activation and tokenizer from the files beside them where there are any.
     options: `name` for all with weights; `tokenizer` (a file or folder, for weights without one beside them) for those
     that read prompts; `clip` (weights of the image tower, or an encoder) for "aesthetic"; the fields of Measure, Ocr
     and ServerReward for these, those of Judge for a "server" with a `preset`; `wish`, `follow`, `each` or `of` for
@@ -53,6 +64,10 @@ def load(kind: str, path: str | Path = "", device="cpu", dtype: torch.dtype | No
             from . import image_reward
 
             return image_reward.load(Path(path), device, dtype, **options)
+        if kind == "hpsv3":
+            from . import hpsv3
+
+            return hpsv3.load(Path(path), device, dtype, **options)
         if kind == "drawing":
             from . import drawing
 
