@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-
 # packages that hpsv3 imports for training and plots
 UNUSED_BY_HPSV3 = (
     "matplotlib", "matplotlib.pyplot", "matplotlib.patches", "torch.utils.tensorboard", "pandas", "datasets", "peft",
