@@ -101,6 +101,22 @@ def test_the_trainer_refuses_a_prompt_before_it_samples(reward, graph):
     assert policy.run.iteration == 0 and not policy.run.metrics
 
 
+def test_the_trainer_learns_from_it(reward, graph):
+    """The tiny SD3 draws circles and crosses, which can be read as letters."""
+    made = graph.call("OCR", formula="flow_grpo", capitals=False)[0]
+    made._engine, made._known, made.tried = reward._engine, reward._known, ""
+    policy = graph.policy()
+    graph.train(
+        policy,
+        1,
+        text='a red circle on a white background "O"\na red cross on a white background "+"',
+        reward=made,
+        shape=graph.shape(branching=2, depth=1),
+    )
+    [row] = policy.run.metrics
+    assert 0 <= row["reward"] <= 1 and row["forwards"] > 0 and policy.run.iteration == 1
+
+
 @pytest.fixture
 def graph(pack, tmp_path):
     return Graph(pack, tmp_path, "sd3")
@@ -127,7 +143,7 @@ def reward():
 def test_clean_text_is_read_exactly_and_damaged_text_scores_less(reward):
     import ocr
 
-    texts = ocr.strings(10)
+    texts = ocr.strings(8)
     prompts = [f'a sign that says "{text}"' for text in texts]
     clean, wrong = (
         torch.stack([ocr.drawn(text, i, damage) for i, text in enumerate(texts)]) for damage in ("", "wrong letter")
