@@ -152,7 +152,7 @@ class Trainer:
 
     def _train(self, iterations: Callable[[], int], report: Callable[[Event], None], minutes: float) -> str:
         began = time.monotonic()
-        self.doubts = doubts(self.reward, self.judge) if self.run.iteration < iterations else ""
+        self.doubts = doubts(self.reward, self.judge) if self.run.iteration < iterations() else ""
         try:
             if self._due():
                 self._assess()
