@@ -2,6 +2,7 @@
 
 from .preflight import PreflightNode
 from .pick import HumanRewardNode, PickWinnerNode
+from .ocr import OcrNode
 from .policy import PolicyNode, TinyModelNode
 from .prompts import PromptListNode, PromptsNode
 from .reward import CombineRewardsNode, ImageFolderNode, ScoreImagesNode
@@ -9,15 +10,16 @@ from .reward_models import (
     AestheticNode,
     ClipScoreNode,
     HpsNode,
+    HpsV3Node,
     ImageMeasureNode,
     ImageRewardNode,
     ImageSimilarityNode,
     PickScoreNode,
-    ServerRewardNode,
     TinyJudgeNode,
     TinyRewardNode,
 )
 from .sample import TreeSamplerNode
+from .server_reward import ServerRewardNode
 from .save import PolicyToLoraNode, SaveTreeLoraNode
 from .shape import DepthNoiseNode, TreeShapeNode
 from .advantages import AdvantagesNode
@@ -37,9 +39,11 @@ NODES = [
     TreeSamplerNode,
     ImageRewardNode,
     HpsNode,
+    HpsV3Node,
     PickScoreNode,
     ClipScoreNode,
     AestheticNode,
+    OcrNode,
     ImageSimilarityNode,
     ImageMeasureNode,
     ServerRewardNode,

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from ..core.hosts.comfy_host import start_latent
 from ..core.method.tree import TreeShape as Shape
 from ..core.model import DECODED_AT_ONCE
+from .reward_models import ACTIVATIONS, MOST_ACTIVATIONS
 from .schema import PolicySocket, RewardSocket, ShapeSocket, expert, micro_batch_input, schema
 
 GB = 1e9
@@ -120,7 +121,9 @@ def report(
         needs["decoding"] = vae.patcher.model_size() + vae.memory_used_decode(decoded, vae.vae_dtype)
     scorers = models(reward)
     if scorers:
-        needs["scoring"] = max(1.5 * model.model_size() for model in scorers)
+        needs["scoring"] = max(
+            model.model_size() + min(ACTIVATIONS * model.model_size(), MOST_ACTIVATIONS) for model in scorers
+        )
     lines = [
         f"Model {base['weights'] / GB:.1f} GB, LoRA with optimizer {base['adapters'] / GB:.2f} GB; {device} has "
         f"{room / GB:.1f} GB.",

@@ -12,6 +12,7 @@ from ..core.method.advantage import group_z, total_reward
 from ..core.pictures import plot
 from ..core.pictures.reading import pictures_in, read_picture
 from ..core.rewards.combine import Scores, combine, scores
+from ..core.rewards.self_test import doubts
 from ..core.runs.prompts import PromptText, note_on, share
 from .schema import RewardSocket, ScoresSocket, expert, growing, grown, schema
 
@@ -219,6 +220,7 @@ class ScoreImagesNode(io.ComfyNode):
             every = [image.clone() for batch in images for image in batch]
             stacked = torch.stack(every) if len({image.shape for image in every}) == 1 else every
             per_image = share(prompts, [len(batch) for batch in images])
+            warning = doubts(reward)
             found = scores(reward, stacked, per_image)
         total = total_reward(found.values, found.weights)
         order = ranking(found, total, per_image)
@@ -226,7 +228,7 @@ class ScoreImagesNode(io.ComfyNode):
         text = table(found.values, per_image, labels)
         sheet = plot.to_tensor(plot.score_sheet(every, total, per_image, reward.name, labels=labels))
         best = [every[i][None] for group in order for i in group[: best_n[0]]]
-        shown = "\n".join(filter(None, [note_on(prompts), text]))
+        shown = "\n".join(filter(None, [note_on(prompts), warning, text]))
         return io.NodeOutput(
             Scored(found.values, found.weights, found.raw, per_image, stacked),
             text,

@@ -21,7 +21,6 @@ from ..core.rewards.contract import Reward
 from ..core.rewards.drawing import ANY, EACH, JUDGE, RULES
 from ..core.rewards.files import ENDINGS
 from ..core.rewards.measure import KINDS, Measure
-from ..core.rewards.server import DEFAULT_INSTRUCTION, DEFAULT_PATTERN, ServerReward
 from ..embedded.shapes import STYLES
 from .schema import RewardSocket, expert, schema
 
@@ -39,8 +38,9 @@ FOLDERS = (
     "clip",
     "LLM",
 )
-# of the weights' bytes: room for a batch's activations, on top of the weights themselves. Estimated, not measured.
-ACTIVATIONS = 0.5
+# of the weights' bytes: room for a batch's activations, on top of the weights themselves, and bytes of it at most
+# without a gradient. Estimated, not measured.
+ACTIVATIONS, MOST_ACTIVATIONS = 0.5, 2e9
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,14 @@ IMAGE_REWARD = Official(
     (("zai-org/ImageReward", "med_config.json"), ("google-bert/bert-base-uncased", "vocab.txt")),
 )
 HPS = Official("HPS_v2.1_compressed.pt", "2.0 GB", "Apache-2.0", "xswu/HPSv2", "HPS_v2.1_compressed.pt", ("hps",))
+HPSV3 = Official(
+    "HPSv3/HPSv3.safetensors",
+    "16.6 GB",
+    "MIT; of Qwen2-VL-7B inside it Apache-2.0",
+    "MizzenAI/HPSv3",
+    "HPSv3.safetensors",
+    ("hpsv3",),
+)
 PICKSCORE = Official(
     "PickScore_v1/model.safetensors",
     "3.9 GB",
@@ -110,17 +118,22 @@ def weight_files(official: Official, needed: bool = True) -> list[str]:
     """Files to choose from, as folder/name: the official one first, even when it is missing, then those whose names
     fit.
     """
-    found = {
+    found = files_ending(ENDINGS)
+    first = f"rewards/{official.file}"
+    fitting = sorted(file for file in found if any(hint in file.lower() for hint in official.hints))
+    return list(dict.fromkeys([*([first] if needed else []), *fitting, *sorted(found)]))
+
+
+def files_ending(endings: tuple[str, ...]) -> set[str]:
+    """All such files in the folders, as folder/name."""
+    return {
         f"{name}/{file}".replace("\\", "/")
         for name, places in folders().items()
         for place in places
         if place.is_dir()
         for file in folder_paths.recursive_search(str(place))[0]
-        if file.endswith(ENDINGS)
+        if file.endswith(endings)
     }
-    first = f"rewards/{official.file}"
-    fitting = sorted(file for file in found if any(hint in file.lower() for hint in official.hints))
-    return list(dict.fromkeys([*([first] if needed else []), *fitting, *sorted(found)]))
 
 
 def weight_path(choice: str) -> Path | None:
@@ -195,27 +208,33 @@ class Managed(Reward):
             scorer.module, load_device=device, offload_device=comfy.model_management.unet_offload_device()
         )
 
+    def trial(self):
+        return self.scorer.trial()
+
     def score(self, images: torch.Tensor, prompts: list[str], differentiable: bool = False) -> torch.Tensor:
         with torch.inference_mode(False):
+            room = ACTIVATIONS * self.patcher.model_size()
             comfy.model_management.load_models_gpu(
-                [self.patcher], memory_required=ACTIVATIONS * self.patcher.model_size()
+                [self.patcher], memory_required=room if differentiable else min(room, MOST_ACTIVATIONS)
             )
             if differentiable:
                 thaw_weights(self.scorer.module)
             return self.scorer.score(images, prompts, differentiable)
 
 
-def precision() -> torch.dtype:
-    """float16 on CUDA, where it was measured to be close enough; bfloat16 would cost 5 % of HPS's spread."""
-    return torch.float16 if comfy.model_management.get_torch_device().type == "cuda" else torch.float32
+def precision(half: torch.dtype = torch.float16) -> torch.dtype:
+    """float16 on CUDA, where it was measured to be close enough; bfloat16 would cost 5 % of HPSv2's spread."""
+    return half if comfy.model_management.get_torch_device().type == "cuda" else torch.float32
 
 
 def tokenizer_for(kind: str) -> Path | None:
-    """A vocabulary this machine has, for weights without one beside them: ComfyUI's own copy of CLIP's, or BERT's in
-    models/.
+    """A vocabulary this machine has, for weights without one beside them: ComfyUI's own copy of CLIP's or Qwen2's, or
+    BERT's in models/.
     """
     if kind == "image_reward":
         folder, file = Path(folder_paths.models_dir) / "bert-base-uncased", "vocab.txt"
+    elif kind == "hpsv3":
+        folder, file = Path(comfy.sd1_clip.__file__).parent / "text_encoders" / "qwen25_tokenizer", "vocab.json"
     else:
         folder, file = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer", "vocab.json"
     return folder if (folder / file).is_file() else None
@@ -227,6 +246,7 @@ class WeightsNode(io.ComfyNode):
     kind: str
     official: Official
     package = "torch"  # what it needs to be installed
+    half = torch.float16  # what it computes in on a GPU
     node: tuple[str, str, str, list[str]]  # id, display name, description, search aliases
 
     @classmethod
@@ -285,7 +305,9 @@ class WeightsNode(io.ComfyNode):
         path = find_or_fetch(file, cls.official, download)
         options = {"tokenizer": tokenizer_for(cls.kind)} if cls.kind != "hps_v2" else {}
         options["name"] = cls.shown(path)
-        return io.NodeOutput(Managed(load(cls.kind, path, "cpu", precision(), **options), (cls.kind, path, options)))
+        return io.NodeOutput(
+            Managed(load(cls.kind, path, "cpu", precision(cls.half), **options), (cls.kind, path, options))
+        )
 
     @classmethod
     def shown(cls, path: Path) -> str:
@@ -317,6 +339,17 @@ class HpsNode(WeightsNode):
     @classmethod
     def shown(cls, path):
         return "HPSv2.1" if "2.1" in path.name else "HPSv2"
+
+
+class HpsV3Node(WeightsNode):
+    kind, official, half = "hpsv3", HPSV3, torch.bfloat16  # as it was trained; float16 overflows
+    node = (
+        "TreeRPOHPSv3",
+        "HPSv3",
+        "Human Preference Score v3 (arXiv 2508.03789): a vision language model of 8 billion parameters that reads "
+        "picture and prompt. Usual values: about 0 to 15. Needs 17 GB on the GPU.",
+        ["hps", "human preference", "qwen"],
+    )
 
 
 class PickScoreNode(WeightsNode):
@@ -554,124 +587,3 @@ def rgb(text: str) -> tuple[float, float, float]:
         return tuple(int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))
     except ValueError:
         raise ValueError(f"'{text}' is not a colour: write it as #rrggbb, such as #ff8800.") from None
-
-
-class ServerRewardNode(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            "TreeRPOServer",
-            "Server Reward",
-            description="Scores from a server that you run: any HTTP scorer, or a vision language model as judge "
-            "behind an OpenAI-compatible address. Your images and prompts are sent there when images are scored, and "
-            "nowhere else. docs/server_reward.md describes both contracts.",
-            search_aliases=["reward", "vlm judge", "http reward", "unifiedreward", "llm judge"],
-            inputs=[
-                io.String.Input(
-                    "address",
-                    default="http://127.0.0.1:8000/score",
-                    tooltip="Where the server answers, for a judge such as http://127.0.0.1:8000/v1/chat/completions.",
-                ),
-                io.Combo.Input(
-                    "protocol",
-                    options=["scores", "chat"],
-                    default="scores",
-                    tooltip="scores: images and prompts as JSON, one number per image back. chat: a vision language "
-                    "model is asked about each image.",
-                ),
-                io.String.Input("model", default="", optional=True, tooltip="chat: the model's name on the server."),
-                io.String.Input(
-                    "instruction",
-                    default=DEFAULT_INSTRUCTION,
-                    multiline=True,
-                    optional=True,
-                    tooltip="chat: what the judge is asked; {prompt} stands for the prompt.",
-                ),
-                expert(
-                    io.String.Input(
-                        "pattern",
-                        default=DEFAULT_PATTERN,
-                        optional=True,
-                        tooltip="chat: a regular expression whose group is the score in the judge's answer.",
-                    )
-                ),
-                expert(
-                    io.String.Input(
-                        "field",
-                        default="",
-                        optional=True,
-                        tooltip="scores: which list to take when the answer holds several.",
-                    )
-                ),
-                expert(
-                    io.String.Input(
-                        "key_variable",
-                        default="",
-                        optional=True,
-                        tooltip="Name of an environment variable that holds the server's API key. The key itself is "
-                        "never stored in the graph.",
-                    )
-                ),
-                expert(
-                    io.Float.Input(
-                        "timeout",
-                        default=60.0,
-                        min=1.0,
-                        max=3600.0,
-                        optional=True,
-                        tooltip="Seconds to wait for an answer.",
-                    )
-                ),
-                expert(
-                    io.Int.Input(
-                        "retries",
-                        default=3,
-                        min=0,
-                        max=20,
-                        optional=True,
-                        tooltip="How often to try again after a fault of the connection or the server. Images still "
-                        "without an answer have no score.",
-                    )
-                ),
-                expert(
-                    io.Boolean.Input(
-                        "whole_group",
-                        default=False,
-                        optional=True,
-                        tooltip="Send all images of a prompt in one request, for a server that compares them with "
-                        "each other.",
-                    )
-                ),
-            ],
-            outputs=[RewardSocket.Output(display_name="reward_model")],
-        )
-
-    @classmethod
-    def execute(
-        cls,
-        address,
-        protocol,
-        model="",
-        instruction=DEFAULT_INSTRUCTION,
-        pattern=DEFAULT_PATTERN,
-        field="",
-        key_variable="",
-        timeout=60.0,
-        retries=3,
-        whole_group=False,
-    ) -> io.NodeOutput:
-        return io.NodeOutput(
-            ServerReward(
-                address,
-                protocol,
-                timeout=timeout,
-                retries=retries,
-                field=field,
-                model=model,
-                instruction=instruction,
-                pattern=pattern,
-                key_variable=key_variable,
-                group=whole_group,
-                check=comfy.model_management.throw_exception_if_processing_interrupted,
-            )
-        )

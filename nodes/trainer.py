@@ -262,7 +262,9 @@ def train(
         trainer.progress = live.progress
         with live.to_its_end():
             ended = trainer.train(foreseen, live.report, minutes)
-        status = "; ".join([ended, *(f"changed: {change}" for change in trainer.changes)])
+        status = "; ".join(
+            [ended, *(f"changed: {change}" for change in trainer.changes), *filter(None, [trainer.doubts])]
+        )
         live.end(status, go_on)
     picture = plot.to_tensor(live.picture())
     history = "".join(json.dumps(row) + "\n" for row in run.metrics)

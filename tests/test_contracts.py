@@ -18,9 +18,10 @@ PLAYERS = [
     (Host, "comfy_host", "ComfyHost"),
     (Host, "diffusers_models", "DiffusersHost"),
 ]
-GIVEN = {"fingerprint"}  # what a Protocol has an answer for itself
-REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "human.HumanReward",
-           "image_reward.ImageReward", "measure.Measure", "measure.Similarity", "server.ServerReward"]  # fmt: skip
+GIVEN = {"fingerprint", "refuse", "trial"}  # what a Protocol has an answer for itself
+REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "hpsv3.HPSv3",
+           "human.HumanReward", "image_reward.ImageReward", "judge.Judge", "measure.Measure", "measure.Similarity",
+           "ocr.Ocr", "server.ServerReward"]  # fmt: skip
 
 
 def promised(protocol) -> dict:

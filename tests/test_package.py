@@ -20,6 +20,7 @@ MORE = {  # file: what it may import besides
     "rewards/server.py": PICTURES,
     "rewards/pixels.py": PICTURES | {"numpy"},
     "rewards/image_reward.py": {"ImageReward", "huggingface_hub"},  # when used
+    "rewards/ocr.py": {"numpy", "rapidocr", "onnxruntime"},  # the last two when used
     "rewards/clip.py": {"?"},  # open_clip or transformers, named in the sentence when it is missing
     "rewards/drawing.py": {"?"},  # embedded/, whose name depends on whether ComfyUI has loaded us
     "runs/health.py": {"scipy"},  # ComfyUI brings it

@@ -139,9 +139,9 @@ def test_no_images_give_no_scores():
 
 def test_measures_and_servers_load_by_kind():
     assert load("measure", "brightness").score(torch.ones(2, 4, 4, 3), ["", ""]).tolist() == pytest.approx([1, 1])
-    assert load("server", "http://127.0.0.1:1/score").name
+    assert load("server", "http://127.0.0.1:1/score").name and load("ocr").name == "OCR"
     models = {"image_reward", "hps_v2", "pickscore", "clipscore", "aesthetic"}
-    assert set(KINDS) == models | {"measure", "server", "drawing"}
+    assert set(KINDS) == models | {"measure", "server", "drawing", "ocr", "hpsv3"}
 
 
 def test_weights_multiply_through_nested_combinations_and_equal_names_are_numbered():

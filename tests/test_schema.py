@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 SNAPSHOT = Path(__file__).parent / "data" / "schema.json"
-FROM_DISK = {"file", "clip_file", "resume", "begin_from"}  # inputs whose options are files and runs of this machine
+FROM_DISK = {
+    "file",
+    "clip_file",
+    "recognition_file",
+    "resume",
+    "begin_from",
+}  # inputs whose options are files and runs of this machine
 HOW = (
     "If this is meant, renew the snapshot: python tests/test_schema.py --write. Node ids, inputs and outputs must not "
     "be removed or renamed; new inputs are optional and stand last."

@@ -19,6 +19,13 @@ def font(size: int):
     return ImageFont.load_default(size)
 
 
+def word(text: str, side: int) -> Image.Image:
+    """A short text in dark letters on a plain square of so many pixels."""
+    picture = Image.new("RGB", (side, side), PAPER)
+    ImageDraw.Draw(picture).text((side // 10, side // 2), text, fill=INK, font=font(side // 6), anchor="lm")
+    return picture
+
+
 def to_tensor(picture: Image.Image) -> Tensor:
     """PIL picture -> [1, H, W, 3] in 0..1."""
     raw = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)

@@ -1,8 +1,18 @@
 """What a reward is."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+
+@dataclass
+class Trial:
+    """Known pictures, their prompts, and which must score above which."""
+
+    images: Tensor  # [N, H, W, 3] in 0..1
+    prompts: list[str]  # N
+    pairs: list[tuple[int, int]]  # numbers of pictures: the first must score above the second
 
 
 class Reward(Protocol):
@@ -18,6 +28,14 @@ class Reward(Protocol):
         None  # (kind, path, options) of core.rewards.load, for run.yaml; None = no file to name
     )
     patcher: object = None  # ComfyUI's ModelPatcher of its weights; None = it has none
+    tried: str | None = None  # what its self-test said, "" = all is well; None = not tried yet
+
+    def refuse(self, prompts: list[str]) -> None:
+        """ValueError in one sentence for a prompt it cannot score; asked before anything is sampled."""
+
+    def trial(self) -> Trial | None:
+        """Known pictures it must put in the right order (self_test.py); None = nothing can be known of it."""
+        return None
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1, B prompts -> [B]; NaN = no score for this image, masked, never counted as 0."""

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Reward
+from .contract import Reward, Trial
 from .files import find, open_weights
+from .self_test import noisy, scrambled
 
 SIZE = 64  # pixels at which the network looks, whatever the picture's
 CRITIC, JUDGE = "embedded/critic", "embedded/judge"
@@ -94,6 +95,9 @@ class Drawing(Reward):
         self.critic, self.wish, self.follow, self.each = critic, wish, follow, each
         self.name = "taste and prompt" if wish and follow else "taste" if wish else "follows"
 
+    def trial(self) -> Trial:
+        return drawings(self.wish, prompts=self.follow)
+
     def wanted(self, prompt: str) -> dict[str, str]:
         """{head: value} for a prompt."""
         words = embedded("shapes").words(prompt)
@@ -122,6 +126,21 @@ class Drawing(Reward):
         return scores
 
 
+def drawings(wish: dict[str, str], prompts: bool = True, quality: bool = True) -> Trial:
+    """Two ideal drawings in the wished styles; quality: each damaged; prompts: each under the other's prompt."""
+    shapes = embedded("shapes")
+    asked = [
+        {"colour": colour, "shape": shape, "background": background} | wish
+        for colour, shape, background in (("red", "circle", "white"), ("blue", "square", "black"))
+    ]
+    texts = ["a {colour} {shape} on a {background} background".format(**one) for one in asked]
+    styles = torch.tensor([[int(wish.get(name) == second) for name, (_, second) in shapes.STYLES.items()]] * 2)
+    numbers = torch.tensor([shapes.captions().index(text) for text in texts])
+    clean = shapes.render(numbers, styles, torch.zeros(2, 2), torch.full((2,), 0.3 * SIZE)).movedim(1, -1)
+    pairs = [(0, 2), (1, 3)] * quality + [(0, 4), (1, 5)] * (prompts and texts[0] != texts[1])
+    return Trial(torch.cat([clean, scrambled(noisy(clean), 8), clean]), [*texts, *texts, *texts[::-1]], pairs)
+
+
 class Rules(Reward):
     """The judge by rules (embedded/judge.py) as a reward, in 0..1; it shares nothing with the network.
 
@@ -133,6 +152,9 @@ class Rules(Reward):
         if of not in RULES:
             raise ValueError(f"Unknown '{of}': choose one of {', '.join(RULES)}.")
         self.of, self.name, self.origin = of, f"judge: {of}", ("drawing", JUDGE, {"of": of})
+
+    def trial(self) -> Trial:
+        return drawings({}, prompts=self.of != "quality", quality=self.of != "prompt")
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1 -> [B] on the CPU; NaN for a picture that holds NaN, or whose prompt asks for nothing

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Reward
+from .contract import Reward, Trial
+from .self_test import scrambled
 
 KINDS = ("foreground size", "brightness", "contrast", "colour", "sharpness", "jpeg size", "saturation")
 OF = ("mean", "best")
@@ -119,6 +120,11 @@ class Similarity(Reward):
                 f"The reference has the shape {list(self.reference.shape)}: it must be one or more images [count, "
                 "height, width, 3]."
             )
+
+    def trial(self) -> Trial:
+        """A reference resembles the references more than it does with its parts in another order."""
+        own = self.reference[:1, ..., :3].float().cpu()
+        return Trial(torch.cat([own, scrambled(own)]), ["", ""], [(0, 1)])
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1 -> [B] on the CPU; the prompts do not matter. The references are encoded once."""

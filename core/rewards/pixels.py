@@ -37,13 +37,24 @@ def short_side(images: Tensor, size: int, rounded_crop: bool, differentiable: bo
     """Short side to `size` (bicubic), centre crop: [B, H, W, 3] in 0..1 -> [B, 3, size, size] normalised."""
     height, width = images.shape[1:3]
     new = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
-    whole = quantise(images[..., :3])
-    resized = resize_with_pillow(whole, *new)
-    if differentiable:  # Pillow's values, torch's gradient
-        near = resize_with_gradient(whole, *new)
-        resized = near + (resized.to(near) - near).detach()
+    resized = _resized(images, *new, differentiable)
     top, left = (crop_offset(length, size, rounded_crop) for length in new)
     return normalise(resized[..., top : top + size, left : left + size] / 255)
+
+
+def exactly(images: Tensor, height: int, width: int, differentiable: bool = False) -> Tensor:
+    """To this size (bicubic), whatever the proportions: [B, H, W, 3] in 0..1 -> [B, 3, height, width] normalised."""
+    return normalise(_resized(images, height, width, differentiable) / 255)
+
+
+def _resized(images: Tensor, height: int, width: int, differentiable: bool) -> Tensor:
+    """[B, H, W, 3] in 0..1 -> [B, 3, height, width] in 0..255: Pillow's values, and if need be torch's gradient."""
+    whole = quantise(images[..., :3])
+    resized = resize_with_pillow(whole, height, width)
+    if not differentiable:
+        return resized
+    near = resize_with_gradient(whole, height, width)
+    return near + (resized.to(near) - near).detach()
 
 
 def long_side(images: Tensor, size: int) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .contract import Reward
+from .contract import Reward, Trial
+from .self_test import scenes
 
 REMEMBERED = 4096  # prompts whose features are kept
 
@@ -41,6 +42,9 @@ class Scorer(Reward):
     def compare(self, pixels: Tensor, *texts: Tensor) -> Tensor:
         """Pixels [B, 3, h, w] and the rows of their prompts -> raw scores [B], in float32."""
         raise NotImplementedError
+
+    def trial(self) -> Trial:
+        return scenes(self.reads_prompts)
 
     def score(self, images: Tensor, prompts: list[str], differentiable: bool = False) -> Tensor:
         """[B, H, W, 3] in 0..1, B prompts -> [B] on the CPU; with differentiable=True the scores carry a gradient to

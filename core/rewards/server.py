@@ -8,6 +8,7 @@ import base64
 import concurrent.futures
 import dataclasses
 import email.utils
+import functools
 import http.client
 import json
 import logging
@@ -97,7 +98,7 @@ class ServerReward(Reward):
     group: bool = False  # neighbouring images of one prompt in a single request, however many
 
     def __post_init__(self):
-        self.address = _checked_address(self.address.strip(), self.protocol == "chat")
+        self.address = checked_address(self.address.strip(), self.protocol == "chat")
         for value, choices, what in (
             (self.protocol, PROTOCOLS, "protocol"),
             (self.image_format, FORMATS, "image format"),
@@ -145,55 +146,16 @@ class ServerReward(Reward):
                 f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per "
                 "image, and images [batch, height, width, 3]."
             )
-        scores, faults = torch.full((len(images),), torch.nan), {}
-        for i, answer in self._answers(images, prompts, self._key()):
-            if isinstance(answer, Fault):
-                faults[i] = answer
-            elif answer is not None:
-                scores[i] = answer
-        if faults and len(faults) == len(images):
-            raise RuntimeError(
-                f"The reward server '{self.name}' gave no score for any of {len(images)} images: {faults[min(faults)]}"
-            )
-        if faults:
-            log.warning(
-                "The reward server '%s' gave no score for %d of %d images: %s",
-                self.name,
-                len(faults),
-                len(images),
-                faults[min(faults)],
-            )
+        scores, faults, key, parts = torch.full((len(images),), torch.nan), {}, self._key(), self._parts(prompts)
+        tasks = [functools.partial(self._ask, images[part], prompts[part], key) for part in parts]
+        for part, answers in zip(parts, in_parallel(tasks, self.workers, self.check)):
+            for i, answer in _per_image(part, answers):
+                if isinstance(answer, Fault):
+                    faults[i] = answer
+                elif answer is not None:
+                    scores[i] = answer
+        tell(self.name, faults, len(images))
         return scores
-
-    def _answers(self, images: Tensor, prompts: list[str], key: str) -> list[tuple[int, float | None | Fault]]:
-        """Per image a number, None (the server has no score for it) or why there is none.
-
-        `check` runs here, in the caller's thread.
-        """
-        parts, found, stop = self._parts(prompts), [], threading.Event()
-        pool = concurrent.futures.ThreadPoolExecutor(self.workers, thread_name_prefix="reward server")
-        try:
-            self._interrupt()
-            waiting = {pool.submit(self._ask, images[part], prompts[part], key, stop): part for part in parts}
-            hopeless = 0
-            while waiting:
-                done, _ = concurrent.futures.wait(waiting, timeout=POLL, return_when=concurrent.futures.FIRST_COMPLETED)
-                self._interrupt()
-                for future in done:
-                    part, answers = waiting.pop(future), future.result()
-                    hopeless += isinstance(answers, Fault) and answers.for_all
-                    found += _per_image(part, answers)
-                finished = len(parts) - len(waiting)
-                if waiting and hopeless == finished >= ENOUGH:  # a wrong address: no need to try it with every image
-                    return found + [pair for part in waiting.values() for pair in _per_image(part, answers)]
-            return found
-        finally:
-            stop.set()  # what is on its way ends with its timeout, in its thread; nobody waits for it
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _interrupt(self) -> None:
-        if self.check is not None:
-            self.check()
 
     def _parts(self, prompts: list[str]) -> list[slice]:
         """The images of each request."""
@@ -205,47 +167,113 @@ class ServerReward(Reward):
     def _ask(
         self, images: Tensor, prompts: list[str], key: str, stop: threading.Event
     ) -> list[float | None | Fault] | Fault:
-        """One request, repeated where that may help: an answer per image, or why there is none."""
-        body = json.dumps(self._question(images, prompts)).encode()
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "TreeRPO"}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        for attempt in range(self.retries + 1):
-            try:
-                answer = _post(self.address, body, headers, self.timeout, key)
-                return (
-                    _scores(answer, len(images), self.field)
-                    if self.protocol == "scores"
-                    else _judgements(answer, len(images), self.pattern)
-                )
-            except Fault as fault:
-                last = fault
-            except RecursionError:
-                last = Fault("The server's answer is nested too deeply: this is not a reward server.", for_all=True)
-            if not last.again or attempt == self.retries or stop.wait(pause(attempt, last.wait)):
-                break
-        text = str(last) + (f" (tried {attempt + 1} times)" if attempt else "")
-        return Fault(text.replace(key, "***") if key else text, for_all=last.for_all)
+        """One request: an answer per image, or why there is none."""
+
+        def read(answer: dict) -> list[float | None | Fault]:
+            if self.protocol == "scores":
+                return _scores(answer, len(images), self.field)
+            return _judgements(answer, len(images), self.pattern)
+
+        return ask(self.address, self._question(images, prompts), read, key, self.timeout, self.retries, stop)
 
     def _question(self, images: Tensor, prompts: list[str]) -> dict:
         """The body of a request."""
-        files = [base64.b64encode(encoded(image, self.image_format.upper())).decode() for image in images]
         if self.protocol == "scores":
+            files = [base64.b64encode(encoded(image, self.image_format.upper())).decode() for image in images]
             return {"images": files, "prompts": prompts, "metadata": {}}
-        text = self.instruction.replace("{count}", str(len(files))).replace("{prompt}", prompts[0])
-        content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/{self.image_format};base64,{file}"}}
-            for file in files
-        ]
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
-            "temperature": 0,
-        }
+        text = self.instruction.replace("{count}", str(len(images))).replace("{prompt}", prompts[0])
+        return chat(self.model, images, text, self.image_format)
 
     def _key(self) -> str:
         """The API key. It is read when it is needed and never kept."""
         return key_for(self.address, self.key_variable)
+
+
+def tell(name: str, faults: dict[int, Fault], images: int) -> None:
+    """One line of the log for images without a score; RuntimeError where none has one."""
+    if not faults:
+        return
+    why = faults[min(faults)]
+    if len(faults) == images:
+        raise RuntimeError(f"The reward server '{name}' gave no score for any of {images} images: {why}")
+    log.warning("The reward server '%s' gave no score for %d of %d images: %s", name, len(faults), images, why)
+
+
+def in_parallel(tasks: list[Callable[[threading.Event], object]], workers: int, check) -> list:
+    """What each task answers, in their order; `workers` at a time, each given an event that tells it to stop.
+
+    check: runs in the caller's thread while they work, may raise; None = nothing. When the first ENOUGH that end all
+    fail in a way that would be the same for every other, the rest is not tried and fails likewise.
+    """
+    check, stop, answers = check or (lambda: None), threading.Event(), [None] * len(tasks)
+    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="reward server")
+    try:
+        check()
+        waiting, hopeless = {pool.submit(task, stop): number for number, task in enumerate(tasks)}, 0
+        while waiting:
+            done, _ = concurrent.futures.wait(waiting, timeout=POLL, return_when=concurrent.futures.FIRST_COMPLETED)
+            check()
+            for future in done:
+                number = waiting.pop(future)
+                answers[number] = last = future.result()
+                hopeless += isinstance(last, Fault) and last.for_all
+            if waiting and hopeless == len(tasks) - len(waiting) >= ENOUGH:  # a wrong address
+                for number in waiting.values():
+                    answers[number] = last
+                break
+        return answers
+    finally:
+        stop.set()  # what is on its way ends with its timeout, in its thread; nobody waits for it
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ask(address: str, question: dict, read: Callable, key: str, timeout: float, retries: int, stop: threading.Event):
+    """What `read` makes of the server's answer to one question, or the Fault; repeated where that may help."""
+    body = json.dumps(question).encode()
+    headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "TreeRPO"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    for attempt in range(retries + 1):
+        try:
+            return read(_post(address, body, headers, timeout, key))
+        except Fault as fault:
+            last = fault
+        except RecursionError:
+            last = Fault("The server's answer is nested too deeply: this is not a reward server.", for_all=True)
+        if not last.again or attempt == retries or stop.wait(pause(attempt, last.wait)):
+            break
+    text = str(last) + (f" (tried {attempt + 1} times)" if attempt else "")
+    return Fault(text.replace(key, "***") if key else text, for_all=last.for_all)
+
+
+def chat(model: str, images: Tensor, text: str, image_format: str) -> dict:
+    """The body of a chat completion's request: the images, then the text."""
+    files = [base64.b64encode(encoded(image, image_format.upper())).decode() for image in images]
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/{image_format};base64,{file}"}} for file in files
+    ]
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
+        "temperature": 0,
+    }
+
+
+def answer_text(answer: dict) -> str:
+    """The text of a chat completion. Raises Fault."""
+    try:
+        text = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise Fault(
+            "The server's answer is not a chat completion: for one, the address ends in /v1/chat/completions.",
+            for_all=True,
+        ) from None
+    if isinstance(text, list):
+        parts = [part.get("text") for part in text if isinstance(part, dict)]
+        text = "".join(part for part in parts if isinstance(part, str))
+    if not isinstance(text or "", str):
+        raise Fault(f"The judge's answer is {trimmed(json.dumps(text), 40)}, which is no text.")
+    return text or ""
 
 
 def _per_image(part: slice, answers: list[float | None | Fault] | Fault) -> list[tuple[int, float | None | Fault]]:
@@ -253,7 +281,7 @@ def _per_image(part: slice, answers: list[float | None | Fault] | Fault) -> list
     return [(i, answers) for i in numbers] if isinstance(answers, Fault) else list(zip(numbers, answers))
 
 
-def _checked_address(address: str, chat: bool) -> str:
+def checked_address(address: str, chat: bool) -> str:
     """The address requests go to. Raises ValueError for anything but plain http and https."""
     try:
         parts = urllib.parse.urlsplit(address)
@@ -325,10 +353,10 @@ def _post(address: str, body: bytes, headers: dict[str, str], timeout: float, ke
         answer = json.loads(raw)
     except (ValueError, RecursionError):
         raise Fault(
-            f"{where} answered with {_trimmed(raw)}, which is not JSON: check the address.", for_all=True
+            f"{where} answered with {trimmed(raw)}, which is not JSON: check the address.", for_all=True
         ) from None
     if not isinstance(answer, dict):
-        raise Fault(f"{where} answered with {_trimmed(raw)}, which is not a JSON object.")
+        raise Fault(f"{where} answered with {trimmed(raw)}, which is not a JSON object.")
     if answer.get("error"):
         raise Fault(f"{where} reports an error: {_message(answer, raw)}")
     return answer
@@ -356,7 +384,7 @@ def _broken(error, where: str) -> Fault:
         return Fault(f"The connection to {where} broke in the middle of the answer.", again=True, for_all=True)
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return Fault(
-        f"{where} cannot be reached ({_trimmed(reason)}): check that the server runs.", again=True, for_all=True
+        f"{where} cannot be reached ({trimmed(reason)}): check that the server runs.", again=True, for_all=True
     )
 
 
@@ -364,12 +392,12 @@ def _refusal(response, raw: bytes, where: str) -> Fault:
     """An answer whose status is not success."""
     status = (
         f"{where} answered {response.status} "
-        f"({_trimmed(response.reason or http.client.responses.get(response.status, ''))})"
+        f"({trimmed(response.reason or http.client.responses.get(response.status, ''))})"
     )
     if 300 <= response.status < 400:
         target = _shown(urllib.parse.urljoin(where, response.headers.get("Location", "")))
         return Fault(
-            f"{status}: redirects are not followed; if you trust {_trimmed(target)}, make it the address.", for_all=True
+            f"{status}: redirects are not followed; if you trust {trimmed(target)}, make it the address.", for_all=True
         )
     again = response.status in (408, 429) or response.status >= 500
     try:
@@ -403,11 +431,11 @@ def _message(answer, raw: bytes) -> str:
     for name in ("error", "detail", "message"):
         if isinstance(answer, dict) and answer.get(name):
             found = answer[name]
-            return _trimmed(found.get("message") or found if isinstance(found, dict) else found)
-    return _trimmed(raw)
+            return trimmed(found.get("message") or found if isinstance(found, dict) else found)
+    return trimmed(raw)
 
 
-def _trimmed(text, length: int = 200) -> str:
+def trimmed(text, length: int = 200) -> str:
     """One short line, whatever the server sent."""
     text = text[:20000].decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
     if re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):
@@ -424,12 +452,12 @@ def _scores(answer: dict, count: int, field: str) -> list[float | None | Fault]:
         names = ", ".join(sorted(map(str, found)))
         if not field and len(found) != 1:
             raise Fault(
-                f"The server gives several scores ({_trimmed(names)}): write the name of one into 'field'.",
+                f"The server gives several scores ({trimmed(names)}): write the name of one into 'field'.",
                 for_all=True,
             )
         found = found.get(field) if field else next(iter(found.values()))
         if found is None:
-            raise Fault(f"The server gives no score '{field}', only {_trimmed(names)}: correct 'field'.", for_all=True)
+            raise Fault(f"The server gives no score '{field}', only {trimmed(names)}: correct 'field'.", for_all=True)
     elif field and isinstance(found, list):
         raise Fault(
             f"The server gives one list of scores without names: leave 'field' empty instead of '{field}'.",
@@ -449,24 +477,13 @@ def _judgements(answer: dict, count: int, pattern: str) -> list[float | Fault]:
     """A chat completion -> a score per image: the pattern's last match for one image, exactly `count` matches for
     several.
     """
+    text = answer_text(answer)
     try:
-        text = answer["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise Fault(
-            "The server's answer is not a chat completion: for one, the address ends in /v1/chat/completions.",
-            for_all=True,
-        ) from None
-    if isinstance(text, list):
-        parts = [part.get("text") for part in text if isinstance(part, dict)]
-        text = "".join(part for part in parts if isinstance(part, str))
-    if not isinstance(text or "", str):
-        raise Fault(f"The judge's answer is {_trimmed(json.dumps(text), 40)}, which is no text.")
-    try:
-        _, (found,) = search(pattern, [text or ""], count)
+        _, (found,) = search(pattern, [text], count)
     except ValueError as error:
         raise Fault(f"The pattern for the score cannot be used with the judge's answer ({error}).") from None
     if not found.count:
-        raise Fault(f"The pattern for the score does not occur in the judge's answer: …{_trimmed((text or '')[-200:])}")
+        raise Fault(f"The pattern for the score does not occur in the judge's answer: …{trimmed(text[-200:])}")
     if count > 1 and found.count != count:
         raise Fault(
             f"The judge gave {found.count} scores for {count} images: the instruction must ask for one per image."
@@ -481,9 +498,9 @@ def _number(value, text: bool = False) -> float | Fault:
             raise ValueError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        return Fault(f"the server's score {_trimmed(json.dumps(value), 40)} is not a number.")
+        return Fault(f"the server's score {trimmed(json.dumps(value), 40)} is not a number.")
     return (
         number
         if abs(number) <= torch.finfo(torch.float32).max
-        else Fault(f"the server's score {_trimmed(value, 40)} is not finite.")
+        else Fault(f"the server's score {trimmed(value, 40)} is not finite.")
     )

@@ -79,7 +79,7 @@ class SamplingConfig:
 class RewardConfig:
     """One reward model."""
 
-    kind: str = ""  # image_reward | hps_v2 | pickscore | clipscore | aesthetic | measure | drawing | server
+    kind: str = ""  # image_reward, hps_v2, hpsv3, pickscore, clipscore, aesthetic, ocr, measure, drawing or server
     path: str = ""  # weights; for measure what is measured; for drawing embedded/critic; for server the address
     weight: float = 1.0  # how much it counts; below 0 = the less, the better
     device: str = ""  # where it runs, such as cuda:1 or cpu; empty = the process's own

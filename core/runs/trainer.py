@@ -32,6 +32,7 @@ from ..method.rollout import grow
 from ..method.tree import Forest, TreeShape
 from ..pictures.distance import SIDE, diversity, small
 from ..rewards.combine import parts, scores
+from ..rewards.self_test import doubts
 from .evaluation import HeldOut, keep_strip
 from .health import Skips, Watch
 from .prompts import PromptList, order
@@ -128,8 +129,12 @@ class Trainer:
         self.watch = Watch.from_dict(run.extra["watch"]) if "watch" in run.extra else Watch()
         self.skips = Skips(**run.extra.get("skips", {}))
         self._base: HeldOut | None = None
+        self.doubts = ""  # of the reward models, from their self-tests
         if settings.evaluate_every:
             refuse_unheld(prompts)
+        refuse_prompts(reward, prompts.train)
+        for scorer in (reward, judge) if settings.evaluate_every else ():
+            refuse_prompts(scorer, prompts.held_out)
 
     def train(
         self,
@@ -147,11 +152,13 @@ class Trainer:
 
     def _train(self, iterations: Callable[[], int], report: Callable[[Event], None], minutes: float) -> str:
         began = time.monotonic()
+        self.doubts = doubts(self.reward, self.judge) if self.run.iteration < iterations() else ""
         try:
             if self._due():
                 self._assess()
             while self.run.iteration < iterations():
                 event = self.step()
+                event.note = " ".join(filter(None, (event.note, self.doubts)))
                 report(event)
                 if event.message and self.settings.on_alarm == "pause":
                     self.run.extra["paused"] = True
@@ -372,6 +379,12 @@ def refuse_unheld(prompts: PromptList) -> None:
         raise ValueError(
             "Evaluation needs held-out prompts: raise held_out in Prompt List, or set evaluate_every to 0."
         )
+
+
+def refuse_prompts(reward, prompts: list[str]) -> None:
+    """ValueError where a reward cannot score one of the prompts."""
+    for model, _ in parts(reward) if reward is not None else ():
+        model.refuse(prompts)
 
 
 def refuse_split(

@@ -1,6 +1,7 @@
 """Compute the golden scores with the official code. Run in an isolated environment (README.md), never by the tests:
 
     python make.py image_reward --out golden.json
+    python make.py hpsv3 --out golden.json
     python make.py hps_v2 clipscore_open_clip clipscore_hf pickscore aesthetic --out golden.json
 
 Kinds that are already in the file and not named stay as they are. What is replaced in the official code is only what
@@ -10,6 +11,7 @@ downloads and the sizes.
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +29,20 @@ import models
 import numpy as np
 import torch
 from PIL import Image
+
+# packages that hpsv3 imports for training and plots
+UNUSED_BY_HPSV3 = (
+    "matplotlib", "matplotlib.pyplot", "matplotlib.patches", "torch.utils.tensorboard", "pandas", "datasets", "peft",
+    "trl", "fire",
+)  # fmt: skip
+# Qwen2-VL-7B-Instruct's, for a picture and a text
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are "
+    "a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def pictures() -> list:
@@ -178,11 +194,72 @@ def pickscore(folder: Path) -> dict:
     return {"scores": by_image([(scale * column).tolist() for column in columns])}
 
 
+def hpsv3(folder: Path) -> dict:
+    """hpsv3's own inferencer, in fp32 on the CPU; replaced: the sizes of Qwen2-VL, and packages that only its training
+    needs. Every image with the prompts i, i + 7 ... of its number i: 16 x 4.
+    """
+    import transformers
+    import transformers.trainer
+    import yaml
+    from transformers import AutoProcessor, HfArgumentParser, Qwen2VLForConditionalGeneration  # noqa: F401  before those below
+
+    for name in UNUSED_BY_HPSV3:
+        sys.modules[name] = unused = types.ModuleType(name)
+        unused.__getattr__ = lambda part: None if part.startswith("__") else type(part, (), {})
+    sys.modules["trl"].get_quantization_config = sys.modules["trl"].get_kbit_device_map = lambda *options: None
+
+    file, base = models.write("hpsv3", folder), folder / "Qwen2-VL"
+    weights, texts = models.build("hpsv3")
+    base.mkdir()
+    for name, text in texts.items():
+        (base / name).write_bytes(text.encode())
+    count = len(json.loads(texts["vocab.json"]))
+    flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+    special = {str(count + i): dict(flags, content=f"<|{name}|>") for i, name in enumerate(models.QWEN2_VL)}
+    tokenizer = dict(
+        add_prefix_space=False, added_tokens_decoder=special, chat_template=CHAT_TEMPLATE, eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", tokenizer_class="Qwen2Tokenizer", bos_token=None, unk_token=None, errors="replace",
+        model_max_length=32768,
+    )  # fmt: skip
+    processor = dict(
+        min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2,
+        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
+        image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2VLProcessor",
+    )  # fmt: skip
+    for name, value in (("tokenizer_config", tokenizer), ("preprocessor_config", processor), ("chat_template", None)):
+        (base / f"{name}.json").write_text(json.dumps(value or {"chat_template": CHAT_TEMPLATE}))
+    text, vision = (weights[f"{name}.weight"].shape for name in ("model.embed_tokens", "visual.merger.ln_q"))
+    config = transformers.Qwen2VLConfig(
+        vocab_size=text[0] + 30, hidden_size=text[1], intermediate_size=2 * text[1], num_hidden_layers=2,
+        num_attention_heads=text[1] // 128, num_key_value_heads=1, tie_word_embeddings=False, rope_theta=1e6,
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), rms_norm_eps=1e-6,
+        vision_config=dict(depth=2, embed_dim=vision[0], hidden_size=text[1], num_heads=vision[0] // 80, mlp_ratio=4),
+        **{f"{name}_token_id": count + models.QWEN2_VL.index(token) for name, token in (
+            ("bos", "endoftext"), ("eos", "im_end"), ("vision_start", "vision_start"), ("vision_end", "vision_end"),
+            ("vision_token", "vision_pad"), ("image", "image_pad"), ("video", "video_pad"))},
+    )  # fmt: skip
+    transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(base)
+    settings = yaml.safe_load(
+        (Path(importlib.util.find_spec("hpsv3").origin).parent / "config/HPSv3_7B.yaml").read_text()
+    )
+    settings |= dict(model_name_or_path=str(base), bf16=False, torch_dtype="float32", output_dir=str(folder / "out"))
+    settings |= dict(disable_flash_attn2=True, report_to="none", eval_strategy="no")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    from hpsv3.inference import HPSv3RewardInferencer
+
+    official, scores = HPSv3RewardInferencer(str(folder / "tiny.yaml"), str(file), device="cpu"), []
+    with torch.no_grad():
+        for i, picture in enumerate(pictures()):
+            prompts = [inputs.PROMPTS[(i + 7 * k) % len(inputs.PROMPTS)] for k in range(4)]
+            scores.append(official.reward([picture] * 4, prompts)[:, 0].tolist())
+    return {"scores": scores}
+
+
 def versions(kind: str) -> dict[str, str]:
     """Of Python and of every package that the environment's requirements name."""
     files = sorted(
         Path(__file__).parent.glob(
-            "requirements-image-reward*.txt" if kind == "image_reward" else "requirements-clip*.txt"
+            f"requirements-{ {'image_reward': 'image-reward', 'hpsv3': 'hpsv3'}.get(kind, 'clip') }*.txt"
         )
     )
     lines = [line for file in files for line in file.read_text().splitlines()]

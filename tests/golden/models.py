@@ -21,6 +21,7 @@ FILES = {  # the official file of each kind; "aesthetic" sits on the CLIP of "cl
     "clipscore_hf": "model.safetensors",
     "pickscore": "model.safetensors",
     "aesthetic": "sac+logos+ava1-l14-linearMSE.pth",
+    "hpsv3": "HPSv3.safetensors",
 }
 SEEDS = {
     "image_reward": 11,
@@ -29,6 +30,7 @@ SEEDS = {
     "clipscore_hf": 14,
     "pickscore": 15,
     "aesthetic": 16,
+    "hpsv3": 17,
 }
 
 WORDS = """[PAD] [unused0] [unused1] [UNK] [CLS] [SEP] [MASK] ! " # $ % & ' ( ) * + , - . / : ; < = > ? @ \\ ^ _ ` { | } ~ “ ” ‘ ’ — … ½ ²
@@ -376,12 +378,80 @@ def aesthetic() -> Weights:
     return w
 
 
+QWEN2_VL = (  # special tokens, in the order in which they are numbered after the vocabulary
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
+    "vision_end vision_pad image_pad video_pad"
+).split()
+
+QWEN_WORDS = """Aesthetic Alignment Assess Attribute Clarity Coherence Consider Consistency Contextual Creativity Evaluate Fidelity
+Please Quality Reasonableness Relevance Richness Semantic Subject Text Textual The Visual abnormal acceptable
+accessories accurately actions adheres and appearance are artistic aspects atmosphere attributes background balance
+behavior being biological blurring captured clothing composition conflict considered contain content contradictions
+creative critical described description deviations dimensions distort elements enhance environment environmental
+estimate evaluate evaluating expressions faithfully following generated harmful harmony how image inappropriate
+including indistinct interpret introduce lighting logical logically matches material materials meaning mentioned
+nonsensical not original overall particular political possible preference present preserved prompt provide quality
+rating ratings represented satisfaction scenario score setting shadows sharpness should significant specific specifies
+structures style stylistic subject such support surrounding tasked textual textures the this violent visibility visual
+well whether with without""".split()  # most of HPSv3's instruction, or its 700 words would be 3,000 tokens
+
+
+def qwen_merges() -> list[tuple[str, str]]:
+    """Byte-level merges that make each of these words, with a space before it, one token."""
+    found = []
+    for word in QWEN_WORDS:
+        found += [("Ġ" + word[:i], word[i]) for i in range(len(word))]
+    return list(dict.fromkeys(found))
+
+
+def hpsv3(vision: int = 160, text: int = 256, depth: int = 2) -> tuple[Weights, dict[str, str]]:
+    """HPSv3 as transformers 4.45 names it, lm_head included, and Qwen2's vocabulary with few merges. Heads have the numbers of all published sizes: 80 in the picture's tower, 128 in the
+    text's, where two heads share a key.
+    """
+    w, merges = Weights(SEEDS["hpsv3"]), qwen_merges()
+    letters = [word for word in _vocabulary() if len(word) == 1]
+    words = {word: i for i, word in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    vocabulary = len(words) + len(QWEN2_VL) + 1
+    w.normal("visual.patch_embed.proj.weight", vision, 3, 2, 14, 14, scale=2 / (6 * 14 * 14) ** 0.5)
+    for i in range(depth):
+        block = f"visual.blocks.{i}"
+        for name in ("norm1", "norm2"):
+            w.norm(f"{block}.{name}", vision)
+        w.linear(f"{block}.attn.qkv", 3 * vision, vision, 1.5)
+        w.linear(f"{block}.attn.proj", vision, vision, 2.0)
+        w.linear(f"{block}.mlp.fc1", 4 * vision, vision)
+        w.linear(f"{block}.mlp.fc2", vision, 4 * vision)
+    w.norm("visual.merger.ln_q", vision)
+    w.linear("visual.merger.mlp.0", 4 * vision, 4 * vision)
+    w.linear("visual.merger.mlp.2", text, 4 * vision, 2.0)
+    w.normal("model.embed_tokens.weight", vocabulary, text)
+    for i in range(depth):
+        layer = f"model.layers.{i}"
+        for part, out in (("q", text), ("k", 128), ("v", 128)):
+            w.linear(f"{layer}.self_attn.{part}_proj", out, text, 1.5)
+        w.normal(f"{layer}.self_attn.o_proj.weight", text, text, scale=2 / text**0.5)
+        for part, out, fan_in in (("gate", 2 * text, text), ("up", 2 * text, text), ("down", text, 2 * text)):
+            w.normal(f"{layer}.mlp.{part}_proj.weight", out, fan_in, scale=fan_in**-0.5)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            w.normal(f"{layer}.{name}.weight", text, scale=0.1, mean=1.0)
+    w.normal("model.norm.weight", text, scale=0.1, mean=1.0)
+    w.normal("lm_head.weight", vocabulary, text, scale=text**-0.5)
+    for i, out, fan_in in ((0, 1024, text), (3, 16, 1024), (5, 2, 16)):
+        w.linear(f"rm_head.{i}", out, fan_in, 2.0)
+    return w, {
+        "vocab.json": json.dumps(words, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in merges),
+    }
+
+
 def build(kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights by name, and the texts of the files beside them by file name."""
     if kind == "image_reward":
         return image_reward()
     if kind == "aesthetic":
         return aesthetic(), {}
+    if kind == "hpsv3":
+        return hpsv3()
     return hf_clip(kind) if kind in ("clipscore_hf", "pickscore") else (open_clip(kind), {})
 
 
