@@ -21,7 +21,7 @@ PLAYERS = [
 GIVEN = {"fingerprint", "refuse", "trial"}  # what a Protocol has an answer for itself
 REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "hpsv3.HPSv3",
            "human.HumanReward", "image_reward.ImageReward", "judge.Judge", "measure.Measure", "measure.Similarity",
-           "ocr.Ocr", "server.ServerReward"]  # fmt: skip
+           "ocr.Ocr", "server.ServerReward", "taste.MyTaste", "teaching.Teaching"]  # fmt: skip
 
 
 def promised(protocol) -> dict:

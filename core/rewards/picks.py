@@ -157,7 +157,7 @@ class Picks:
 
         sheet, count = row["sheet"], row["count"]
         (wide, high), (right, down), margin = sheet["image"], sheet["step"], sheet["margin"]
-        pixels = read_picture(self.folder / "picks" / Path(sheet["file"]).name)
+        pixels = read_picture(self.folder / "picks" / Path(sheet["file"]).name)[0]
         places = [(margin + i % sheet["columns"] * right, margin + i // sheet["columns"] * down) for i in range(count)]
         return torch.stack([pixels[y : y + high, x : x + wide] for x, y in places])
 
