@@ -133,7 +133,7 @@ class TeachNode(io.ComfyNode):
                         max=1000,
                         optional=True,
                         tooltip="Iterations from one question to the next. Higher = more training between your picks. "
-                        "0 = 2 for the tiny models, 1 for real ones, which ask about each prompt of an iteration.",
+                        "0 = 3 for the tiny models, 1 for real ones, which ask about each prompt of an iteration.",
                     )
                 ),
             ],
@@ -188,7 +188,7 @@ class TeachNode(io.ComfyNode):
                 also,
                 show=show,
                 questions=questions,
-                every=every or (2 if fitting.tiny else 1),
+                every=every or (3 if fitting.tiny else 1),
                 each=1 if fitting.tiny else PER_ITERATION,
                 say=lambda text: (send_text(text, node_id), teaching.keep(policy.run.folder)),
             )

@@ -37,7 +37,7 @@ class Teaching(Reward):
         *,
         show: int = 4,
         questions: int = 50,
-        every: int = 2,
+        every: int = 3,
         each: int = 1,
         say: Callable[[str], None] = lambda text: None,
     ):
