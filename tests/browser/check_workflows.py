@@ -23,7 +23,7 @@ LOOKS = {"Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0
 
 SUBSTITUTE = """(kind) => {
     // loaders of big models -> the tiny model's outputs: [output of the loader, output of the tiny model]
-    const loaders = {UNETLoader: [[0, 0]], DualCLIPLoader: [[0, 1]], TripleCLIPLoader: [[0, 1]], VAELoader: [[0, 2]], CheckpointLoaderSimple: [[0, 0], [2, 2]]};
+    const loaders = {UNETLoader: [[0, 0]], CLIPLoader: [[0, 1]], DualCLIPLoader: [[0, 1]], CLIPVisionLoader: [], TripleCLIPLoader: [[0, 1]], VAELoader: [[0, 2]], CheckpointLoaderSimple: [[0, 0], [2, 2]]};
     const found = app.graph._nodes.filter(node => node.type in loaders);
     if (!found.length) return 0;
     const tiny = LiteGraph.createNode("TreeRPOTinyModel");
@@ -53,6 +53,10 @@ CHANGES = {
         "background\na pink cross on a white background"
         for node in ("TreeRPOPrompts", "TreeRPOPromptList")
     },
+    "TreeRPOTeach.prompts": "a red circle on a white background\na blue square on a black background",
+    "TreeRPOTeach.questions": 3,
+    "TreeRPOTeach.settle": 1,
+    "TreeRPOSimple.iterations": 3,
     "EmptySD3LatentImage.width": 64,
     "EmptySD3LatentImage.height": 64,
     "TreeRPOTrainer.iterations": 3,
@@ -61,6 +65,8 @@ CHANGES = {
     "TreeRPOPolicy.targets": "attention+mlp",
     "TreeRPOTrainer.learning_rate": 5e-4,
 }
+# a person who always takes the first picture
+PICKS = """() => { window.treerpoPicks ??= setInterval(() => document.querySelector(".treerpo-dialog .grid button")?.click(), 250); }"""
 FAULTS = """() => {
     const faults = [];
     for (const node of app.graph._nodes) {
@@ -79,7 +85,7 @@ AREA = """() => {
             ...at(Math.max(...boxes.map((box) => box[0] + box[2])), Math.max(...boxes.map((box) => box[1] + box[3])))];
 }"""
 # whose pictures go on the card: before and after where there are two
-OUTCOMES = ["TreeRPOTrainer", "TreeRPOPick", "TreeRPOAdvantages", "TreeRPOScore"]
+OUTCOMES = ["TreeRPOTrainer", "TreeRPOSimple", "TreeRPOPick", "TreeRPOAdvantages", "TreeRPOScore"]
 SHOWN = """(types) => {
     for (const type of types) {
         const nodes = app.graph._nodes.filter((one) => one.type === type);
@@ -101,6 +107,12 @@ CARDS = {
     "teach_my_taste": ("Teach my taste", "You pick, it learns. No download."),
     "flux_teach": ("Teach FLUX my taste", "You pick, it learns. No reward weights."),
     "sd35_teach": ("Teach SD3.5 my taste", "You pick, it learns. No reward weights."),
+    "z_image_teach": ("Teach Z-Image my taste", "You pick, it learns. No reward weights."),
+    "z_image_simple": ("Train Z-Image", "Model, prompts, a reward: a LoRA"),
+    "flux2_klein_teach": ("Teach FLUX.2 klein my taste", "You pick, it learns. No reward weights."),
+    "flux2_klein_simple": ("Train FLUX.2 klein", "Model, prompts, a reward: a LoRA"),
+    "qwen_image_teach": ("Teach Qwen-Image my taste", "You pick, it learns. No reward weights."),
+    "qwen_image_simple": ("Train Qwen-Image", "Model, prompts, a reward: a LoRA"),
     "start_here": ("Start here", "Press Run: a LoRA, and before and after"),
     "compare": ("Compare", "Without and with the LoRA, same noise"),
 }
@@ -158,6 +170,8 @@ def check(page: Page, name: str, pictures: Path | None, cards: bool) -> list[str
         return faults
     page.evaluate(SUBSTITUTE, "sd3" if "sd35" in name else "flux")
     page.evaluate(SMALL, CHANGES)
+    if page.evaluate("() => app.graph._nodes.some((node) => node.type === 'TreeRPOTeach')"):
+        page.evaluate(PICKS)
     page.run()
     if name == "pick_the_winner":  # the first run only asks
         page.page.keyboard.press("5")
@@ -224,9 +238,13 @@ def thumbnail(page: Page, name: str) -> None:
     draw.text((24, 452), title, fill=(240, 240, 244), font=font(38))
     draw.text((24, 508), line, fill=(180, 185, 195), font=font(21))
     base = page.server.base / "thumbnails"
-    shown = [
-        Image.open(page.client.download(image, base)).convert("RGB") for image in page.evaluate(SHOWN, OUTCOMES)
-    ] or [drawn(page)]
+    asks = page.evaluate("() => app.graph._nodes.some((node) => node.type === 'TreeRPOTeach')")
+    shown = (
+        [Image.open(ROOT / "web/docs/images/teach.png").convert("RGB")]
+        if asks
+        else [Image.open(page.client.download(image, base)).convert("RGB") for image in page.evaluate(SHOWN, OUTCOMES)]
+        or [drawn(page)]
+    )
     fitting = [ImageOps.contain(image, (528, 340 // len(shown) - 5 * (len(shown) - 1))) for image in shown]
     top = 88 + (350 - sum(image.height for image in fitting) - 10 * (len(fitting) - 1)) // 2
     for image in fitting:

@@ -300,6 +300,26 @@ GRAPHS = {
     ],
 }
 
+FAMILIES = {  # other flow models: what their first group holds
+    "z_image": ("Z-Image", ["Z-Image", "Text encoder", "VAE", "Shift"]),
+    "flux2_klein": ("FLUX.2 klein", ["FLUX.2 klein base", "Text encoder", "VAE"]),
+    "qwen_image": ("Qwen-Image", ["Qwen-Image", "Text encoder", "VAE", "Shift"]),
+}
+NOT_MEASURED = (
+    """Files as ComfyUI's own template names them. Tested on a tiny network of this kind, not on these weights yet."""
+)
+for name, (title, loaders) in FAMILIES.items():
+    GRAPHS[f"{name}_teach"] = [
+        stage(f"START: {title}", BLUE, f"{NOT_MEASURED} {VISION}", [*loaders, "CLIP Vision"]),
+        stage("Teach: press Run, then pick", PURPLE, TEACH, ["Teach"]),
+        stage("Result", ORANGE, "", ["Dashboard"]),
+    ]
+    GRAPHS[f"{name}_simple"] = [
+        stage(f"START: {title}", BLUE, f"{NOT_MEASURED} {HPS_FILES}", [*loaders, "HPSv2.1"]),
+        stage("Train: press Run", PURPLE, "Stop whenever you like; the LoRA is saved, and Run goes on.", ["Train"]),
+        stage("Result", ORANGE, "", ["Dashboard"]),
+    ]
+
 
 def arranged(graph: dict, stages: list[dict], titles: dict[int, str], low: dict[int, list[float]]) -> dict:
     """The graph with places, notes and groups.
