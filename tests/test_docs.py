@@ -62,8 +62,18 @@ def test_chinese_help_page_fits_its_node(node):
     text = (PAGES / node / "zh.md").read_text("utf-8")
     titles = {entry["display_name"]: {row["name"] for row in entry["inputs"].values()} for entry in chinese.values()}
     fits(node, text, chinese[node]["display_name"], titles)
+    english = (PAGES / f"{node}.md").read_text("utf-8")
+    assert pictures(english) == pictures(text) and numbers(english) <= numbers(text), "the English page has changed"
     named = {name: f"{row['name']} `{name}`" for name, row in chinese[node]["inputs"].items()}
     assert [words for words in named.values() if words not in text] == []
+
+
+def pictures(text: str) -> list[str]:
+    return re.findall(r"!\[[^\]\n]*\]\(([^)\s]+)\)", text)
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w.])\.?\d+(?:\.\d+)*(?:e-\d)?", text))
 
 
 def test_pages_in_other_languages_are_of_the_first_nodes():
@@ -93,6 +103,43 @@ def test_links_and_pictures_exist(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text("utf-8"))):
         if not re.match(r"[a-z]+:|#", target):
             assert (folder / target.split("#")[0]).exists(), target
+
+
+def anchors(path) -> set[str]:
+    """What a link may name after #, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_into_pages_find_their_heading(path):
+    for target, anchor in re.findall(r"\]\(([^)\s#]*)#([^)\s]+)\)", without_code(path.read_text("utf-8"))):
+        if not re.match(r"[a-z]+:", target):
+            assert anchor in anchors(path.parent / target if target else path), f"{target}#{anchor}"
+
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_docs_are_short_and_begin_with_their_contents(path):
+    text = path.read_text("utf-8")
+    assert len(text.encode()) <= 8000
+    contents = re.findall(r"^- \[(.*)\]\(#", text.partition("\n## ")[0], re.M)
+    assert contents == re.findall(r"^## (.*)$", text, re.M) != []
+
+
+def test_readme_is_short_and_every_page_of_the_docs_can_be_reached_from_it():
+    readme, reached = ROOT / "README.md", set()
+    assert len(readme.read_bytes()) <= 7000
+    left = [readme]
+    while left:
+        page = left.pop()
+        reached.add(page)
+        targets = re.findall(r"\]\(([^)\s#]+\.md)", page.read_text("utf-8"))
+        found = {(page.parent / target).resolve() for target in targets if not re.match(r"[a-z]+:", target)}
+        left += [other for other in found - reached if other.parent == ROOT / "docs"]
+    assert [path.name for path in DOCS if path not in reached] == []
 
 
 @pytest.mark.parametrize("path", sorted(PAGES.rglob("*.md")), ids=lambda path: path.relative_to(PAGES).as_posix())

@@ -403,7 +403,7 @@ let words = {}; // locales/<language>/nodeDefs.json, by node
 function translateWidgets(node) {
   for (const widget of node.widgets ?? []) {
     const { name, options, placeholder } = words[kind(node)]?.inputs?.[widget.name] ?? {};
-    if (options && widget.options) widget.options.getOptionLabel = (value) => (options[value] ? `${options[value]} (${value})` : value ?? "");
+    if (options && widget.options) widget.options.getOptionLabel = (value) => ((options[value] ?? value) === value ? value ?? "" : `${options[value]} (${value})`);
     const text = widget.element?.placeholder;
     if (text) widget.element.placeholder = placeholder ?? (text === widget.name && name ? name : text); // classic nodes show no other label there
   }
