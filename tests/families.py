@@ -183,7 +183,7 @@ OMNIGEN = {
 class Family:
     """One flow model of ComfyUI, small."""
 
-    name: str  # as in core/hosts/architectures.py and in docs/compatibility.md
+    name: str  # as in core/hosts/architectures.py and in docs/base_models.md
     config: str  # class of comfy.supported_models
     unet: dict  # its network's configuration
     size: int = 8  # height and width of the latents

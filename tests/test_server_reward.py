@@ -25,7 +25,7 @@ from core import patterns
 from core.rewards import combine, server
 from core.rewards.server import DEFAULT_INSTRUCTION, GROUP_INSTRUCTION, ServerReward
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "server_reward.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "server_examples.md"
 
 
 class Scripted(ThreadingHTTPServer):

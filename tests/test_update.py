@@ -101,7 +101,7 @@ def test_gradient_equals_the_per_edge_gradient_and_finite_differences(kind):
 
 
 def test_on_policy_gradient_is_the_derived_one():
-    """dL/dmu(node) = -(1/(tau D)) sum_c A_c z_c / edges: docs/method.md, the tree gradient."""
+    """dL/dmu(node) = -(1/(tau D)) sum_c A_c z_c / edges: docs/method_learning.md, the tree gradient."""
     forest, velocity, advantages = case("flow_sde", TreeShape(3, 1), prompts=(0,))
     s, n = forest.sigma(0)
     x = forest.states[0]

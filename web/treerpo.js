@@ -395,8 +395,26 @@ api.addEventListener("treerpo.pick_done", (event) => forget(event.detail.id));
 api.addEventListener("execution_start", () => asking() && !pending.size && closeDialog()); // the user has queued the graph by other means
 setInterval(tick, 500);
 
+// ---------------------------------------------------------------- translations
+
+let words = {}; // locales/<language>/nodeDefs.json, by node
+
+/** What ComfyUI's own translations have no place for: the options of a list, and the grey text of an empty text box. */
+function translateWidgets(node) {
+  for (const widget of node.widgets ?? []) {
+    const { name, options, placeholder } = words[kind(node)]?.inputs?.[widget.name] ?? {};
+    if (options && widget.options) widget.options.getOptionLabel = (value) => ((options[value] ?? value) === value ? value ?? "" : `${options[value]} (${value})`);
+    const text = widget.element?.placeholder;
+    if (text) widget.element.placeholder = placeholder ?? (text === widget.name && name ? name : text); // classic nodes show no other label there
+  }
+}
+
 app.registerExtension({
   name: "TreeRPO",
+  async init() { // before any node is made
+    try { words = (await api.getCustomNodesI18n())[app.ui.settings.getSettingValue("Comfy.Locale")]?.nodeDefs ?? {}; }
+    catch (error) { console.info("TreeRPO:", error.message); } // English then
+  },
   afterConfigureGraph() { // classic nodes and all wires; a colour palette may have replaced them
     for (const [name, colour] of Object.entries(SOCKETS))
       for (const known of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) if (known) known[`TREERPO_${name}`] = colour;
@@ -421,5 +439,8 @@ app.registerExtension({
       return (this.widgets ?? []).filter((widget) => !widget.hidden && (!widget.advanced || this.showAdvanced));
     };
   },
-  nodeCreated: (node) => kind(node) === TREE_VIEW && addTreeView(node),
+  nodeCreated(node) {
+    translateWidgets(node);
+    if (kind(node) === TREE_VIEW) addTreeView(node);
+  },
 });

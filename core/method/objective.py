@@ -118,7 +118,8 @@ def step_weights(kind: str, forest: Forest, stds: list[float]) -> list[float]:
 def regression_targets(
     objective: Objective, forest: Forest, leaf: Tensor, layer: int, parents: slice, reference: Tensor | None = None
 ) -> Tensor:
-    """Tree regression's goal for the velocity of these nodes, [n, C, H, W], without gradient (ours, docs/method.md):
+    """Tree regression's goal for the velocity of these nodes, [n, C, H, W], without gradient (ours,
+    docs/method_learning.md):
 
         v* = anchor + eta * mean over the node's leaves of a_l (u_l - v_old),   u_l = (x_j - x0_l) / sigma_j
 

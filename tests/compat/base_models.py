@@ -1,4 +1,4 @@
-"""Run tests/test_families.py and write what it found into docs/compatibility.md.
+"""Run tests/test_families.py and write what it found into docs/base_models.md.
 
 python tests/compat/base_models.py        # COMFYUI_PATH names ComfyUI where it is not found; about half a minute
 """
@@ -12,12 +12,18 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent.parent
-PAGE = REPO / "docs" / "compatibility.md"
-HEAD = """## Base models
+PAGE = REPO / "docs" / "base_models.md"
+HEAD = """# Base models: which of ComfyUI's models can be trained
 
 Every flow model for images that ComfyUI {version} loads, and Wan for single ones, as a tiny random network of ComfyUI's
 own classes, on a CPU with torch {torch}. `python tests/compat/base_models.py` wrote this from what
 [tests/test_families.py](../tests/test_families.py) found. No real weights and no GPU were tried.
+
+- [What is in the table](#what-is-in-the-table)
+- [The table](#the-table)
+- [Left out](#left-out)
+
+## What is in the table
 
 - *latents*: channels, and their size in proportion to the picture's; `x 1` = with a time, of one frame.
 - *drawn with*: what *Simple Trainer* takes by itself, after ComfyUI's templates where it has one for the model. A
@@ -35,6 +41,8 @@ own classes, on a CPU with torch {torch}. `python tests/compat/base_models.py` w
 
 Kontext, FLUX.2 and Qwen-Image-Edit were run with reference images, another one for each prompt; Fill without a picture
 to fill.
+
+## The table
 
 """
 
@@ -71,7 +79,8 @@ def row(family, told: dict, checks: list[str]) -> str:
     return " | ".join([family.name, family.config, latents, f"cfg {cfg:g}, {min(steps, 10)} steps", *cells])
 
 
-def table(found: dict) -> str:
+def page(found: dict) -> str:
+    """The whole page."""
     import comfyui_version
     import torch
     from families import FAMILIES, OTHERS
@@ -83,15 +92,13 @@ def table(found: dict) -> str:
     lines += [row(family, found.get(family.name, {}), checks) for family in FAMILIES]
     head = HEAD.format(version=comfyui_version.__version__, torch=torch.__version__.partition("+")[0])
     left_out = [f"- {reason} {', '.join(names.split())}" for reason, names in OTHERS.items()]
-    return head + "\n".join(f"| {line} |" for line in lines) + "\n\nLeft out:\n\n" + "\n".join(left_out) + "\n\n"
+    return head + "\n".join(f"| {line} |" for line in lines) + "\n\n## Left out\n\n" + "\n".join(left_out) + "\n"
 
 
 def main() -> None:
     results = Results()
     code = pytest.main([str(HERE.parent / "test_families.py"), "-q", "-k", "test_family"], plugins=[results])
-    before, _, rest = PAGE.read_text("utf-8").partition("## Base models")
-    _, _, after = rest.partition("\n## ")
-    PAGE.write_text(before + table(results.found) + f"## {after}", "utf-8")
+    PAGE.write_text(page(results.found), "utf-8")
     sys.exit(int(code))
 
 
