@@ -174,7 +174,14 @@ def test_vae_decodes_and_encodes_as_comfyui(comfy, kind):
     torch.testing.assert_close(ours.decode(latents), expected, rtol=0, atol=1e-4)
 
 
-PROMPTS = ["a red circle on a white background", "", "It's  5 CATS, déjà-vu & 日本!", "a blue square " * 18]
+PROMPTS = [
+    "a red circle on a white background",
+    "an orange circle",
+    "a orange circle",
+    "",
+    "It's  5 CATS, déjà-vu & 日本!",
+    "a blue square " * 18,
+]
 
 
 def test_text_features_are_those_of_comfyui(comfy):
@@ -186,7 +193,9 @@ def test_text_features_are_those_of_comfyui(comfy):
     spec.loader.exec_module(clip_l)
     weights = clip_l.random_clip_l()
     clip = comfy.sd.load_text_encoder_state_dicts([dict(weights)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    for prompt, (features, pooled) in zip(PROMPTS, backend.clip_l_features(weights, PROMPTS)):
+    found = backend.clip_l_features(weights, PROMPTS)
+    assert torch.equal(found[1][0], found[2][0]), "the base was trained on 'a orange circle'"
+    for prompt, (features, pooled) in zip(PROMPTS, found):
         tokens = clip.tokenize(prompt)
         assert backend.clip_l_tokens([prompt])[0].tolist() == [token for token, _ in tokens["l"][0]], prompt
         expected, expected_pooled = clip.encode_from_tokens(tokens, return_pooled=True)
