@@ -22,6 +22,7 @@ from .trainer import ALIASES, train
 TINY = 50e6  # parameters; what has fewer is one of the embedded models
 STEPS = 10
 PER_ITERATION = 4  # prompts
+CHECKED = 16  # held-out pictures at least
 MOST_HELD_OUT = 8  # of every five prompts one, and no more than this
 PRESETS = {  # how much faster than usual, and how strongly it is held to the base model; measured in docs/benchmarks.md
     "gentle": (0.5, 0.1),
@@ -203,6 +204,8 @@ def train_simply(
     fitting, (speed, anchor) = fit(model, cfg), PRESETS[preset]
     listed = collect([prompts])
     listed = split(listed, min(MOST_HELD_OUT, len(listed) // 5), 0)
+    if listed.held_out:  # each several times, each time from other noise: four pictures would tell nothing for sure
+        listed = dataclasses.replace(listed, held_out=listed.held_out * -(-CHECKED // len(listed.held_out)))
     policy = PolicyNode.execute(
         model,
         lora_name,
