@@ -39,8 +39,8 @@ class Live:
     def begin(self) -> None:
         """What this Run is about to do, and a first picture."""
         if self.first < self.iterations:
-            at = f"Goes on at iteration {self.first + 1} of" if self.first else "Begins with the first of"
-            send_text(f"{at} {self.iterations} iterations. Stop whenever you like: Run goes on.", self.node_id)
+            at = f"Goes on at iteration {self.first + 1}" if self.first else "Begins with iteration 1"
+            send_text(f"{at} of {self.iterations}. Stop whenever you like: Run goes on.", self.node_id)
             self.show()
 
     def show(self) -> None:
@@ -61,7 +61,7 @@ class Live:
         )
         send_text("\n".join(filter(None, (text, event.note, event.message))), self.node_id)
         began = time.perf_counter()
-        if began - self.drawn > self.pause or self.run.iteration == self.iterations:
+        if began - self.drawn > self.pause or self.run.iteration == self.iterations or event.message:
             self.show()
             self.drawn = time.perf_counter()
             self.pause = (self.drawn - began) / LIVE_SHARE
@@ -114,10 +114,10 @@ class Live:
         """What can be done after a Run that was not stopped."""
         if self.run.extra.get("paused"):
             back = way_back(self.run, watch.rollback) if watch.rollback is not None else None
-            to = (
-                f"Go back to {back[0]} with a new run_name and begin_from … @ {back[1]} in Tree Policy." if back else ""
-            )
-            return " ".join(filter(None, [COMPARE if watch.finished else "", to, "Run goes on as it is."]))
+            to = "A new name begins again from the base model."
+            if back:
+                to = f"Go back to {back[0]}: begin_from … @ {back[1]} in Tree Policy, with a new run_name."
+            return " ".join(filter(None, [COMPARE if watch.finished else "", to, "Run goes on all the same."]))
         if self.run.iteration < self.iterations:
             return f"Run goes on. {COMPARE}"
         return f"{COMPARE} {go_on}" if self.run.iteration > self.first else go_on

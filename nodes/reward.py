@@ -266,7 +266,8 @@ def ranking(found: Scores, total: torch.Tensor, prompts: list[str]) -> list[list
 
 def one_line(prompt: str) -> str:
     """The beginning of a prompt, for a line of a table."""
-    return " ".join(prompt.split())[:60]
+    text = " ".join(prompt.split())
+    return text if len(text) <= 60 else f"{text[:60].rsplit(' ', 1)[0]}…"
 
 
 def table(values: dict[str, torch.Tensor], prompts: list[str], names: list[str] | None = None) -> str:

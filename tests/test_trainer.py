@@ -256,12 +256,16 @@ def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux, monkey
     policy = flux.policy()
     status = flux.train(policy, 40, **settings)[-1]
     assert status.startswith("Paused after iteration") and "judge" in status and "Roll back to iteration" in status
-    best = policy.run.folder / "best"
-    back = flux.pack.nodes.runs.describe(best).iteration
-    assert (
-        f"Go back to {back} with a new run_name and begin_from … @ " in said[-1] and "Run goes on as it is" in said[-1]
+    assert "Roll back to iteration 0?" in status and status.endswith(
+        "\nNext: A new name begins again from the base model. Run goes on all the same."
     )
-    assert flux.policy("back", begin_from=f"test @ {said[-1].partition(' @ ')[2].split()[0]}").run.iteration == back
+    back, best = flux.pack.nodes.runs.way_back, flux.pack.nodes.runs.describe(policy.run.folder / "best").iteration
+    kept = {checkpoint.iteration for checkpoint in policy.run.checkpoints()}
+    for at in range(policy.run.iteration + 1):
+        known = max((n for n in kept | {best} if n <= at), default=None)
+        names = {"best"} if known == best else set()
+        names |= {str(known)} if known in kept else set()
+        assert back(policy.run, at) is None if known is None else back(policy.run, at)[1] in names, at
     assert "the judge fell" in said[-1] and "own name" not in "".join(said), "the text under the node may be HTML"
     paused = policy.run.iteration
     assert paused < 40 and (policy.run.folder / "best" / "state.pt").exists()
@@ -552,3 +556,71 @@ def test_only_the_policy_stays_loaded_where_that_is_asked_for(flux):
     finally:
         handle.remove()
     assert shared > 1 and set(seen) == {1}
+
+
+def test_before_the_first_iteration_there_is_a_picture_and_a_line_and_a_second_run_says_where_it_goes_on(
+    flux, monkeypatch
+):
+    import comfy.utils
+
+    happened = []
+
+    class Told(Reward):
+        name = "told"
+
+        def score(self, images, prompts):
+            happened.append("scored")
+            return images.mean((1, 2, 3))
+
+    def hook(value, total, preview, **more):
+        happened.append(preview and preview[1])
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    monkeypatch.setattr(flux.pack.nodes.live, "send_text", lambda text, node_id: happened.append(text))
+    policy = flux.policy()
+    flux.train(policy, 1, reward=Told())
+    assert happened[0] == "Begins with iteration 1 of 1. Stop whenever you like: Run goes on."
+    first = happened[1]
+    assert first.size == (900, 520) and len(first.getcolors(1 << 20)) > 10, "texts, not an empty sheet"
+    assert happened.index("scored") > 1 and happened[-1].startswith(
+        "1 iteration done.\nNext: Open the template compare"
+    )
+    happened.clear()
+    flux.train(policy, 2, reward=Told())
+    assert happened[0].startswith("Goes on at iteration 2 of 2.") and happened[1].size == (900, 520)
+    assert "This Run went on at iteration 2." in happened[-1]
+    happened.clear()
+    flux.train(policy, 2, reward=Told())
+    assert happened == ["2 iterations done.\nNext: Raise iterations to learn on."], "nothing is left to do"
+
+
+def test_what_is_shown_is_dark_and_what_is_kept_is_light(flux):
+    from PIL import Image
+
+    theme = flux.pack.core.pictures.theme
+    *_, picture, _ = flux.train(policy := flux.policy(), 1)
+    assert [round(255 * float(c)) for c in picture[0, 0, 0]] == list(theme.DARK.paper)
+    with Image.open(policy.run.folder / "dashboard.png") as file:
+        assert file.getpixel((0, 0)) == theme.LIGHT.paper
+
+
+def test_a_run_with_nothing_left_to_learn_ends_and_names_its_best(flux):
+    watch, policy = flux.pack.core.runs.health.Watch, flux.policy()
+    text = "\n".join(f"a {colour} circle on a white background" for colour in ("red", "blue", "green", "yellow"))
+
+    class Peaks(Reward):
+        name, held_out = "peaks", [0.1, 0.9, 0.5, 0.4]  # the base model, then after each iteration
+
+        def score(self, images, prompts):
+            if len(prompts) == 2:
+                return torch.full((2,), self.held_out.pop(0))
+            return images.mean((1, 2, 3)) + torch.arange(len(images)) * 0.01
+
+    policy.run.extra["watch"] = watch(settled=2).to_dict()
+    status = flux.train(policy, 9, reward=Peaks(), text=text, held_out=2, evaluate_every=1)[-1]
+    assert status.startswith("Finished early after iteration 3.") and "nothing is left to learn" in status
+    assert status.endswith(
+        "Go back to 1: begin_from … @ best in Tree Policy, with a new run_name. Run goes on all the same."
+    )
+    assert flux.pack.nodes.live.COMPARE in status
+    assert flux.policy("back", begin_from="test @ best").run.iteration == 1
