@@ -76,9 +76,10 @@ def draw_curve(picture: Image.Image, curve: Curve, box: Box, size: int, theme: T
     _draw_values(draw, curve, values, spread, x, y, size * FINE / 20, theme)
     picture.paste(part.reduce(FINE), box[:2])
     pen = ImageDraw.Draw(picture)
-    for tick in lines:
-        text = value_text(tick, True) if curve.percent else tick_text(tick, lines[1] - lines[0] if lines[1:] else 0)
-        pen.text((box[0] - size // 4, box[1] + y(tick) / FINE), text, fill=theme.grey, font=font(size), anchor="rm")
+    texts = [value_text(tick, True) for tick in lines] if curve.percent else tick_texts(lines)
+    for tick, text in zip(lines, texts):
+        place = box[0] - size // 4, box[1] + y(tick) / FINE
+        pen.text(place, text, fill=theme.grey, font=font(size), anchor="rm")
 
 
 def _draw_values(draw, curve: Curve, values, spread, x, y, unit: float, theme: Theme) -> None:
@@ -205,33 +206,41 @@ def scale_of(curve: Curve, values: list[float], spread: list[float]) -> tuple[fl
 
 
 def ticks(low: float, high: float, apart: float, whole: bool = False) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten from low to high, as many as are `apart` from each other; one where
-    there is no room for two.
+    """Multiples of 1, 2 or 5 times a power of ten from low to high, as many as are `apart` from each other; where that
+    gives less than two, the first and the last of a finer step, or one where there is no room for two.
     """
     if not high > low:
         return [low]
     apart = min(max(apart, (high - low) / 1000), high - low)
-    power, found = math.floor(math.log10(apart)) - 1, []
+    power, finer = math.floor(math.log10(apart)) - 1, []
     for step in (factor * 10.0**at for at in range(power, power + 3) for factor in (1, 2, 5)):
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        if whole and step < 1 or first > last:
+        if whole and step < 1:
             continue
         found = [i * step for i in range(first, last + 1)]
-        if step >= apart:
+        if step >= apart and len(found) > 1:
             return found
-    return found[len(found) // 2 :][:1]
+        if step >= apart:
+            break
+        finer = found or finer
+    ends = [finer[0], finer[-1]] if finer else []
+    return ends if ends and ends[1] - ends[0] >= apart else found or finer[len(finer) // 2 :][:1]
 
 
-def tick_text(value: float, step: float) -> str:
-    """A tick's number with the digits that its step needs."""
-    step = abs(step) or abs(value) or 1.0
-    if abs(value) < step / 2:
-        return "0"
-    digits = -math.floor(math.log10(step) + 1e-9)  # behind the point
-    if digits > 3 or abs(value) >= 1e5:
-        mantissa, power = f"{value:.{max(0, math.floor(math.log10(abs(value)) + 1e-9) + digits)}e}".split("e")
-        return f"{mantissa}e{int(power)}"
-    return no_zero(f"{value:.{max(digits, 0)}f}")
+def tick_texts(values: list[float]) -> list[str]:
+    """Numbers with as many digits as all of them need."""
+    largest = max((abs(v) for v in values), default=0.0)
+    values = [0.0 if abs(v) < 1e-9 * largest else v for v in values]
+    for digits in range(4):
+        if largest < 1e5 and all(abs(round(v, digits) - v) <= 1e-6 * largest for v in values):
+            return [no_zero(f"{v:.{digits}f}") if v else "0" for v in values]
+    return [_power(v) if v else "0" for v in values]
+
+
+def _power(value: float) -> str:
+    """1e-4, 1.5e-4, 123457: with the digits it needs, six at most."""
+    digits, power = f"{value:.5e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 def value_text(value: float, percent: bool = False) -> str:

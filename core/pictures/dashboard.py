@@ -144,7 +144,7 @@ def _draw_row(picture: Image.Image, row: _Row, box: Box, scale: float, theme: Th
 
 def _line(used, small, scale: float) -> int:
     """Height of a line of a label."""
-    return _px(TEXT + 3 if used is small else LARGE + 4, scale)
+    return _px(TEXT + 3 if used is small else LARGE + 2, scale)
 
 
 def _draw_samples(picture: Image.Image, best, worst, box: Box, scale: float, theme: Theme) -> None:
