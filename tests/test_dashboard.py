@@ -365,6 +365,18 @@ def test_ticks_are_round_and_apart(low, size, most):
         assert gap >= (high - low) / most * (1 - 1e-6)
 
 
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.floats(1e-4, 1e6))
+def test_ticks_of_iterations_are_whole_numbers(first, more, apart):
+    found = ticks(first, first + more, apart, whole=True)
+    assert found and all(tick == round(tick) for tick in found) and found == sorted(set(found))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [(900, 300), (2000, 300), (300, 100)])
+def test_short_runs_have_a_curve(count, size):
+    assert reward_curve(rows(count), *size).size == size
+
+
 @pytest.mark.parametrize(
     "values, texts",
     [([0.2, 0.4], [".2", ".4"]), ([-0.25, 0.0, 0.25], ["-.25", "0", ".25"]), ([2000, 4000], ["2000", "4000"]),

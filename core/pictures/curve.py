@@ -211,8 +211,8 @@ def ticks(low: float, high: float, apart: float, whole: bool = False) -> list[fl
     """
     if not high > low:
         return [low]
-    apart = min(max(apart, (high - low) / 1000), high - low)
-    power, finer = math.floor(math.log10(apart)) - 1, []
+    apart = min(max(apart, (high - low) / 1000, 1.0 if whole else 0.0), high - low)
+    power, finer, found = math.floor(math.log10(apart)) - 1, [], []
     for step in (factor * 10.0**at for at in range(power, power + 3) for factor in (1, 2, 5)):
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         if whole and step < 1:
