@@ -1,6 +1,8 @@
 """From scores to advantages: which branches of the tree were worth taking."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from comfy_api.latest import io, ui
@@ -8,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..core.method.advantage import ESTIMATORS, WEIGHTS, check_rewards, total_reward
 from ..core.method.iteration import Credit, credit, score
 from ..core.pictures import plot
+from ..core.pictures.theme import DARK
 from .schema import AdvantagesSocket, ScoresSocket, TreeSocket, expert, schema
 
 
@@ -17,7 +20,7 @@ class TreeCredit:
 
     credit: Credit
     layers: list[torch.Tensor]  # advantages of all edges of the tree, as Credit.edges gives them
-    picture: object  # PIL image
+    picture: Callable  # draws the tree as a PIL image
 
 
 ESTIMATOR = expert(
@@ -88,8 +91,8 @@ class AdvantagesNode(io.ComfyNode):
             earned = credit(tree.sampled, found, estimator=estimator, weights=weights, clip=clip)
             total = total_reward(found.values, found.weights)
             layers = earned.edges(forest)
-            picture = plot.tree_picture(forest, layers, total, rewards.images, rewards.prompts)
-        image = plot.to_tensor(picture)
+            picture = partial(plot.tree_picture, forest, layers, total, rewards.images, rewards.prompts)
+            image = plot.to_tensor(picture(theme=DARK))
         return io.NodeOutput(TreeCredit(earned, layers, picture), image, ui=ui.PreviewImage(image, cls=cls))
 
 

@@ -12,10 +12,14 @@ from PIL import Image
 from ..core.files import write_picture
 from ..core.pictures import plot
 from ..core.pictures.dashboard import Sample, dashboard, status_line
+from ..core.pictures.theme import DARK, LIGHT, Theme
 from ..core.runs.evaluation import strips
+from ..core.runs.health import Watch
 from ..core.runs.trainer import Event
 from .browser import send_text
+from .runs import way_back
 
+COMPARE = "Open the template compare to see before and after."
 LIVE_SHARE = 0.01  # of the time at most for the live picture
 
 
@@ -32,6 +36,18 @@ class Live:
         self.event: Event | None = None
         self.writer = _tensorboard(run.folder / "tensorboard") if tensorboard else None
 
+    def begin(self) -> None:
+        """What this Run is about to do, and a first picture."""
+        if self.first < self.iterations:
+            at = f"Goes on at iteration {self.first + 1}" if self.first else "Begins with iteration 1"
+            send_text(f"{at} of {self.iterations}. Stop whenever you like: Run goes on.", self.node_id)
+            self.show()
+
+    def show(self) -> None:
+        """The bar, and the picture in the node."""
+        picture = self.picture(DARK)
+        self.bar.update_absolute((self.run.iteration - self.first) * 100, None, ("JPEG", picture, max(picture.size)))
+
     def progress(self, done: int, total: int, denoised) -> None:
         """Sampling is shown as three quarters of an iteration."""
         self.bar.update_absolute((self.run.iteration - self.first) * 100 + 75 * done // total)
@@ -45,8 +61,8 @@ class Live:
         )
         send_text("\n".join(filter(None, (text, event.note, event.message))), self.node_id)
         began = time.perf_counter()
-        if began - self.drawn > self.pause or self.run.iteration == self.iterations:
-            self.bar.update_absolute(done * 100, None, ("JPEG", self.picture(), 900))
+        if began - self.drawn > self.pause or self.run.iteration == self.iterations or event.message:
+            self.show()
             self.drawn = time.perf_counter()
             self.pause = (self.drawn - began) / LIVE_SHARE
         else:
@@ -67,7 +83,8 @@ class Live:
             with suppress(OSError):
                 old.unlink()
 
-    def picture(self):
+    def picture(self, theme: Theme = LIGHT):
+        """The dashboard: dark in the page, light on the disk."""
         best = worst = None
         if self.event is not None and self.event.total.isfinite().any():
             best, worst = (
@@ -79,14 +96,38 @@ class Live:
             for at, path in strips(self.run.folder, self.run.iteration)
             if (picture := opened(path)) is not None
         ]
-        return plot.with_strips(dashboard(self.run.metrics, best, worst), rows)
+        picture = dashboard(self.run.metrics, best, worst, theme=theme)
+        return plot.with_strips(picture, rows, theme, "held-out prompts: same prompts, same noise")
 
     def sample(self, i: int):
         return Sample(self.event.images[i], float(self.event.total[i]), self.event.prompts[i])
 
-    def end(self, status: str, go_on: str) -> None:
-        """How it ended, and what can be done next: `go_on` where it is done."""
-        send_text(f"{status} {go_on if self.run.iteration >= self.iterations else 'Run goes on.'}", self.node_id)
+    def end(self, ended: str, watch: Watch, go_on: str) -> str:
+        """How it ended, told; on a second line what can be done next: `go_on` where it is done."""
+        trained = self.run.iteration - self.first
+        ended += f" This Run went on at iteration {self.first + 1}." if self.first and trained else ""
+        status = f"{ended}\nNext: {self.next(watch, go_on)}"
+        send_text(status, self.node_id)
+        return status
+
+    def next(self, watch: Watch, go_on: str) -> str:
+        """What can be done after a Run that was not stopped."""
+        if self.run.extra.get("paused"):
+            back = way_back(self.run, watch.rollback) if watch.rollback is not None else None
+            to = "A new name begins again from the base model."
+            if back:
+                to = f"Go back to {back[0]}: begin_from … @ {back[1]} in Tree Policy, with a new run_name."
+            return " ".join(filter(None, [COMPARE if watch.finished else "", to, "Run goes on all the same."]))
+        if self.run.iteration < self.iterations:
+            return f"Run goes on. {COMPARE}"
+        return f"{COMPARE} {go_on}" if self.run.iteration > self.first else go_on
+
+    def broken_off(self, stopped: bool) -> str:
+        """What is said of a Run that was stopped or failed."""
+        at = f"{'Stopped' if stopped else 'Ended by an error'} at {self.run.iteration} of {self.iterations}"
+        if not self.run.iteration:
+            return f"{at}: no iteration was done yet, Run begins again."
+        return f"{at}, saved.\nNext: Run goes on. {COMPARE}" if stopped else f"{at}, saved; Run goes on."
 
     @contextmanager
     def to_its_end(self):
@@ -95,9 +136,10 @@ class Live:
             yield
         except BaseException as error:
             stopped = isinstance(error, comfy.model_management.InterruptProcessingException)
-            what = "Stopped" if stopped else "Ended by an error"
-            saved = ", saved; Run goes on" if self.run.iteration else ""
-            send_text(f"{what} at {self.run.iteration} of {self.iterations}{saved}.", self.node_id)
+            if stopped and self.run.iteration > self.first:
+                with suppress(comfy.model_management.InterruptProcessingException):  # pressed twice
+                    self.show()
+            send_text(self.broken_off(stopped), self.node_id)
             raise
         finally:
             if self.writer is not None:
@@ -108,7 +150,7 @@ def opened(path: Path):
     """A strip as a picture; None where it is damaged or gone."""
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return picture.convert("RGBA")
     except (OSError, ValueError):
         return None
 

@@ -12,8 +12,10 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image
 
 from ..core.pictures import plot
+from ..core.pictures.theme import DARK
 from ..core.rewards.human import (
     HOW,
     UNDO,
@@ -506,18 +508,19 @@ def request(groups: list[Group], found: list, note: str) -> str:
 def stacked_sheets(groups: list[Group]) -> torch.Tensor:
     """The numbered images of all groups, one below the other: [1, H, W, 3]."""
     sheets = [
-        plot.to_tensor(
-            plot.numbered_sheet(
-                group.images,
-                group.answer.levels if group.answer else (),
-                f"{number}  {group.about['id']}  {group.prompt}",
-                256,
-                enlarge=True,
-            )[0]
-        )
+        plot.numbered_sheet(
+            group.images,
+            group.answer.levels if group.answer else (),
+            f"{number}  {group.about['id']}  {group.prompt}",
+            256,
+            enlarge=True,
+            theme=DARK,
+        )[0]
         for number, group in enumerate(groups, 1)
     ]
-    wide = max(sheet.shape[2] for sheet in sheets)
-    return torch.cat(
-        [torch.nn.functional.pad(sheet, (0, 0, 0, wide - sheet.shape[2]), value=1.0) for sheet in sheets], dim=1
-    )
+    size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    whole, top = Image.new("RGB", size, DARK.paper), 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return plot.to_tensor(whole)

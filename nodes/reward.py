@@ -11,6 +11,7 @@ from ..core.files import read_text
 from ..core.method.advantage import group_z, total_reward
 from ..core.pictures import plot
 from ..core.pictures.reading import pictures_in, read_picture
+from ..core.pictures.theme import DARK
 from ..core.rewards.combine import Scores, combine, scores
 from ..core.rewards.self_test import doubts
 from ..core.runs.prompts import PromptText, note_on, share
@@ -201,7 +202,9 @@ class ScoreImagesNode(io.ComfyNode):
             outputs=[
                 ScoresSocket.Output(display_name="rewards"),
                 io.String.Output(display_name="table"),
-                io.Image.Output(display_name="sheet", tooltip="The images with their scores, as one picture."),
+                io.Image.Output(
+                    display_name="sheet", tooltip="The images with their scores as one picture, best first."
+                ),
                 io.Image.Output(
                     display_name="best", is_output_list=True, tooltip="The best images of each prompt, best first."
                 ),
@@ -226,7 +229,8 @@ class ScoreImagesNode(io.ComfyNode):
         order = ranking(found, total, per_image)
         labels = list(names) if len(names) == len(every) else None
         text = table(found.values, per_image, labels)
-        sheet = plot.to_tensor(plot.score_sheet(every, total, per_image, reward.name, labels=labels))
+        sheet = plot.score_sheet(every, total, per_image, reward.name, labels=labels, ranked=order, theme=DARK)
+        sheet = plot.to_tensor(sheet)
         best = [every[i][None] for group in order for i in group[: best_n[0]]]
         shown = "\n".join(filter(None, [note_on(prompts), warning, text]))
         return io.NodeOutput(
@@ -262,7 +266,8 @@ def ranking(found: Scores, total: torch.Tensor, prompts: list[str]) -> list[list
 
 def one_line(prompt: str) -> str:
     """The beginning of a prompt, for a line of a table."""
-    return " ".join(prompt.split())[:60]
+    text = " ".join(prompt.split())
+    return text if len(text) <= 60 else f"{text[:60].rsplit(' ', 1)[0]}…"
 
 
 def table(values: dict[str, torch.Tensor], prompts: list[str], names: list[str] | None = None) -> str:

@@ -88,6 +88,16 @@ def known_checkpoints() -> list[str]:
     return found
 
 
+def way_back(run, iteration: int) -> tuple[int, str] | None:
+    """(iteration, its name behind the @ of begin_from) of what is kept of a run up to an iteration, the newest of it;
+    None where nothing is.
+    """
+    best = describe(run.folder / "best")
+    kept = [(checkpoint.iteration, str(checkpoint.iteration)) for checkpoint in list_checkpoints(run.folder)]
+    kept += [(best.iteration, "best")] if best else []
+    return max((one for one in kept if one[0] <= iteration), default=None)
+
+
 def checkpoint_folder(choice: str) -> Path | None:
     """The folder of a choice of `known_checkpoints`."""
     if choice == NOTHING:

@@ -8,6 +8,7 @@ from ..core.method.steps import KINDS
 from ..core.method.tree import TreeShape
 from ..core.method.windows import MODES
 from ..core.pictures import plot
+from ..core.pictures.theme import DARK
 from .schema import NoiseSocket, ShapeSocket, expert, schema
 
 
@@ -237,5 +238,5 @@ class DepthNoiseNode(io.ComfyNode):
         schedule = NoiseSchedule(kind, level, shape, beta, int(count_layers_from), values, first_step_correlation)
         # refuses impossible settings here, where the user set them
         levels = schedule.levels(len(values) if shape == "list" else depth)
-        image = plot.to_tensor(plot.noise_picture(levels, kind))
+        image = plot.to_tensor(plot.noise_picture(levels, kind, theme=DARK))
         return io.NodeOutput(schedule, image, ui=ui.PreviewImage(image, cls=cls))

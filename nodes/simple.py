@@ -239,7 +239,8 @@ def train_simply(
         if policy.run.iteration:
             path = SaveTreeLoraNode.execute([policy], [lora_name], listed.train).args[0]
     *_, picture, status = trained.args
-    said = " ".join(filter(None, (status, f"Saved as {Path(path).name}.", merging(model))))
+    ended, _, following = status.partition("\n")
+    said = " ".join(filter(None, (ended, f"Saved as {Path(path).name}.", merging(model)))) + f"\n{following}"
     return io.NodeOutput(tuned(policy), path, picture, said, ui={**trained.ui, "text": (said,)}), policy
 
 

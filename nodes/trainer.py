@@ -12,6 +12,7 @@ from ..core.method.noise import NoiseSchedule
 from ..core.method.objective import Objective
 from ..core.method.tree import TreeShape
 from ..core.pictures import plot
+from ..core.pictures.theme import DARK
 from ..core.runs.trainer import Settings, Trainer, refuse_unheld
 from .export import export
 from .live import Live
@@ -255,18 +256,18 @@ def train(
             else None,
             check=comfy.model_management.throw_exception_if_processing_interrupted,
         )
-        if run.iteration < foreseen():
-            host.encode([*prompts.train, *(prompts.held_out if settings.evaluate_every else [])])
-            export(run, host, prompts, trainer.shape, trainer.schedule, goal, settings, reward_model, judge, foreseen())
         live = Live(node.hidden.unique_id, run, foreseen, tensorboard)
         trainer.progress = live.progress
         with live.to_its_end():
+            live.begin()
+            if run.iteration < foreseen():
+                host.encode([*prompts.train, *(prompts.held_out if settings.evaluate_every else [])])
+                export(run, host, prompts, trainer.shape, trainer.schedule, goal, settings, reward_model, judge,
+                       foreseen())  # fmt: skip
             ended = trainer.train(foreseen, live.report, minutes)
-        status = "; ".join(
-            [ended, *(f"changed: {change}" for change in trainer.changes), *filter(None, [trainer.doubts])]
-        )
-        live.end(status, go_on)
-    picture = plot.to_tensor(live.picture())
+        changed = [f"changed: {change}" for change in trainer.changes]
+        status = live.end("; ".join(filter(None, [ended, *changed, trainer.doubts])), trainer.watch, go_on)
+    picture = plot.to_tensor(live.picture(DARK))
     history = "".join(json.dumps(row) + "\n" for row in run.metrics)
     loss = {"loss": [row["loss"] for row in run.metrics if "loss" in row]}
     return io.NodeOutput(

@@ -9,6 +9,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..core.method.advantage import group_z, total_reward
 from ..core.pictures import plot
+from ..core.pictures.theme import DARK
 from .browser import temporary
 from .schema import AdvantagesSocket, ScoresSocket, TreeSocket, schema
 
@@ -71,7 +72,8 @@ class TreeViewNode(io.ComfyNode):
             total = total_reward(rewards.values, rewards.weights)
             chosen = choose(leaf, total)
             layers = advantages.layers if advantages is not None else scores_only(forest, total)
-            picture = plot.to_tensor(plot.tree_picture(forest, layers, total, rewards.images, rewards.prompts))
+            picture = plot.tree_picture(forest, layers, total, rewards.images, rewards.prompts, DARK)
+            picture = plot.to_tensor(picture)
             image = rewards.images[chosen][None].clone()
             shown = described(forest, rewards, total, layers, advantages is not None, chosen, save(rewards.images))
         latent = (

@@ -12,6 +12,8 @@ from ..core.method.iteration import learn
 from ..core.method.memory import MicroBatch
 from ..core.method.objective import TARGETS, Objective
 from ..core.pictures import plot
+from ..core.pictures.curve import reward_curve
+from ..core.pictures.theme import DARK
 from ..core.runs.health import course
 from .objective import ANCHOR, CLIPPING, ETA, LEAF_WEIGHT, STEP_WEIGHT, regression
 from .policy import LivePolicy
@@ -246,9 +248,9 @@ def update_policy(
         )
         now = time.perf_counter()
         row |= {"seconds": now - tree.began, "seconds/rollout": tree.seconds, "seconds/update": now - began}
-        run.commit(row, lambda: {"reward_curve.png": plot.reward_curve(run.metrics), "tree.png": advantages.picture})
+        run.commit(row, lambda: {"reward_curve.png": reward_curve(run.metrics), "tree.png": advantages.picture()})
         said = keep_best(run)
-    row, image = run.metrics[-1], plot.to_tensor(plot.reward_curve(run.metrics))
+    row, image = run.metrics[-1], plot.to_tensor(reward_curve(run.metrics, theme=DARK))
     shown = ("reward", "reward_std", "ratio_mean", "clip_frac", "grad_norm", "forwards", "seconds")
     text = f"iteration {run.iteration}: " + ", ".join(f"{key} {row[key]:.4g}" for key in shown if key in row)
     text = f"{said} ({text})" if said else text

@@ -31,6 +31,7 @@ from core.method.objective import Objective
 from core.method.rollout import grow
 from core.method.tree import TreeShape
 from core.pictures import plot
+from core.pictures.curve import reward_curve
 from core.rewards import load
 from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
@@ -153,7 +154,7 @@ def train(model: str, iterations: int, out: Path, seed: int) -> dict:
 
     def report(event: Event) -> None:
         row = event.row
-        write_picture(out / "reward_curve.png", plot.reward_curve(run.metrics))
+        write_picture(out / "reward_curve.png", reward_curve(run.metrics))
         write_picture(
             out / "tree.png",
             plot.tree_picture(event.forest, event.credit.edges(event.forest), event.total, event.images, event.prompts),

@@ -111,7 +111,7 @@ def test_simple_trainer_makes_a_latent_of_the_models_own(graph):
         iterations=1,
         size=40,  # 5 latents of 8 pixels are no whole tokens of 2
     )
-    assert status.startswith("1 iterations done") and picture.std() > 0
+    assert status.startswith("1 iteration done") and picture.std() > 0
 
 
 def test_an_empty_latent_is_of_whole_tokens(graph):

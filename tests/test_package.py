@@ -14,6 +14,8 @@ PICTURES = {"PIL"}
 MORE = {  # file: what it may import besides
     "launch.py": {"standalone"},
     "pictures/plot.py": PICTURES,
+    "pictures/curve.py": PICTURES,
+    "pictures/theme.py": PICTURES,
     "pictures/dashboard.py": PICTURES,
     "pictures/reading.py": PICTURES,
     "rewards/measure.py": PICTURES,

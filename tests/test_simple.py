@@ -40,13 +40,15 @@ def rows(tmp_path, name="style"):
 def test_a_model_prompts_and_a_reward_become_a_lora(graph, tmp_path):
     tuned, path, picture, status = simple(graph)
     assert status.startswith("2 iterations done. Saved as style.safetensors.") and picture.std() > 0
+    assert status.endswith("\nNext: Open the template compare to see before and after. Run learns on.")
     assert load_file(path).keys() and len(rows(tmp_path)) == 2
     positive, _ = graph.prompts("a red circle on a white background")
     before, after = (graph.ksampler(model, positive) for model in (graph.model, tuned))
     again = graph.ksampler(graph.model, positive)
     assert not torch.equal(before, after) and torch.equal(before, again), "the model itself is as it was"
-    simple(graph, iterations=1)
+    *_, status = simple(graph, iterations=1)
     assert len(rows(tmp_path)) == 3, "the next Run learns on"
+    assert status.startswith("3 iterations done. This Run went on at iteration 3. Saved as style.safetensors.")
 
 
 def settings(tmp_path, name):
@@ -76,6 +78,7 @@ def test_presets_differ_in_rate_and_anchor(flux, tmp_path):
 def test_it_ends_when_the_minutes_are_over(flux, tmp_path):
     *_, status = simple(flux, text="a red circle", iterations=1000, minutes=1e-6)
     assert "minutes are over, at 1 of 1000 iterations" in status and len(rows(tmp_path)) == 1
+    assert "\nNext: Run goes on." in status
 
 
 def test_a_stopped_run_has_saved_its_lora(flux, tmp_path, monkeypatch):
@@ -89,8 +92,11 @@ def test_a_stopped_run_has_saved_its_lora(flux, tmp_path, monkeypatch):
             raise management.InterruptProcessingException()
 
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", stop)
+    said = []
+    monkeypatch.setattr(flux.pack.nodes.live, "send_text", lambda text, node_id: said.append(text))
     with pytest.raises(management.InterruptProcessingException):
         simple(flux, text="a red circle", iterations=5)
+    assert said[-1].startswith("Stopped at 1 of 5, saved.\nNext: Run goes on.")
     import folder_paths
 
     assert asked and (Path(folder_paths.get_folder_paths("loras")[0]) / "style.safetensors").exists()

@@ -46,11 +46,13 @@ def test_eight_picks_leave_a_lora_a_taste_and_pictures_on_the_way(teach, flux):
     tuned, taste, path, dashboard, status = teach()
     assert len(teach.questions) == 8 and all(question.counted == "question" for question in teach.questions)
     assert "8 picks; it would have made" in status and "Saved as mine.safetensors" in status
+    assert status.endswith("Open the template compare to see before and after. Raise questions to be asked more.")
     run = flux.folder / "output/treerpo/mine"
     assert (run / "taste.safetensors").is_file() and (run / "adapter.safetensors").is_file()
     assert len((run / "picks.jsonl").read_text().splitlines()) == 8
     again = teach()  # everything is asked and trained: nothing happens, and the outputs are the same
     assert len(teach.questions) == 8 and again[4].startswith("8 picks")
+    assert again[4].endswith("\nNext: Raise questions to be asked more.")
     images = torch.rand(3, 64, 64, 3)
     assert torch.equal(taste.score(images, [""] * 3), again[1].score(images, [""] * 3))
 

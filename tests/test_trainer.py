@@ -41,13 +41,15 @@ def test_the_trainer_is_the_by_hand_graph_in_a_loop(graph):
 def test_outputs(flux):
     policy, lora, loss, history, picture, status = flux.train(flux.policy(), 2)
     assert [json.loads(line)["iteration"] for line in history.splitlines()] == [0, 1]
-    assert len(loss["loss"]) == 2 and picture.shape[-1] == 3 and picture.std() > 0 and status == "2 iterations done."
+    assert len(loss["loss"]) == 2 and picture.shape[-1] == 3 and picture.std() > 0
+    assert status == f"2 iterations done.\nNext: {flux.pack.nodes.live.COMPARE} Raise iterations to learn on."
     same(lora, policy.run.adapters.state_dict())
     again = flux.train(policy, 2)
-    assert again[-1] == "2 iterations done." and len(again[3].splitlines()) == 2, (
+    assert again[-1] == "2 iterations done.\nNext: Raise iterations to learn on." and len(again[3].splitlines()) == 2, (
         "a run that is done is not trained further"
     )
-    assert len(flux.train(policy, 3)[3].splitlines()) == 3
+    *_, history, _, status = flux.train(policy, 3)
+    assert len(history.splitlines()) == 3 and status.startswith("3 iterations done. This Run went on at iteration 3.")
 
 
 def test_two_runs_with_one_seed_are_identical_apart_from_times(flux):
@@ -144,7 +146,8 @@ def test_a_run_that_is_stopped_says_so_and_no_longer_how_much_is_left(flux, monk
     monkeypatch.setattr(flux.pack.nodes.live, "send_text", lambda text, node_id: said.append(text))
     with pytest.raises(kind):
         flux.train(policy, 20, reward=Ends(), keep_every=1, keep_last=1)
-    assert said[-1] == f"{error} at 2 of 20, saved; Run goes on." and "left" in said[-2]
+    then = f".\nNext: Run goes on. {flux.pack.nodes.live.COMPARE}" if error == "Stopped" else "; Run goes on."
+    assert said[-1] == f"{error} at 2 of 20, saved{then}" and "left" in said[-2]
     assert [path.name for path in (policy.run.folder / "samples").iterdir()] == ["000002.png"]  # as many as checkpoints
     assert [path.name for path in (policy.run.folder / "checkpoints").iterdir()] == ["000002"]
     assert not (policy.run.folder / "training.lock").exists()
@@ -253,17 +256,27 @@ def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux, monkey
     policy = flux.policy()
     status = flux.train(policy, 40, **settings)[-1]
     assert status.startswith("Paused after iteration") and "judge" in status and "Roll back to iteration" in status
+    assert "Roll back to iteration 0?" in status and status.endswith(
+        "\nNext: A new name begins again from the base model. Run goes on all the same."
+    )
+    back, best = flux.pack.nodes.runs.way_back, flux.pack.nodes.runs.describe(policy.run.folder / "best").iteration
+    kept = {checkpoint.iteration for checkpoint in policy.run.checkpoints()}
+    for at in range(policy.run.iteration + 1):
+        known = max((n for n in kept | {best} if n <= at), default=None)
+        names = {"best"} if known == best else set()
+        names |= {str(known)} if known in kept else set()
+        assert back(policy.run, at) is None if known is None else back(policy.run, at)[1] in names, at
     assert "the judge fell" in said[-1] and "own name" not in "".join(said), "the text under the node may be HTML"
     paused = policy.run.iteration
     assert paused < 40 and (policy.run.folder / "best" / "state.pt").exists()
     assert [row["iteration"] + 1 for row in policy.run.metrics if "eval/judge" in row] == list(range(2, paused + 1, 2))
     flux.forget()
     again = flux.policy()
-    assert flux.train(again, paused + 2, **settings)[-1] == f"{paused + 2} iterations done.", (
-        "going on after a pause is the user's decision"
-    )
+    assert flux.train(again, paused + 2, **settings)[-1].startswith(
+        f"{paused + 2} iterations done. This Run went on"
+    ), "going on after a pause is the user's decision"
     warned = flux.policy("warned")
-    assert flux.train(warned, paused + 1, on_alarm="off", **settings)[-1] == f"{paused + 1} iterations done."
+    assert flux.train(warned, paused + 1, on_alarm="off", **settings)[-1].startswith(f"{paused + 1} iterations done.")
 
 
 def test_a_kill_between_saving_and_keeping_leaves_no_older_best(flux, monkeypatch):
@@ -392,7 +405,7 @@ def test_out_of_memory_halves_the_micro_batch_says_so_and_goes_on(flux, monkeypa
         flux.train(small := flux.policy("small"), 2)
     finally:
         handle.remove()
-    assert "The memory ran out: going on with 2 latents at a time." in said[0] and "memory ran out" not in said[1]
+    assert "The memory ran out: going on with 2 latents at a time." in said[1] and "memory ran out" not in said[2]
     first, one, other = (
         torch.cat([weight.detach().flatten() for weight in policy.run.adapters.parameters()])
         for policy in (flux.policy("untrained"), whole, small)
@@ -467,16 +480,16 @@ def test_eight_bit_adam_is_used_where_it_is_installed_and_begins_its_moments_ane
 
 
 def test_the_live_picture_costs_little(flux):
-    """Drawn and sent once per iteration. Counted, not timed: benchmarks/endurance.py has the share of the time."""
+    """Once before and once per iteration. Counted, not timed: benchmarks/endurance.py has its share of the time."""
     calls = []
     live = flux.pack.nodes.live.Live
     picture = live.picture
-    flux.pack.nodes.live.Live.picture = lambda self: calls.append(1) or picture(self)
+    flux.pack.nodes.live.Live.picture = lambda self, *theme: calls.append(1) or picture(self, *theme)
     try:
         flux.train(flux.policy(), 3, keep_every=100)
     finally:
         live.picture = picture
-    assert len(calls) <= 3 + 2
+    assert len(calls) <= 1 + 3 + 2
 
 
 def test_it_works_as_it_is_dropped_in(flux):
@@ -493,7 +506,7 @@ def test_it_works_as_it_is_dropped_in(flux):
         latent_image=flux.latent(),
         reward_model=flux.call("Measure", measure="brightness", direction="more")[0],
     )
-    assert flux.call("Trainer", **{**defaults, **wires, "iterations": 1})[-1] == "1 iterations done."
+    assert flux.call("Trainer", **{**defaults, **wires, "iterations": 1})[-1].startswith("1 iteration done.\n")
     row = wires["policy"].run.metrics[0]
     assert row["edges"] == 3 + 9 + 27 and row["diversity"] > 0 and row["grad_norm"] > 0
 
@@ -543,3 +556,71 @@ def test_only_the_policy_stays_loaded_where_that_is_asked_for(flux):
     finally:
         handle.remove()
     assert shared > 1 and set(seen) == {1}
+
+
+def test_before_the_first_iteration_there_is_a_picture_and_a_line_and_a_second_run_says_where_it_goes_on(
+    flux, monkeypatch
+):
+    import comfy.utils
+
+    happened = []
+
+    class Told(Reward):
+        name = "told"
+
+        def score(self, images, prompts):
+            happened.append("scored")
+            return images.mean((1, 2, 3))
+
+    def hook(value, total, preview, **more):
+        happened.append(preview and preview[1])
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    monkeypatch.setattr(flux.pack.nodes.live, "send_text", lambda text, node_id: happened.append(text))
+    policy = flux.policy()
+    flux.train(policy, 1, reward=Told())
+    assert happened[0] == "Begins with iteration 1 of 1. Stop whenever you like: Run goes on."
+    first = happened[1]
+    assert first.size == (900, 520) and len(first.getcolors(1 << 20)) > 10, "texts, not an empty sheet"
+    assert happened.index("scored") > 1 and happened[-1].startswith(
+        "1 iteration done.\nNext: Open the template compare"
+    )
+    happened.clear()
+    flux.train(policy, 2, reward=Told())
+    assert happened[0].startswith("Goes on at iteration 2 of 2.") and happened[1].size == (900, 520)
+    assert "This Run went on at iteration 2." in happened[-1]
+    happened.clear()
+    flux.train(policy, 2, reward=Told())
+    assert happened == ["2 iterations done.\nNext: Raise iterations to learn on."], "nothing is left to do"
+
+
+def test_what_is_shown_is_dark_and_what_is_kept_is_light(flux):
+    from PIL import Image
+
+    theme = flux.pack.core.pictures.theme
+    *_, picture, _ = flux.train(policy := flux.policy(), 1)
+    assert [round(255 * float(c)) for c in picture[0, 0, 0]] == list(theme.DARK.paper)
+    with Image.open(policy.run.folder / "dashboard.png") as file:
+        assert file.getpixel((0, 0)) == theme.LIGHT.paper
+
+
+def test_a_run_with_nothing_left_to_learn_ends_and_names_its_best(flux):
+    watch, policy = flux.pack.core.runs.health.Watch, flux.policy()
+    text = "\n".join(f"a {colour} circle on a white background" for colour in ("red", "blue", "green", "yellow"))
+
+    class Peaks(Reward):
+        name, held_out = "peaks", [0.1, 0.9, 0.5, 0.4]  # the base model, then after each iteration
+
+        def score(self, images, prompts):
+            if len(prompts) == 2:
+                return torch.full((2,), self.held_out.pop(0))
+            return images.mean((1, 2, 3)) + torch.arange(len(images)) * 0.01
+
+    policy.run.extra["watch"] = watch(settled=2).to_dict()
+    status = flux.train(policy, 9, reward=Peaks(), text=text, held_out=2, evaluate_every=1)[-1]
+    assert status.startswith("Finished early after iteration 3.") and "nothing is left to learn" in status
+    assert status.endswith(
+        "Go back to 1: begin_from … @ best in Tree Policy, with a new run_name. Run goes on all the same."
+    )
+    assert flux.pack.nodes.live.COMPARE in status
+    assert flux.policy("back", begin_from="test @ best").run.iteration == 1

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from statistics import NormalDist, fmean, stdev
 
-from ..pictures.dashboard import LARGEST
+from ..pictures.curve import LARGEST
 
 FEWEST_IMAGES = 4  # below, a mean difference says nothing
 FALLEN = 4.0  # standard errors between two windows; the best of many windows is always a little lucky
@@ -102,6 +102,12 @@ class Watch:
         usable = [i for i in range(len(self.evaluations)) if not self._is_alike(i)]
         return self.evaluations[self._best(usable)].iteration if usable else None
 
+    @property
+    def finished(self) -> bool:
+        """Whether the verdict is that the policy has learned, and nothing is left to learn."""
+        best = self._unbeaten()
+        return best is not None and best is not self.evaluations[0] and self.verdict() == self._settled()
+
     def to_dict(self) -> dict:
         """All of it for JSON: NaN becomes None."""
         return _replaced(asdict(self), lambda value: None if isinstance(value, float) and math.isnan(value) else value)
@@ -189,12 +195,18 @@ class Watch:
             f"{base:.3g}. {back} and use more noise, more prompts or a KL above 0?"
         )
 
-    def _settled(self) -> str | None:
+    def _unbeaten(self) -> Evaluation | None:
+        """The best of the earlier evaluations where none of the newest `settled` ones is better."""
         earlier = len(self.evaluations) - self.settled
         if not self.settled or earlier < 1:
             return None
-        best, *newest = max(self.evaluations[:earlier], key=lambda e: _mean(e.reward)), *self.evaluations[earlier:]
-        if max(_mean(one.reward) for one in newest) > _mean(best.reward):
+        best = max(self.evaluations[:earlier], key=lambda e: _mean(e.reward))
+        newest = max(_mean(one.reward) for one in self.evaluations[earlier:])
+        return None if newest > _mean(best.reward) else best
+
+    def _settled(self) -> str | None:
+        best = self._unbeaten()
+        if best is None:
             return None
         why = (
             f"The trained reward on the held-out prompts has not risen above the {_mean(best.reward):.3g} of iteration "

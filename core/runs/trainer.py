@@ -163,12 +163,13 @@ class Trainer:
                 if event.message and self.settings.on_alarm == "pause":
                     self.run.extra["paused"] = True
                     self.run.save()
-                    return f"Paused after iteration {self.run.iteration}. {event.message}"
+                    how = "Finished early" if self.watch.finished else "Paused"
+                    return f"{how} after iteration {self.run.iteration}. {event.message}"
                 if self.skips.too_many(self.settings.most_skips):
                     raise RuntimeError(f"{self.skips.sentence()} The run is saved at iteration {self.run.iteration}.")
                 if 0 < minutes * 60 <= time.monotonic() - began and self.run.iteration < iterations():
                     return f"{minutes:g} minutes are over, at {self.run.iteration} of {iterations()} iterations."
-            return f"{self.run.iteration} iterations done."
+            return f"{self.run.iteration} iteration{'s' if self.run.iteration > 1 else ''} done."
         finally:
             if self.run.iteration and self.run.unsaved:
                 self.run.save()
