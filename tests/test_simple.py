@@ -59,7 +59,11 @@ def test_a_fifth_of_the_prompts_is_only_checked_on(flux, tmp_path):
     simple(flux, iterations=1)
     written = yaml.safe_load((tmp_path / "output/treerpo/style/run.yaml").read_text())["prompts"]
     count = len(PROMPTS.splitlines())
-    assert len(set(written["held_out"])) == count // 5 > 0 and len(written["held_out"]) >= 16 and len(written["train"]) == count - count // 5
+    assert (
+        len(set(written["held_out"])) == count // 5 > 0
+        and len(written["held_out"]) >= 16
+        and len(written["train"]) == count - count // 5
+    )
     assert settings(tmp_path, "style")["evaluate_every"] == 10
     simple(flux, "few", text="a red circle", iterations=1)
     assert settings(tmp_path, "few")["evaluate_every"] == 0, "too few to keep any aside"

@@ -113,6 +113,7 @@ CARDS = {
     "flux2_klein_simple": ("Train FLUX.2 klein", "A reward in, a LoRA out (shown: the tiny model)"),
     "qwen_image_teach": ("Teach Qwen-Image", "You pick, it learns (shown: the tiny model)"),
     "qwen_image_simple": ("Train Qwen-Image", "A reward in, a LoRA out (shown: the tiny model)"),
+    "gamed_reward": ("A gamed reward", "Better by number, worse by eye. No download."),
     "start_here": ("Start here", "Press Run: a LoRA, and before and after"),
     "compare": ("Compare", "Without and with the LoRA, same noise"),
 }

@@ -130,6 +130,17 @@ GRAPHS = {
         stage("Teach: press Run, then pick", PURPLE, TEACH, ["Teach"]),
         stage("Result", ORANGE, "", ["Dashboard"]),
     ],
+    "gamed_reward": [
+        stage(
+            "START: press Run",
+            BLUE,
+            "An example of a reward that is **gamed**: *as large as possible*. The shapes grow, and get ugly: better by "
+            "number, worse by eye. The **judge**, which is not trained on, sees it: the run pauses and says so.",
+            ["Model", "Size of the shape", "Judge"],
+        ),
+        stage("Train", PURPLE, "It pauses after some thirty iterations, a minute or less.", ["Train"]),
+        stage("Result", ORANGE, "", ["Dashboard"]),
+    ],
     "first_steps": [
         stage(
             "START: press Run",
