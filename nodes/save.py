@@ -11,7 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..core.files import tidy, write_atomically
-from ..core.lora.interchange import write
+from ..core.hosts.architectures import architecture_of
+from ..core.lora.interchange import NETWORK, write
+from ..core.lora.networks import NETWORKS
 from ..core.runs.run import Run
 from .schema import LoraSocket, PolicySocket, plain_name, schema
 
@@ -67,7 +69,8 @@ class SaveTreeLoraNode(io.ComfyNode):
                     optional=True,
                     tooltip="ComfyUI = the exact values as trained, for every LoRA loader of ComfyUI; any model. "
                     "diffusers (PEFT) = for diffusers' load_lora_weights in Python; ComfyUI's Load LoRA reads it too, "
-                    "its bypass loaders do not. FLUX and SD3 only.",
+                    "its bypass loaders do not. Only for models that diffusers has too: FLUX, SD3, FLUX.2, Chroma, "
+                    "Z-Image, Lumina 2, Qwen-Image, HiDream, AuraFlow, Krea 2 and ERNIE-Image.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path")],
@@ -90,11 +93,19 @@ class SaveTreeLoraNode(io.ComfyNode):
             **policy.run.metadata(),
             "treerpo.prompts_blake2b": hashlib.blake2b("\n".join(prompts).encode(), digest_size=16).hexdigest(),
         }
-        lora = policy.run.lora(averaged=True)
+        lora, family = policy.run.lora(averaged=True), architecture_of(policy.policy.model)
+        if family.network:  # names and sizes do not always tell it
+            metadata[NETWORK] = family.network
         if format == FORMATS[0]:  # as it is: the policy may be of a model that interchange does not know
             write_atomically(path, save(lora, metadata=metadata))
+        elif not family.network:
+            known = ", ".join(network.title for network in NETWORKS.values())
+            raise ValueError(
+                f"A LoRA of {family.name} cannot be saved in diffusers' form, which is known of {known}: choose "
+                f"'{FORMATS[0]}' as the format."
+            )
         else:
-            write(path, lora, "diffusers", metadata)
+            write(path, lora, "diffusers", metadata, family.network)
         text = f"{path.name}: {policy.run.iteration} iterations of run '{policy.run.folder.name}'"
         if path != wanted:
             text += f". {wanted.name} is another run's or somebody else's, and stays as it is."

@@ -19,6 +19,7 @@ import torch
 from core import rewards
 from core.hosts import diffusers_models as hosts
 from core.hosts.peft import Attached, new_adapters
+from core.lora.networks import NETWORKS
 from core.method.ranks import ALONE, OtherProcess, Ranks
 from core.rewards.combine import combine
 from core.runs.config import Config, load
@@ -219,8 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     converting.add_argument("--to", required=True, choices=("diffusers", "comfyui"))
     converting.add_argument(
         "--network",
-        choices=("flux", "sd3"),
-        help="for a diffusers file of an unpublished size whose layers both networks have",
+        choices=tuple(NETWORKS),
+        help="for a file of an unpublished size whose layers several networks have",
     )
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")

@@ -35,6 +35,7 @@ class Architecture:
     in_place: bool = True  # may update activations in place: autograd must not see them change
     forgets: bool = False  # known to keep no tensor from one call to the next
     untrainable: str = ""  # why ComfyUI's network cannot be trained at all
+    network: str = ""  # its key in core.lora.networks, where diffusers has it too
 
     def presets(self) -> dict[str, str]:
         """Patterns of the targets, as core.lora.adapters.choose_layers takes them."""
@@ -57,19 +58,24 @@ class Architecture:
 _FLUX = {"text": "txt_in", "pooled": "vector_in.in_layer", "pooled_first": True, "forgets": True}
 _FAST = "turbo|lightning|distil|hyper|schnell"
 ARCHITECTURES = (
-    Architecture("FLUX.1", "Flux", cfg=1.0, guidance=True, distilled=_FAST, **_FLUX),  # dev, Krea, Kontext
-    Architecture("FLUX.1 Fill", "FluxInpaint", cfg=1.0, guidance=True, **_FLUX),
+    # FLUX.1: dev, Krea, Kontext
+    Architecture("FLUX.1", "Flux", cfg=1.0, guidance=True, distilled=_FAST, network="flux", **_FLUX),
+    Architecture("FLUX.1 Fill", "FluxInpaint", cfg=1.0, guidance=True, network="flux", **_FLUX),
     Architecture("Ovis-Image", "FluxSchnell", {"yak_mlp": True}, cfg=5.0, **_FLUX),
-    Architecture("FLUX.1-schnell", "FluxSchnell", cfg=1.0, steps=4, **_FLUX),
+    Architecture("FLUX.1-schnell", "FluxSchnell", cfg=1.0, steps=4, network="flux", **_FLUX),
     Architecture("LongCat-Image", "LongCatImage", text="txt_in"),
-    Architecture("FLUX.2", "Flux2", {"guidance_embed": True}, text="txt_in", cfg=1.0, guidance=True, distilled=_FAST),
     Architecture(
-        "FLUX.2 klein",
+        "FLUX.2",
         "Flux2",
+        {"guidance_embed": True},
         text="txt_in",
-        cfg=5.0,
-        distilled=rf"klein(?!.*base)|{_FAST}",
-        few=4,
+        cfg=1.0,
+        guidance=True,
+        distilled=_FAST,
+        network="flux2",
+    ),
+    Architecture(
+        "FLUX.2 klein", "Flux2", text="txt_in", cfg=5.0, distilled=rf"klein(?!.*base)|{_FAST}", few=4, network="flux2"
     ),
     Architecture(
         "SD3",
@@ -82,11 +88,12 @@ ARCHITECTURES = (
         few=4,
         in_place=False,
         forgets=True,
+        network="sd3",
     ),
-    Architecture("Z-Image", "ZImage", text="cap_embedder.1", steps=25, distilled=_FAST),
-    Architecture("Lumina 2", "Lumina2", text="cap_embedder.1", steps=30),
-    Architecture("Qwen-Image", "QwenImage", text="txt_in", distilled=_FAST),
-    Architecture("Krea 2", "Krea2", cfg=3.5, steps=52, distilled=_FAST),
+    Architecture("Z-Image", "ZImage", text="cap_embedder.1", steps=25, distilled=_FAST, network="z-image"),
+    Architecture("Lumina 2", "Lumina2", text="cap_embedder.1", steps=30, network="lumina2"),
+    Architecture("Qwen-Image", "QwenImage", text="txt_in", distilled=_FAST, network="qwen-image"),
+    Architecture("Krea 2", "Krea2", cfg=3.5, steps=52, distilled=_FAST, network="krea2"),
     Architecture(
         "Anima",
         "Anima",
@@ -104,6 +111,7 @@ ARCHITECTURES = (
         steps=26,
         distilled=_FAST,
         left_out=r"^distilled_guidance_layer\.",  # makes every layer's modulation out of the time alone
+        network="chroma",
     ),
     Architecture("Chroma Radiance", "ChromaRadiance", text="txt_in", cfg=3.5, left_out=r"^distilled_guidance_layer\."),
     Architecture("Z-Image, pixels", "ZImagePixelSpace", text="cap_embedder.1", steps=25, distilled=_FAST),
@@ -114,15 +122,22 @@ ARCHITECTURES = (
         steps=30,
         untrainable="its network overwrites what its own backward pass needs",
     ),
-    Architecture("AuraFlow", "AuraFlow", text="cond_seq_linear", cfg=3.5, steps=25),
+    Architecture("AuraFlow", "AuraFlow", text="cond_seq_linear", cfg=3.5, steps=25, network="auraflow"),
     Architecture(
-        "HiDream-I1", "HiDream", needs_pooled=True, cfg=5.0, steps=50, distilled=rf"i1_(dev|fast)|{_FAST}", few=16
+        "HiDream-I1",
+        "HiDream",
+        needs_pooled=True,
+        cfg=5.0,
+        steps=50,
+        distilled=rf"i1_(dev|fast)|{_FAST}",
+        few=16,
+        network="hidream",
     ),
     Architecture("Hunyuan Image 2.1", "HunyuanImage21", {"guidance_embed": True}, cfg=1.0, guidance=True, steps=FEW),
     Architecture("Hunyuan Image 2.1", "HunyuanImage21", cfg=3.5),
     Architecture("OmniGen 2", "Omnigen2", text="time_caption_embed.caption_embedder.1", cfg=5.0),
     Architecture("Boogu", "Boogu", text="time_caption_embed.caption_embedder.1", steps=25, distilled=_FAST, few=4),
-    Architecture("ERNIE-Image", "ErnieImage", text="text_proj", distilled=_FAST),
+    Architecture("ERNIE-Image", "ErnieImage", text="text_proj", distilled=_FAST, network="ernie-image"),
     Architecture("Ideogram 4", "Ideogram4", text="llm_cond_proj"),  # its template has a second network for cfg
     Architecture("MageFlow", "MageFlow", text="txt_in", cfg=5.0, steps=30, distilled=_FAST, few=4),
     Architecture("JoyImage", "JoyImage", steps=40),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..lora.layer_names import rename
+from ..lora.layer_names import network_class, rename
 from ..model import Velocity, by_kind
 
 # ComfyUI hands (vae latent - shift) * scale to the diffusion model: (scale, shift).
@@ -34,7 +34,7 @@ def load_transformer(state_dict: dict[str, Tensor], dtype=torch.float32) -> torc
             module, width = _empty_sd3(sd)
         else:
             raise ValueError("These weights are neither FLUX nor SD3: the diffusers backend runs no other model.")
-    renamed = {name: tensor.to(dtype, copy=True) for name, tensor in rename(sd, width).items()}
+    renamed = {name: tensor.to(dtype, copy=True) for name, tensor in rename(sd, network_class(module)).items()}
     if "pos_embed" not in sd and "joint_blocks.0.x_block.attn.qkv.weight" in sd:
         # in the place of a table that is not used
         renamed["pos_embed.pos_embed"] = torch.zeros(1, 1, width, dtype=dtype)

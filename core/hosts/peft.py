@@ -14,52 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lora.adapters import Adapters
-from ..lora.layer_names import parts_of
+from ..lora.layer_names import is_swapped, network_class, parts_of
+from ..lora.networks import NETWORKS
 
 NAME = "treerpo"  # of the adapter in PEFT's layers
-# Linear layers in the order in which ComfyUI's networks have them: the adapters' first values are drawn in this order.
-FLUX = (
-    "img_in",
-    "time_in.in_layer",
-    "time_in.out_layer",
-    "vector_in.in_layer",
-    "vector_in.out_layer",
-    "guidance_in.in_layer",
-    "guidance_in.out_layer",
-    "txt_in",
-    "double_blocks.img_mod.lin",
-    "double_blocks.img_attn.qkv",
-    "double_blocks.img_attn.proj",
-    "double_blocks.img_mlp.0",
-    "double_blocks.img_mlp.2",
-    "double_blocks.txt_mod.lin",
-    "double_blocks.txt_attn.qkv",
-    "double_blocks.txt_attn.proj",
-    "double_blocks.txt_mlp.0",
-    "double_blocks.txt_mlp.2",
-    "single_blocks.linear1",
-    "single_blocks.linear2",
-    "single_blocks.modulation.lin",
-    "final_layer.linear",
-    "final_layer.adaLN_modulation.1",
-)
-SD3 = (
-    "t_embedder.mlp.0",
-    "t_embedder.mlp.2",
-    "y_embedder.mlp.0",
-    "y_embedder.mlp.2",
-    "context_embedder",
-    *(
-        f"joint_blocks.context_block.{name}"
-        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
-    ),
-    *(
-        f"joint_blocks.x_block.{name}"
-        for name in ("attn.qkv", "attn.proj", "attn2.qkv", "attn2.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
-    ),
-    "final_layer.linear",
-    "final_layer.adaLN_modulation.1",
-)
 
 
 def new_adapters(
@@ -71,32 +29,27 @@ def new_adapters(
 
 def skeleton(transformer: nn.Module) -> nn.Module:
     """ComfyUI's Linear layers of this transformer, in ComfyUI's order, without weights."""
-    layers, root = dict(transformer.named_modules()), nn.Module()
-    for module in _modules(transformer):
-        parts = [layers[name] for name in parts_of(module) if name in layers]
+    layers, root, network = dict(transformer.named_modules()), nn.Module(), network_class(transformer)
+    for module in _modules(transformer, network):
+        parts = [layers[name] for name in parts_of(module, network) if name in layers]
         if parts and all(isinstance(part, nn.Linear) for part in parts):
             with torch.device("meta"):
                 _place(root, module, nn.Linear(parts[0].in_features, sum(part.out_features for part in parts)))
     return root
 
 
-def _modules(transformer: nn.Module) -> list[str]:
+def _modules(transformer: nn.Module, network: str) -> list[str]:
     """ComfyUI's modules in order, the blocks' with their numbers."""
-    flux = hasattr(transformer.config, "guidance_embeds")
-    counts = {
-        "double_blocks": len(transformer.transformer_blocks),
-        "single_blocks": len(getattr(transformer, "single_transformer_blocks", ())),
-        "joint_blocks": len(transformer.transformer_blocks),
-    }
     found, done = [], set()
-    for name in FLUX if flux else SD3:
-        stack, _, inner = name.partition(".")
-        if stack not in counts:
-            found.append(name)
+    for template, parts in NETWORKS[network].modules.items():
+        stack, numbered, _ = template.partition(".#.")
+        if not numbered:
+            found.append(template)
         elif stack not in done:
             done.add(stack)
-            inners = [other.partition(".")[2] for other in (FLUX if flux else SD3) if other.startswith(f"{stack}.")]
-            found += [f"{stack}.{i}.{inner}" for i in range(counts[stack]) for inner in inners]
+            count = len(transformer.get_submodule(parts.partition(".#.")[0]))
+            inners = [other for other in NETWORKS[network].modules if other.startswith(f"{stack}.#.")]
+            found += [inner.replace("#", str(i)) for i in range(count) for inner in inners]
     return found
 
 
@@ -125,17 +78,16 @@ class Rows(nn.Module):
         return F.linear(x, self.weight)
 
 
-def shares(module: str, layers: dict[str, nn.Module]) -> dict[str, list[slice]]:
+def shares(module: str, layers: dict[str, nn.Module], network: str) -> dict[str, list[slice]]:
     """The rows of ComfyUI's layer that belong to each of diffusers' modules.
 
-    Modulations of two parts have them in the other order (layer_names.swapped).
+    Modulations of two parts have them in the other order (layer_names.is_swapped).
     """
     found, first = {}, 0
-    for name in parts_of(module):
+    for name in parts_of(module, network):
         last = first + layers[name].out_features
         found[name], first = [slice(first, last)], last
-    [name, *others] = found
-    if module.endswith("adaLN_modulation.1") and not others and last == 2 * layers[name].in_features:
+    if is_swapped(module, network, last, layers[name].in_features):
         found[name] = [slice(last // 2, last), slice(0, last // 2)]
     return found
 
@@ -153,7 +105,8 @@ class Attached:
             raise ImportError("Training through diffusers needs the package peft: pip install peft") from error
         self.adapters = adapters
         layers = dict(transformer.named_modules())
-        rows = {module: shares(module, layers) for module in adapters.loras}
+        network = network_class(transformer)
+        rows = {module: shares(module, layers, network) for module in adapters.loras}
         first = next(iter(adapters.loras.values()))
         transformer.add_adapter(
             LoraConfig(

@@ -1,5 +1,5 @@
-"""LoRA files in ComfyUI's form and in the PEFT form that diffusers loads, for FLUX and SD3/SD3.5, and from one to the
-other without loss.
+"""LoRA files in ComfyUI's form and in the PEFT form that diffusers loads, for the networks in networks.py, and from one
+to the other without loss.
 
     ComfyUI    diffusion_model.<module>.lora_up.weight [out, rank], .lora_down.weight [rank, in], .alpha     delta = up
                @ down * alpha / rank diffusers  transformer.<module>.lora_B.weight [out, rank], .lora_A.weight [rank,
@@ -34,17 +34,21 @@ from ..patterns import search
 from .layer_names import (
     comfy_name,
     diffusers_from_underscores,
-    diffusers_names,
     from_underscores,
+    is_swapped,
+    networks_naming,
     networks_of,
+    part_rows,
     parts_of,
-    swapped,
+    shape_of,
+    swap_halves,
     xlabs_parts,
 )
+from .networks import NETWORKS
 
 FORMS = ("comfyui", "diffusers")
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header: the PEFT config as JSON
-NETWORK = "treerpo.network"  # ours: "flux" or "sd3", which names and sizes do not always tell
+NETWORK = "treerpo.network"  # ours: a key of NETWORKS, which names and sizes do not always tell
 ENDINGS = {
     "up": (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight", ".up.weight"),
     "down": (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", ".down.weight"),
@@ -53,10 +57,11 @@ ENDINGS = {
 KOHYA, ONETRAINER = "lora_unet_", "lora_transformer_"  # before the names with underscores in their files
 PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|transformer\.|base_model\.model\.)+")
 TEXT_ENCODER = re.compile(r"^(text_encoders?(_\d)?\.|lora_te\d?_)")
-BLOCK = re.compile(r"^(\w+_blocks)\.(\d+)\.")
-# Hidden size of the published models -> (network, number of transformer_blocks). Others have the same names, e.g.
-# Qwen-Image and HunyuanVideo.
-PUBLISHED = {3072: ("flux", 19), 1536: ("sd3", 24), 2432: ("sd3", 38)}
+# of networks whose layers' sizes are all multiples of one hidden size
+BLOCK = re.compile(r"^(double_blocks|joint_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.(\d+)\.")
+# Others have the same names and the size of a published one: hidden size -> its number of transformer_blocks.
+FOREIGN = {3072: 20}  # HunyuanVideo
+MODELS = ", ".join(network.title for network in NETWORKS.values())
 
 
 class Pair(NamedTuple):
@@ -80,9 +85,9 @@ def comfy_pairs(
     """The pairs, by ComfyUI's modules, of a LoRA in any form that form_of knows. Text encoders are left out, with a
     line in the log.
 
-    header: the file's metadata; the alphas of a PEFT file stand there. network: "flux" or "sd3", for a file in the
-    diffusers form whose layers both have and whose sizes are those of no published model. Raises ValueError in one
-    sentence for what cannot be converted exactly.
+    header: the file's metadata; the alphas of a PEFT file stand there. network: a key of NETWORKS, for a file whose
+    layers several have and whose sizes are those of no published model. Raises ValueError in one sentence for what
+    cannot be converted exactly.
     """
     form = form_of(state)
     pairs = read_pairs(state, peft_config(header))
@@ -113,9 +118,9 @@ def comfy_pairs(
         layers = {}
         for name, pair in pairs.items():
             module, place = comfy_name(name, network)
-            layers.setdefault(module, [None] * len(parts_of(module)))[place] = pair
-        pairs = {module: fuse(module, parts) for module, parts in layers.items()}
-    check_sizes(pairs)
+            layers.setdefault(module, [None] * len(parts_of(module, network)))[place] = pair
+        pairs = {module: fuse(module, parts, network) for module, parts in layers.items()}
+    check_sizes(pairs, network)
     return pairs
 
 
@@ -131,29 +136,29 @@ def comfy_form(pairs: dict[str, Pair]) -> dict[str, Tensor]:
     return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in result.items()}
 
 
-def diffusers_form(pairs: dict[str, Pair]) -> dict[str, Tensor]:
-    """Pairs by ComfyUI's modules as the tensors of a PEFT file."""
+def diffusers_form(pairs: dict[str, Pair], network: str | None = None) -> dict[str, Tensor]:
+    """Pairs by ComfyUI's modules as the tensors of a PEFT file. network: as in comfy_pairs."""
+    network = find_network(pairs, "comfyui", network)
     result = {}
     for module, pair in pairs.items():
-        for name, part in split(module, pair).items():
+        for name, part in split(module, pair, network).items():
             down, up = part.down, folded(part)
-            if name == "pos_embed.proj":  # a convolution in SD3, over patches of 2x2
+            if name == "pos_embed.proj" and network == "sd3":  # a convolution, over patches of 2x2
                 down, up = down.reshape(len(down), -1, 2, 2), up[..., None, None]
             result |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
     return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in result.items()}
 
 
-def split(module: str, pair: Pair) -> dict[str, Pair]:
+def split(module: str, pair: Pair, network: str) -> dict[str, Pair]:
     """A pair of ComfyUI's layer as pairs of diffusers' modules; a part whose rows are zero gets none, unless all are.
 
     The parts share the down as it is. Only where lora_up is block-diagonal, as fuse makes it, does each part get its
     own block back.
     """
-    names, width = diffusers_names(module), pair.down.shape[1]
-    up = swapped(module, pair.up, width)
+    names, width = parts_of(module, network), pair.down.shape[1]
     if len(names) == 1:
-        return {names[0]: pair._replace(up=up)}
-    blocks = up.split([*[width] * (len(names) - 1), len(up) - width * (len(names) - 1)])
+        return {names[0]: swapped(module, pair, network)}
+    blocks = pair.up.split(part_rows(len(names), len(pair.up), width))
     used = torch.stack([block.any(dim=0) for block in blocks])  # [parts, rank]
     owner = used.int().argmax(0)
     blockwise = bool((used.sum(0) == 1).all() and (owner.diff() >= 0).all())
@@ -166,19 +171,30 @@ def split(module: str, pair: Pair) -> dict[str, Pair]:
     return result
 
 
-def fuse(module: str, parts: list[Pair | None]) -> Pair:
+def swapped(module: str, pair: Pair, network: str) -> Pair:
+    """The pair for the other world, of a layer that is one in both."""
+    other = is_swapped(module, network, len(pair.up), pair.down.shape[1])
+    return pair._replace(up=swap_halves(pair.up)) if other else pair
+
+
+def fuse(module: str, parts: list[Pair | None], network: str) -> Pair:
     """Pairs of the diffusers modules that are one layer in ComfyUI as one pair for it; the rows of a part without a
     pair are zero.
     """
     present = [part for part in parts if part is not None]
     width = present[0].down.shape[1]
     if len(parts) == 1:
-        return present[0]._replace(up=swapped(module, present[0].up, width))
-    for i, (name, part) in enumerate(zip(parts_of(module), parts)):
-        if part is not None and (part.down.shape[1] != width or i < 3 and len(part.up) != width):
+        return swapped(module, present[0], network)
+    # k and v may be narrower than q; FLUX's MLP is four times as wide
+    narrow = round(width * ((shape_of(module, network) or 3) - 1) / 2) if len(parts) == 3 else width
+    if narrow != width:
+        narrow = next((len(part.up) for part in parts[1:] if part is not None), narrow)
+    heights = [width, narrow, narrow, None][: len(parts)]
+    for height, name, part in zip(heights, parts_of(module, network), parts):
+        if part is not None and (part.down.shape[1] != width or height not in (None, len(part.up))):
             raise ValueError(
                 f"The LoRA of '{name}' is for a layer of {part.down.shape[1]} to {len(part.up)}, where {width} to "
-                f"{width} was expected: the file is damaged, or of another model."
+                f"{height or 4 * width} was expected: the file is damaged, or of another model."
             )
     dtype = widest([part.down for part in present])
     downs, places = [], []  # the different downs, and which of them each part has
@@ -188,8 +204,7 @@ def fuse(module: str, parts: list[Pair | None]) -> Pair:
         downs += [down] if places[-1] == len(downs) else []
     same = len({part.scale for part in present}) == 1
     ups = [None if part is None else part.up if same else folded(part) for part in parts]
-    # FLUX's MLP is four times as wide
-    rows = [len(up) if up is not None else width if i < 3 else 4 * width for i, up in enumerate(ups)]
+    rows = [len(up) if up is not None else height or 4 * width for up, height in zip(ups, heights)]
     fused = torch.zeros(sum(rows), sum(map(len, downs)), dtype=widest([up for up in ups if up is not None]))
     used = [(block, up) for block, up in zip(fused.split(rows), ups) if up is not None]
     for (block, up), place in zip(used, places):
@@ -239,14 +254,13 @@ def foreign(state: dict[str, Tensor]) -> list[str]:
 
 
 def of_a_layer(key: str) -> bool:
-    """Whether a tensor's name begins with that of a layer of FLUX or SD3, in any naming."""
+    """Whether a tensor's name begins with that of a layer, in any naming."""
     parts = PREFIX.sub("", key).split(".")
     beginnings = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return any(
-        parts_of(name)
+        networks_of(name)
+        or networks_naming(name)
         or xlabs_parts(name)
-        or comfy_name(name, "flux")
-        or comfy_name(name, "sd3")
         or from_underscores(name.removeprefix(KOHYA))
         or diffusers_from_underscores(name.removeprefix(ONETRAINER))
         for name in beginnings
@@ -283,10 +297,8 @@ def form_of(state: dict[str, Tensor]) -> str:
         strangers = {"XLabs": [module for module in modules if not xlabs_parts(module)]}
     else:
         strangers = {
-            "comfyui": [module for module in modules if not parts_of(module)],
-            "diffusers": [
-                module for module in modules if not (comfy_name(module, "flux") or comfy_name(module, "sd3"))
-            ],
+            "comfyui": [module for module in modules if not networks_of(module)],
+            "diffusers": [module for module in modules if not networks_naming(module)],
         }
     form, strange = min(strangers.items(), key=lambda item: len(item[1]))
     if strange:
@@ -296,10 +308,15 @@ def form_of(state: dict[str, Tensor]) -> str:
             else f"the rest of this file ({form}) names them"
         )
         raise ValueError(
-            f"'{strange[0]}' is no layer of FLUX or SD3 as {names}: only LoRAs of these models are converted."
+            f"'{strange[0]}' is no layer of {MODELS} as {names}: only LoRAs of these models are converted."
         )
-    both = form == "comfyui" and not strangers["diffusers"]  # nothing but context_embedder, which is called so in both
-    return "diffusers" if both and any(key.startswith(("transformer.", "base_model.")) for key in state) else form
+    if form not in FORMS or any(strangers.values()):
+        return form
+    # All layers are called so in both, such as Qwen-Image's in ComfyUI and FLUX's attention in diffusers.
+    if any(key.startswith(("diffusion_model.", "model.diffusion_model.")) for key in state):
+        return "comfyui"
+    elsewhere = any(key.startswith(("transformer.", "base_model.")) for key in state)
+    return "diffusers" if elsewhere or any(module.startswith("transformer_blocks.") for module in modules) else form
 
 
 def module_and_role(key: str) -> tuple[str, str]:
@@ -352,66 +369,94 @@ def hidden_size(pairs: dict[str, Pair]) -> int | None:
     )
 
 
-def check_sizes(pairs: dict[str, Pair]) -> None:
-    """ValueError unless the sizes of every layer in a block (ComfyUI's names) are multiples of one hidden size, with
-    rows for all parts.
+def check_sizes(pairs: dict[str, Pair], network: str) -> None:
+    """ValueError unless every layer (ComfyUI's names) has rows for all parts, and the sizes of those in a BLOCK are
+    multiples of one hidden size.
     """
     width = hidden_size(pairs)
     for module, pair in pairs.items():
-        if BLOCK.match(module):
-            rows, columns, count = len(pair.up), pair.down.shape[1], len(parts_of(module))
-            if (
-                rows % width
-                or columns % width
-                or count == 3
-                and rows != 3 * columns
-                or count == 4
-                and rows <= 3 * columns
-            ):
-                raise ValueError(
-                    f"The LoRA of '{module}' is for a layer of {columns} to {rows}, which does not fit "
-                    + (f"the others' hidden size of {width}" if count == 1 else f"its {count} parts")
-                    + ": the file is damaged, or of another model."
-                )
+        rows, columns, count = len(pair.up), pair.down.shape[1], len(parts_of(module, network))
+        block = BLOCK.match(module)
+        uneven = block and (rows % width or columns % width or count == 3 and rows != 3 * columns)
+        short = count == 3 and (rows <= columns or (rows - columns) % 2) or count == 4 and rows <= 3 * columns
+        if uneven or short:
+            raise ValueError(
+                f"The LoRA of '{module}' is for a layer of {columns} to {rows}, which does not fit "
+                + (f"the others' hidden size of {width}" if count == 1 else f"its {count} parts")
+                + ": the file is damaged, or of another model."
+            )
+
+
+def having(pairs: dict[str, Pair], form: str) -> list[str]:
+    """The networks that have all of these layers. ValueError where none has."""
+    candidates = list(NETWORKS)
+    for module in pairs:
+        known = networks_naming(module) if form == "diffusers" else networks_of(module)
+        have = [network for network in candidates if network in known]
+        if not have:
+            titles = " or ".join(NETWORKS[network].title for network in candidates)
+            raise ValueError(
+                f"'{module}' does not go with the other layers of this LoRA, which are {titles}'s: two models are "
+                "mixed in one file."
+            )
+        candidates = have
+    # Only SD3 has modulations of two parts (its last block) and of nine (where there is a second attention).
+    parts = {(module.partition(".norm1")[2], len(pair.up) / pair.down.shape[1]) for module, pair in pairs.items()}
+    only_sd3 = form == "diffusers" and "sd3" in candidates and parts & {("_context.linear", 2), (".linear", 9)}
+    return ["sd3"] if only_sd3 else candidates
+
+
+def of_these_shapes(pairs: dict[str, Pair], networks: list[str]) -> list[str]:
+    """Those of the networks whose layers (ComfyUI's names) have these shapes; the first where no network's have."""
+    fitting = [
+        network
+        for network in networks
+        if all(
+            abs((shape_of(module, network) or ratio) - ratio) < 1e-2
+            for module, ratio in ((module, len(pair.up) / pair.down.shape[1]) for module, pair in pairs.items())
+        )
+    ]
+    return fitting or networks[:1]
 
 
 def find_network(pairs: dict[str, Pair], form: str, told: str | None) -> str:
-    """ "flux" or "sd3"; any where both have all the layers and their names do not depend on it."""
-    candidates = {"flux", "sd3"}
-    for module in pairs:
-        have = (
-            {n for n in candidates if comfy_name(module, n)}
-            if form == "diffusers"
-            else candidates & networks_of(module)
-        )
-        if not have:
-            raise ValueError(
-                f"'{module}' does not go with the other layers of this LoRA: FLUX and SD3 are mixed in one file."
-            )
-        candidates = have
-    last = max(
-        (int(block[2]) for block in map(BLOCK.match, pairs) if block and not block[1].startswith("single_")), default=-1
-    )
-    published, blocks = PUBLISHED.get(hidden_size(pairs), (None, 0))
-    if published in candidates and last >= blocks:
+    """The key of NETWORKS; the first of those that have all the layers, where it makes no difference which it is."""
+    candidates, width = having(pairs, form), hidden_size(pairs)
+    blocks = [block for block in map(BLOCK.match, pairs) if block and not block[1].startswith("single_")]
+    last = max((int(block[2]) for block in blocks), default=-1)
+    reached = {network: NETWORKS[network].published.get(width) for network in candidates}
+    published = [network for network in candidates if reached[network]]
+    within = [network for network in candidates if reached[network] is None or last < reached[network]]
+    alien = last + 1 == FOREIGN.get(width) and told not in within
+    if published and (alien or not any(reached[network] for network in within)):
         raise ValueError(
-            f"This LoRA reaches block {last}, where {'FLUX' if published == 'flux' else 'SD3'} of this size has "
-            f"{blocks} blocks from 0 on: it is of another model, and only those of FLUX and SD3 are converted."
+            f"This LoRA reaches block {last}, where {NETWORKS[published[0]].title} of this size has "
+            f"{reached[published[0]]} blocks from 0 on: it is of another model, and only those of {MODELS} are "
+            "converted."
         )
-    if len(candidates) == 1 or form != "diffusers":
-        return min(candidates)
-    # Only SD3 has modulations of two parts (its last block) and of nine (where there is a second attention).
-    parts = {(module.partition(".norm1")[2], len(pair.up) / pair.down.shape[1]) for module, pair in pairs.items()}
-    if parts & {("_context.linear", 2), (".linear", 9)}:
-        return "sd3"
-    if told in candidates:
+    if told in within:
         return told
-    if published is None:
+    within = within if form == "diffusers" else of_these_shapes(pairs, within)
+    if len({_outcome(pairs, form, network) for network in within}) == 1:
+        return within[0]
+    published = [network for network in within if reached[network]]
+    if not published:
+        titles = ", ".join(f"{NETWORKS[network].title} ('{network}')" for network in within)
         raise ValueError(
-            "FLUX and SD3 both have the layers of this LoRA, and its size is of no published model: say which it is "
-            "(network 'flux' or 'sd3')."
+            f"The layers of this LoRA are in {titles}, and its size is of no published model: say which it is (network "
+            f"'{within[0]}', ...)."
         )
-    return published
+    return published[0]
+
+
+def _outcome(pairs: dict[str, Pair], form: str, network: str) -> tuple:
+    """What the layers are called in the other world."""
+    return tuple(
+        comfy_name(module, network)
+        if form == "diffusers"
+        else (*parts_of(module, network), swapped(module, pair, network) is pair)
+        for module, pair in pairs.items()
+    )
 
 
 # diffusers' adapter metadata
@@ -502,13 +547,12 @@ def write(
     if form not in FORMS:
         raise ValueError(f"'{form}' is no LoRA form: choose one of {', '.join(FORMS)}.")
     pairs = comfy_pairs(state, header, network)
-    converted = comfy_form(pairs) if form == "comfyui" else diffusers_form(pairs)
+    told = network or (header or {}).get(NETWORK)
+    converted = comfy_form(pairs) if form == "comfyui" else diffusers_form(pairs, told)
     kept = {key: value for key, value in (header or {}).items() if key != ADAPTER_METADATA}
     if form == "diffusers":
         kept[ADAPTER_METADATA] = peft_metadata(converted)
-    networks = set.intersection(*map(networks_of, pairs))
-    if len(networks) == 1:
-        kept[NETWORK] = networks.pop()
+    kept[NETWORK] = find_network(pairs, "comfyui", told)
     write_atomically(Path(path), save(converted, metadata={"format": "pt", **kept}))
     return converted
 
