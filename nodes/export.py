@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..core.files import write_atomically
-from ..core.hosts.architectures import model_file
+from ..core.hosts.architectures import architecture_of, model_file
 from ..core.hosts.comfy_host import downscale, encode
+from ..core.hosts.diffusers_networks import KINDS
 from ..core.rewards.combine import Combined, parts
 from ..core.rewards.measure import Measure
 from ..core.rewards.server import ServerReward
@@ -147,13 +148,17 @@ def write_conditioning(path: Path, host, texts: list[str]) -> str:
     entries = [encode(host.clip, text)[0] for text in texts]
     if host.cfg != 1:
         texts, entries = [*texts, NEGATIVE], [*entries, host.negative[0]]
-    for _, options in entries:
-        others = [key for key, value in options.items() if key != "pooled_output" and value is not None]
-        if others or options.get("pooled_output") is None:  # such as an attention mask, which would be lost
-            return ""
+    kind = KINDS.get(architecture_of(host.policy.model).network)
+    if kind is None:  # the engine without ComfyUI does not run this model
+        return ""
     tensors = {}
     for number, (context, options) in enumerate(entries):
-        tensors |= {f"{number}.embeds": context[0], f"{number}.pooled": options["pooled_output"][0]}
+        others = [key for key, value in options.items() if key != "pooled_output" and value is not None]
+        if others or kind.pooled and options.get("pooled_output") is None:  # such as a mask, which would be lost
+            return ""
+        tensors[f"{number}.embeds"] = context[0]
+        if kind.pooled:
+            tensors[f"{number}.pooled"] = options["pooled_output"][0]
     if bool(host.start.any()):
         tensors["start"] = host.policy.model.model.latent_format.process_in(host.start)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

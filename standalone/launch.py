@@ -28,6 +28,8 @@ from core.runs.trainer import Event, Trainer
 from standalone import processes
 
 log = logging.getLogger("treerpo")
+# ComfyUI's class for each network, by which its runs name their base
+BASES = {"flux": "Flux", "sd3": "SD3", "flux2": "Flux2", "z-image": "Lumina2", "qwen-image": "QwenImage"}
 
 
 class Stopped(BaseException):
@@ -78,7 +80,7 @@ def prepare(config: Config, ranks: Ranks, device: torch.device, check=None) -> T
     drawn = sampling.steps, sampling.scheduler, sampling.height, sampling.width
     sigmas = torch.tensor(sampling.sigmas) if sampling.sigmas else hosts.sampling_sigmas(model, *drawn)
     texts = [*prompts.train, *(prompts.held_out if settings.evaluate_every else [])]
-    shape = (16, sampling.height // 8, sampling.width // 8)
+    shape = model.shape(sampling.height, sampling.width)
     host = hosts.DiffusersHost(
         model,
         attached,
@@ -110,7 +112,7 @@ def open_run(config: Config, model, adapters, ranks: Ranks) -> Run:
     recorded as the Policy node does.
     """
     adapter = config.adapter
-    base = config.model.name or " ".join(({"flux": "Flux", "sd3": "SD3"}[model.kind], Path(config.model.source).name))
+    base = config.model.name or " ".join((BASES[model.network], Path(config.model.source).name))
     if config.model.source in hosts.EMBEDDED and not config.model.name:
         base += ".safetensors"
     recorded = adapter_settings(

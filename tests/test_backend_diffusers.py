@@ -1,6 +1,7 @@
 """core/hosts/diffusers.py against ComfyUI's own networks, text encoder, VAE and scheduler, on tiny random models."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
+import families
+import worlds
 
 from core.hosts import diffusers as backend
 from core.lora.adapters import Adapters
@@ -53,11 +56,20 @@ VARIANTS = {
     "sd3.5": {},
     "sd3": dict(qk_norm=None, num_patches=144, pos_embed_max_size=12),
     "sd3.5 medium": dict(x_block_self_attn_layers=[0]),
+    "flux2": "FLUX.2",
+    "flux2 klein": "FLUX.2 klein",
+    "z-image": "Z-Image",
+    "qwen-image": "Qwen-Image",
 }
+CLASSES = {"flux2": "Flux2", "z-image": "ZImage", "qwen-image": "QwenImage"}  # in comfy.supported_models
+ENGINES = ["flux", "sd3.5", "flux2", "z-image", "qwen-image"]  # one of each network
+SHAPES = {"flux2": (128, 4, 4), "flux2 klein": (128, 4, 4), "qwen-image": (16, 1, 8, 8)}  # others (16, 8, 8)
 
 
 def network(name: str) -> torch.nn.Module:
     """ComfyUI's network with random weights everywhere, biases, norms and the zero-initialised layers included."""
+    if isinstance(VARIANTS[name], str):
+        return as_new(families.load(worlds.family(VARIANTS[name])).model.diffusion_model)
     import comfy.ops
     from comfy.ldm.flux.model import Flux
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
@@ -76,31 +88,52 @@ def network(name: str) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def as_new(model: torch.nn.Module) -> torch.nn.Module:
+    """With weights that were not made in inference mode."""
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                own[key] = None if tensor is None else torch.nn.Parameter(tensor.clone(), requires_grad=False)
+    return model.eval()
+
+
 def file_form(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict as it stands in a FLUX or SD3 file."""
-    return {key.replace("_norm.weight", "_norm.scale"): tensor for key, tensor in model.state_dict().items()}
+    """The state dict as it stands in a file."""
+    state = model.state_dict().items()
+    return {re.sub("(query|key)_norm.weight$", r"\1_norm.scale", key): tensor for key, tensor in state}
 
 
-def conditioning(prompts: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(prompts, 7, 40, generator=generator), torch.randn(prompts, 48, generator=generator)
+def conditioning(name: str = "flux", prompts: int = 3) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Text features, and pooled ones where the network takes them."""
+    generator, other = torch.Generator().manual_seed(1), isinstance(VARIANTS[name], str)
+    embeds = torch.randn(prompts, 7, worlds.CONTEXT if other else 40, generator=generator)
+    return embeds, None if other else torch.randn(prompts, 48, generator=generator)
+
+
+def some(pooled: torch.Tensor | None, rows, factor: float = 1.0) -> torch.Tensor | None:
+    return None if pooled is None else pooled[rows] * factor
 
 
 def comfy_velocity(model, name, x, sigma, embeds, pooled):
     if name.startswith("flux"):
         return model(x, sigma, embeds, pooled, torch.full_like(sigma, 3.5))
+    if name == "z-image":
+        return model(x, sigma, embeds, embeds.shape[1])
+    if name == "qwen-image":
+        return model(x, sigma, embeds)
     return model(x, sigma * 1000, context=embeds, y=pooled)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_velocity_is_that_of_comfyui(comfy, name):
     model = network(name)
-    embeds, pooled = conditioning()
+    embeds, pooled = conditioning(name)
     velocity = backend.DiffusersVelocity(backend.load_transformer(file_form(model)), None, embeds, pooled)
-    x = torch.randn(4, 16, 12, 8, generator=torch.Generator().manual_seed(2))
+    *form, height, width = shape(name)
+    x = torch.randn(4, *form, height + 4, width, generator=torch.Generator().manual_seed(2))
     sigma, rows = torch.tensor([1.0, 0.71, 0.35, 0.02]), torch.tensor([2, 0, 1, 1])
     with torch.no_grad():
-        expected = comfy_velocity(model, name, x, sigma, embeds[rows], pooled[rows])
+        expected = comfy_velocity(model, name, x, sigma, embeds[rows], some(pooled, rows))
     found = velocity(x, sigma, rows)
     assert expected.std() > 0.1, "a velocity of zero would prove nothing"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -132,7 +165,7 @@ def test_a_prefixed_state_dict_is_the_same_model(comfy):
 
 def test_unknown_weights_are_refused(comfy):
     sd = file_form(network("flux"))
-    with pytest.raises(ValueError, match="neither FLUX nor SD3"):
+    with pytest.raises(ValueError, match="none of FLUX, SD3, FLUX.2"):
         backend.load_transformer({"input_blocks.0.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="txt_norm"):
         backend.load_transformer({**sd, "txt_norm.weight": torch.ones(40)})
@@ -140,17 +173,23 @@ def test_unknown_weights_are_refused(comfy):
         backend.load_transformer({key: tensor for key, tensor in sd.items() if key != "single_blocks.1.linear2.weight"})
 
 
-@pytest.mark.parametrize("kind, steps", [(kind, steps) for kind in ("flux", "sd3") for steps in (1, 4, 10, 25, 30)])
+@pytest.mark.parametrize("steps", (1, 4, 10, 25, 30))
+@pytest.mark.parametrize("kind", {"flux": "Flux", "sd3": "SD3", **CLASSES}.items(), ids=str)
 def test_sigmas_are_those_of_the_simple_scheduler(comfy, kind, steps):
     from comfy import model_sampling, samplers, supported_models
 
-    settings = {"flux": supported_models.Flux, "sd3": supported_models.SD3}[kind]({"guidance_embed": True})
-    sampling = {"flux": model_sampling.ModelSamplingFlux, "sd3": model_sampling.ModelSamplingDiscreteFlow}[kind](
-        settings
-    )
-    torch.testing.assert_close(
-        backend.simple_sigmas(kind, steps), samplers.simple_scheduler(sampling, steps), rtol=0, atol=1e-6
-    )
+    network, config = kind
+    if not hasattr(supported_models, config):
+        pytest.skip(f"this ComfyUI has no {config}")
+    settings = getattr(supported_models, config)({"guidance_embed": True, "hidden_size": 128})
+    exponential = backend.KINDS[network].sigmas[0] == "flux"
+    sampling = model_sampling.ModelSamplingFlux if exponential else model_sampling.ModelSamplingDiscreteFlow
+    expected = samplers.simple_scheduler(sampling(settings), steps)
+    torch.testing.assert_close(backend.simple_sigmas(network, steps), expected, rtol=0, atol=1e-6)
+    if network in CLASSES:  # what ComfyUI takes for it
+        title = next(title for title, (own, _, _) in worlds.FAMILIES.items() if own == network)
+        own = families.load(worlds.family(title)).get_model_object("model_sampling")
+        torch.testing.assert_close(samplers.simple_scheduler(own, steps), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
@@ -219,34 +258,38 @@ def tuned(name: str, cfg: float = 1.0, learnt: bool = True, targets: str = "all 
         generator = torch.Generator().manual_seed(6)
         for parameter in adapters.parameters():
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
-    embeds, pooled = conditioning()
-    negative = (embeds[:1] * 0.5, pooled[:1] * 0.5)
+    embeds, pooled = conditioning(name)
+    negative = (embeds[:1] * 0.5, some(pooled, [0], 0.5))
     return model, transformer, backend.DiffusersVelocity(transformer, adapters, embeds, pooled, negative, cfg)
 
 
-def latents(count: int, seed: int = 2) -> torch.Tensor:
-    return torch.randn(count, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+def shape(name: str) -> tuple[int, ...]:
+    return SHAPES.get(name, (16, 8, 8))
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3.5"])
+def latents(count: int, seed: int = 2, name: str = "flux") -> torch.Tensor:
+    return torch.randn(count, *shape(name), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_cfg_mixes_two_passes_and_counts_both(comfy, name):
     model, _, velocity = tuned(name, cfg=3.0, learnt=False)
-    embeds, pooled = conditioning()
-    x, rows, sigma = latents(2), torch.tensor([1, 2]), torch.tensor([0.8, 0.4])
+    embeds, pooled = conditioning(name)
+    x, rows, sigma = latents(2, name=name), torch.tensor([1, 2]), torch.tensor([0.8, 0.4])
     with torch.no_grad():
-        positive = comfy_velocity(model, name, x, sigma, embeds[rows], pooled[rows])
-        negative = comfy_velocity(model, name, x, sigma, embeds[[0, 0]] * 0.5, pooled[[0, 0]] * 0.5)
+        positive = comfy_velocity(model, name, x, sigma, embeds[rows], some(pooled, rows))
+        negative = comfy_velocity(model, name, x, sigma, embeds[[0, 0]] * 0.5, some(pooled, [0, 0], 0.5))
     torch.testing.assert_close(velocity(x, sigma, rows), negative + 3 * (positive - negative), rtol=3e-4, atol=3e-4)
     assert velocity.forwards == 4
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3.5"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_gradients_only_where_asked_for_and_the_reference_is_the_base(comfy, name):
     model, _, velocity = tuned(name)
-    embeds, pooled = conditioning()
-    x, sigma = latents(2), torch.tensor([0.8, 0.4])
+    embeds, pooled = conditioning(name)
+    x, sigma = latents(2, name=name), torch.tensor([0.8, 0.4])
     with torch.no_grad():
-        base = comfy_velocity(model, name, x, sigma, embeds[:2], pooled[:2])
+        base = comfy_velocity(model, name, x, sigma, embeds[:2], some(pooled, [0, 1]))
     live = velocity(x, sigma, [0, 1])
     assert not live.requires_grad and (live - base).abs().max() > 1e-2
     with velocity.reference():
@@ -257,18 +300,19 @@ def test_gradients_only_where_asked_for_and_the_reference_is_the_base(comfy, nam
     assert not velocity(x, sigma, [0, 1]).requires_grad
     learnable = list(velocity.parameters())
     idle = [parameter for parameter in learnable if parameter.grad is None or not parameter.grad.any()]
-    # SD3's last block drops its text tokens after attention, so their queries cannot matter: one layer, two matrices.
-    assert len(learnable) > 30 and len(idle) == (0 if name == "flux" else 2)
+    # Of the last block's text only what the picture attends to matters: in SD3 not its queries (one layer, two
+    # matrices), in Qwen-Image, which has the layers all the same, neither queries nor output nor the MLP's two.
+    assert len(learnable) > 30 and len(idle) == {"sd3.5": 2, "qwen-image": 8}.get(name, 0)
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "exact"])
-@pytest.mark.parametrize("name", ["flux", "sd3.5"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_ratio_is_one_before_any_update(comfy, name, kind):
     _, _, velocity = tuned(name)
-    sigmas = backend.simple_sigmas("flux" if name == "flux" else "sd3", 6)
+    sigmas = backend.simple_sigmas(velocity.network, 6)
     forest = grow(
         velocity,
-        latents(4),
+        latents(4, name=name),
         sigmas,
         TreeShape(branching=2, depth=2, trees=2),
         NoiseSchedule(kind, 0.5, rho_min=0.7),
@@ -294,12 +338,12 @@ def test_ratio_is_one_before_any_update(comfy, name, kind):
         assert v.requires_grad and (ratio - 1).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3.5"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_the_same_seed_grows_the_same_tree(comfy, name):
     leaves = []
     for seed in (7, 7, 8):
         _, _, velocity = tuned(name)
-        roots = noise.roots((16, 8, 8), seed, 3, [0, 1], 1)
+        roots = noise.roots(shape(name), seed, 3, [0, 1], 1)
         leaves.append(
             grow(
                 velocity,
@@ -316,19 +360,17 @@ def test_the_same_seed_grows_the_same_tree(comfy, name):
     assert torch.equal(leaves[0], leaves[1]) and not torch.allclose(leaves[0], leaves[2], atol=0.1)
 
 
-@pytest.mark.parametrize("targets", ["all linear", "attention", r"attn\.to_v$|proj_mlp$"])
+@pytest.mark.parametrize("targets", ["all linear", "attention", r"(attn|attention)\.to_v$|proj_mlp$"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_lora_in_comfyuis_form_is_the_live_policy(comfy, name, targets):
     """Merged into ComfyUI's own network, layer by layer, the converted LoRA gives the live velocity; no key is left
     over.
     """
     model, transformer, velocity = tuned(name, targets=targets)
-    lora = comfy_form(
-        comfy_pairs(velocity.adapters.state_dict(prefix="transformer."), network="flux" if velocity.flux else "sd3")
-    )
-    embeds, pooled = conditioning()
-    x, sigma = latents(2), torch.tensor([0.9, 0.5])
-    before = comfy_velocity(model, name, x, sigma, embeds[:2], pooled[:2])
+    lora = comfy_form(comfy_pairs(velocity.adapters.state_dict(prefix="transformer."), network=velocity.network))
+    embeds, pooled = conditioning(name)
+    x, sigma = latents(2, name=name), torch.tensor([0.9, 0.5])
+    before = comfy_velocity(model, name, x, sigma, embeds[:2], some(pooled, [0, 1]))
     ends = (".lora_up.weight", ".lora_down.weight", ".alpha")
     for key in lora:
         assert key.startswith("diffusion_model.") and key.endswith(ends)
@@ -337,7 +379,7 @@ def test_the_lora_in_comfyuis_form_is_the_live_policy(comfy, name, targets):
             weight = model.get_submodule(stem.removeprefix("diffusion_model.")).weight
             up, down, alpha = (lora[stem + end] for end in ends)
             weight += (up @ down).view(weight.shape) * alpha / len(down)
-    expected = comfy_velocity(model, name, x, sigma, embeds[:2], pooled[:2])
+    expected = comfy_velocity(model, name, x, sigma, embeds[:2], some(pooled, [0, 1]))
     assert (expected - before).abs().max() > 1e-2
     torch.testing.assert_close(velocity(x, sigma, [0, 1]), expected, rtol=1e-4, atol=1e-4)
 
@@ -392,10 +434,10 @@ def test_peft_computes_with_comfyuis_own_adapters(comfy, name, targets, monkeypa
     for layer in model.modules():
         if isinstance(layer, torch.nn.LayerNorm):
             layer.register_forward_pre_hook(_own_input)  # FLUX updates in place
-    embeds, pooled = conditioning()
+    embeds, pooled = conditioning(name)
     velocity = backend.DiffusersVelocity(transformer, peft.Attached(ours, transformer), embeds, pooled)
-    x, sigma = latents(2), torch.tensor([0.8, 0.4])
-    expected = comfy_velocity(model, name, x, sigma, embeds[:2], pooled[:2])
+    x, sigma = latents(2, name=name), torch.tensor([0.8, 0.4])
+    expected = comfy_velocity(model, name, x, sigma, embeds[:2], some(pooled, [0, 1]))
     with velocity.grad():
         found = velocity(x, sigma, [0, 1])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -414,7 +456,7 @@ def test_peft_computes_with_comfyuis_own_adapters(comfy, name, targets, monkeypa
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3.5"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_checkpointing_changes_no_gradient(comfy, name):
     peft = pytest.importorskip("core.hosts.peft")
     pytest.importorskip("peft")
@@ -422,19 +464,63 @@ def test_checkpointing_changes_no_gradient(comfy, name):
     adapters = peft.new_adapters(transformer, 3, 4.5, "all linear", seed=5)
     for parameter in adapters.parameters():
         parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)) * 0.1
-    velocity = backend.DiffusersVelocity(transformer, peft.Attached(adapters, transformer), *conditioning())
+    velocity = backend.DiffusersVelocity(transformer, peft.Attached(adapters, transformer), *conditioning(name))
     gradients = []
     for checkpointing in (False, True):
         transformer.enable_gradient_checkpointing() if checkpointing else None
         with velocity.grad():
             gradients.append(
                 torch.autograd.grad(
-                    velocity(latents(2), 0.5, [0, 1]).square().mean(), adapters.parameters(), allow_unused=True
+                    velocity(latents(2, name=name), 0.5, [0, 1]).square().mean(),
+                    adapters.parameters(),
+                    allow_unused=True,
                 )
             )
     assert sum(gradient is not None for gradient in gradients[0]) > 30
     for plain, recomputed in zip(*gradients):
         assert (plain is None) == (recomputed is None) and (plain is None or torch.equal(plain, recomputed))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradients_are_finite_differences(comfy, name):
+    """Of all adapters along random directions, with PEFT's layers; in float64 as far as diffusers' layers allow."""
+    from test_backend_comfy import differences
+
+    peft = pytest.importorskip("core.hosts.peft")
+    pytest.importorskip("peft")
+    transformer = backend.load_transformer(file_form(network(name)), torch.float64)
+    adapters = peft.new_adapters(transformer, 2, 3.0, "attention+mlp", torch.float64, seed=5)
+    for parameter in adapters.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)) * 0.1
+    embeds, pooled = conditioning(name)
+    velocity = backend.DiffusersVelocity(transformer, peft.Attached(adapters, transformer), embeds, pooled)
+    x = latents(2, name=name)
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(12))
+    pairs = differences(velocity.adapters, velocity, x, [1, 0], weights, 4e-3)
+    size = sum(slope**2 for slope, _ in pairs) ** 0.5
+    assert size > 1
+    assert sum((slope - difference) ** 2 for slope, difference in pairs) ** 0.5 < 1e-3 * size, pairs
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_rollout_is_update_bit_for_bit(comfy, name):
+    """With gradients off, on, and checkpointed; a rollout keeps nothing for a backward pass."""
+    peft = pytest.importorskip("core.hosts.peft")
+    pytest.importorskip("peft")
+    transformer = backend.load_transformer(file_form(network(name)))
+    adapters = peft.new_adapters(transformer, 3, 4.5, "attention+mlp", seed=5)
+    for parameter in adapters.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)) * 0.1
+    velocity = backend.DiffusersVelocity(transformer, peft.Attached(adapters, transformer), *conditioning(name))
+    x, rows, kept = latents(3, name=name), [0, 1, 2], []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: None):
+        rollout = velocity(x, 0.7, rows)
+    assert not kept and rollout.std() > 0.3 and rollout.shape == x.shape
+    for checkpointing in (False, True):
+        transformer.enable_gradient_checkpointing() if checkpointing else None
+        with velocity.grad():
+            replay = velocity(x, 0.7, rows)
+        assert replay.requires_grad and torch.equal(rollout, replay.detach())
 
 
 def test_texts_of_two_lengths_are_guided_in_two_passes(comfy):
@@ -625,3 +711,94 @@ def test_a_pipeline_folder_draws_what_the_pipeline_draws(comfy, kind, tmp_path):
     ).images.movedim(1, -1)
     assert expected.std() > 0.01
     torch.testing.assert_close(images, expected.float(), rtol=0, atol=2e-3)
+
+
+def text_encoder(kind: str) -> torch.nn.Module:
+    """A tiny one of the pipeline's kind; FLUX.2 klein takes three of its layers, the 27th the last."""
+    import transformers
+
+    small = dict(vocab_size=152064, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32)
+    if kind == "qwen-image":
+        positions = {"rope_type": "default", "mrope_section": [4, 6, 6], "type": "mrope"}
+        text = dict(small, hidden_size=worlds.CONTEXT, num_hidden_layers=1, rope_scaling=positions)
+        seen = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=worlds.CONTEXT)
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=seen)
+        return transformers.Qwen2_5_VLForConditionalGeneration(config)
+    if kind == "z-image":
+        return transformers.Qwen3Model(
+            transformers.Qwen3Config(**small, hidden_size=worlds.CONTEXT, head_dim=16, num_hidden_layers=2)
+        )
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**small, hidden_size=16, head_dim=8, num_hidden_layers=28)
+    )
+
+
+def other_pipeline(kind: str, comfyui: Path):
+    """A tiny pipeline of diffusers' own with random weights, and ComfyUI's copy of the tokenizer's vocabulary."""
+    import diffusers
+    from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
+    from transformers import Qwen2TokenizerFast
+
+    torch.manual_seed(0)
+    title, name = {
+        "flux2 klein": ("FLUX.2 klein", "Flux2KleinPipeline"),
+        "z-image": ("Z-Image", "ZImagePipeline"),
+        "qwen-image": ("Qwen-Image", "QwenImagePipeline"),
+    }[kind]
+    own, _, config = worlds.FAMILIES[title]
+    config = {**config, "joint_attention_dim": 48} if kind == "flux2 klein" else config
+    transformer = getattr(diffusers, worlds.NETWORKS[own].transformer)(**config)
+    families.fill(transformer, 0)
+    small = dict(
+        block_out_channels=[8, 8, 8, 8],
+        layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        norm_num_groups=4,
+    )
+    if kind == "z-image":
+        vae = AutoencoderKL(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **small)
+    elif kind == "qwen-image":
+        vae = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)
+    else:
+        vae = AutoencoderKLFlux2(**small)
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+    words = Qwen2TokenizerFast.from_pretrained(str(comfyui / "comfy" / "text_encoders" / "qwen25_tokenizer"))
+    words.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    return getattr(diffusers, name)(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        transformer=transformer,
+        text_encoder=text_encoder(kind).eval(),
+        tokenizer=words,
+    )
+
+
+@pytest.mark.parametrize("kind", ["flux2 klein", "z-image", "qwen-image"])
+def test_other_pipelines_draw_what_the_pipeline_draws(comfy, kind, tmp_path):
+    """Text features, sigmas, velocity, latents' scale and VAE of the folder, from the same noise."""
+    from conftest import COMFYUI
+
+    from core.hosts import diffusers_models as hosts
+
+    pipeline = other_pipeline(kind, COMFYUI)
+    pipeline.save_pretrained(str(tmp_path / "pipeline"))
+    model = hosts.open_model(str(tmp_path / "pipeline"))
+    sigmas, form = hosts.sampling_sigmas(model, 4, "pipeline", 64, 64), model.shape(64, 64)
+    assert form == shape(kind)
+    host = hosts.DiffusersHost(model, None, sigmas, form, ["a red circle"])
+    drawn = noise.roots(form, 3, 1, [0], 1)
+    with host.session(["a red circle"], None) as velocity:
+        once = TreeShape(branching=1, depth=1, window="fixed")
+        roots = host.roots(velocity, drawn)
+        leaves = grow(velocity, roots, sigmas, once, NoiseSchedule("ode", 0.0), start=0, prompts=[0]).leaves
+        images = host.decode(velocity, leaves)
+    asked = {"true_cfg_scale": 1.0} if kind == "qwen-image" else {"guidance_scale": float(kind == "flux2 klein")}
+    latents = pipeline._pack_latents(drawn, 1, 16, 8, 8) if kind == "qwen-image" else drawn
+    pictures = pipeline(
+        prompt="a red circle", num_inference_steps=4, height=64, width=64, latents=latents, output_type="pt", **asked
+    ).images
+    expected = pictures.movedim(1, -1).float()
+    assert expected.std() > 0.01 and images.shape == (1, 64, 64, 3)
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-3)

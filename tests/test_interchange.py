@@ -676,7 +676,7 @@ def test_the_names_are_those_of_comfyuis_own_table(comfy, network):
     if not hasattr(comfy.utils, function):
         pytest.skip(f"this ComfyUI has no {function}")
     theirs, compared = getattr(comfy.utils, function)(config), 0
-    numbered = (module.replace("#", str(i)) for module in NETWORKS[network].modules for i in range(3))
+    numbered = (module.replace("#", str(i)) for module in NETWORKS[network].layers for i in range(3))
     width = 64 * (3 if network == "sd3" else 1)
     for module in dict.fromkeys(numbered):
         names = parts_of(module, network)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,3 +286,57 @@ def test_the_old_command_still_works():
         [sys.executable, "-m", "core.launch", "train", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "--config" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["z-image", "qwen-image"])
+def test_other_pipelines_train_and_go_on(comfy, kind, tmp_path):
+    """From the folder of a tiny pipeline: the first ratio is 1, something is learnt, and a second call goes on."""
+    from conftest import COMFYUI
+    from test_backend_diffusers import other_pipeline
+
+    from core.lora.interchange import comfy_pairs, find_network
+
+    other_pipeline(kind, COMFYUI).save_pretrained(str(tmp_path / "pipeline"))
+    path = tmp_path / "run.yaml"
+    config = parse(
+        {
+            **GOOD,
+            "model": {"source": str(tmp_path / "pipeline"), "checkpointing": True},
+            "sampling": {"width": 64, "height": 64, "steps": 4, "scheduler": "pipeline"},
+            "shape": {"branching": 2, "depth": 2, "trees": 1},
+            "adapter": {"rank": 2, "alpha": 2.0},
+            "run": {"name": "other", "folder": str(tmp_path / "run"), "iterations": 1},
+        }
+    )
+    path.write_text(dump(config), "utf-8")
+    fresh = train(path, tmp_path / "fresh", 1)
+    assert fresh.metrics[0]["ratio_mean"] == pytest.approx(1, abs=1e-6) and fresh.metrics[0]["grad_norm"] > 0
+    assert any(bool(lora.up.any()) for lora in fresh.adapters.loras.values())
+    assert [row["iteration"] for row in train(path, tmp_path / "fresh", 2).metrics] == [0, 1]
+    assert find_network(comfy_pairs(fresh.lora(), network=kind), "comfyui", kind) == kind
+
+
+@pytest.mark.parametrize("name", ["FLUX.2", "Z-Image", "Qwen-Image", "Krea 2", "FLUX.1-dev"])
+def test_text_features_are_written_for_what_the_engine_runs(pack, tmp_path, monkeypatch, name):
+    """Read back they are the prompt's, filled up for FLUX.2 as ComfyUI does; with a mask nothing is written."""
+    import families
+
+    from core.hosts.diffusers_models import Precomputed
+    from core.hosts.diffusers_networks import KINDS
+
+    export, family, network = pack.nodes.export, families.named(name), {"FLUX.1-dev": "flux", "FLUX.2": "flux2"}
+    policy = SimpleNamespace(model=families.load(family))
+    host = SimpleNamespace(clip=None, cfg=1.0, policy=policy, start=torch.zeros(1))
+    [[context, options]] = families.conditioning(family)
+    options = {key: value for key, value in options.items() if key == "pooled_output"}
+    monkeypatch.setattr(export, "encode", lambda clip, text: [[context, options]])
+    path = tmp_path / "conditioning.safetensors"
+    written = export.write_conditioning(path, host, ["a fox"])
+    assert bool(written) == path.is_file() == (name != "Krea 2")
+    if written:
+        kind = KINDS[network.get(name, name.lower())]
+        [(embeds, pooled)] = Precomputed(path, kind)(["a fox"])
+        assert len(embeds) == max(7, kind.least_text) and torch.equal(embeds[-7:], context[0])
+        assert not embeds[:-7].any() and (pooled is None) == (name != "FLUX.1-dev")
+        options["attention_mask"] = torch.ones(1, 7)
+        assert not export.write_conditioning(tmp_path / "other.safetensors", host, ["a fox"])

@@ -12,6 +12,7 @@ from test_families import Subject
 from torch.nn import functional as F
 
 from core.lora.layer_names import rename
+from core.lora.networks import NETWORKS
 
 FLUX2_BOTH = {**FLUX2, "mlp_ratio": 3.0, "depth": 2, "depth_single_blocks": 2}
 _FLUX2 = dict(
@@ -146,8 +147,6 @@ def family(name: str) -> families.Family:
 def transformer(name: str, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     """diffusers' own class with these weights of ComfyUI's network."""
     import diffusers
-
-    from core.lora.networks import NETWORKS
 
     network, _, config = FAMILIES[name]
     kind = getattr(diffusers, NETWORKS[network].transformer, None)

@@ -1,114 +1,33 @@
-"""FLUX and SD3 through diffusers: ComfyUI's weights, velocities, text features and sigmas where there is no ComfyUI.
+"""Flow models through diffusers: velocities, text features and VAEs where there is no ComfyUI.
 
-Weights come as state dicts in ComfyUI's form and are renamed here. diffusers, transformers and open_clip are
-imported when first used; nothing in this file touches ComfyUI.
+The networks are in diffusers_networks.py. diffusers, transformers and open_clip are imported when first used; nothing
+in this file touches ComfyUI.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..lora.layer_names import network_class, rename
+from ..lora.layer_names import network_class
 from ..model import Velocity, by_kind
+from .diffusers_networks import KINDS, kind_of, load_transformer, simple_sigmas
 
-# ComfyUI hands (vae latent - shift) * scale to the diffusion model: (scale, shift).
-LATENT_FORMATS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609)}
-
-
-def load_transformer(state_dict: dict[str, Tensor], dtype=torch.float32) -> torch.nn.Module:
-    """A FLUX or SD3/3.5 state dict as ComfyUI loads it -> the frozen diffusers transformer; every size is read from the
-    weights.
-    """
-    sd = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in state_dict.items()}
-    # the module is made of the state dict's own tensors: no second copy, and none in float32
-    with torch.device("meta"):
-        if "double_blocks.0.img_attn.qkv.weight" in sd and "vector_in.in_layer.weight" in sd:
-            module, width = _empty_flux(sd)
-        elif "joint_blocks.0.x_block.attn.qkv.weight" in sd and "y_embedder.mlp.0.weight" in sd:
-            module, width = _empty_sd3(sd)
-        else:
-            raise ValueError("These weights are neither FLUX nor SD3: the diffusers backend runs no other model.")
-    renamed = {name: tensor.to(dtype, copy=True) for name, tensor in rename(sd, network_class(module)).items()}
-    if "pos_embed" not in sd and "joint_blocks.0.x_block.attn.qkv.weight" in sd:
-        # in the place of a table that is not used
-        renamed["pos_embed.pos_embed"] = torch.zeros(1, 1, width, dtype=dtype)
-        module.pos_embed.cropped_pos_embed = partial(centred_positions, module.pos_embed)
-    module.load_state_dict(renamed, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def _count(sd: dict[str, Tensor], stack: str) -> int:
-    return len({key.split(".")[1] for key in sd if key.startswith(stack + ".")})
-
-
-def _empty_flux(sd: dict[str, Tensor]) -> tuple[torch.nn.Module, int]:
-    from diffusers import FluxTransformer2DModel
-
-    width, channels = sd["img_in.weight"].shape
-    if width % 128:
-        raise ValueError(f"The hidden size of this FLUX is {width}; it must be a multiple of 128.")
-    return FluxTransformer2DModel(
-        in_channels=channels,
-        out_channels=len(sd["final_layer.linear.weight"]),
-        num_layers=_count(sd, "double_blocks"),
-        num_single_layers=_count(sd, "single_blocks"),
-        num_attention_heads=width // 128,
-        joint_attention_dim=sd["txt_in.weight"].shape[1],
-        pooled_projection_dim=sd["vector_in.in_layer.weight"].shape[1],
-        guidance_embeds="guidance_in.in_layer.weight" in sd,
-    ), width
-
-
-def _empty_sd3(sd: dict[str, Tensor]) -> tuple[torch.nn.Module, int]:
-    from diffusers import SD3Transformer2DModel
-
-    width, channels, patch, _ = sd["x_embedder.proj.weight"].shape
-    blocks = _count(sd, "joint_blocks")
-    return SD3Transformer2DModel(
-        patch_size=patch,
-        in_channels=channels,
-        out_channels=len(sd["final_layer.linear.weight"]) // patch**2,
-        num_layers=blocks,
-        num_attention_heads=width // 64,
-        joint_attention_dim=sd["context_embedder.weight"].shape[1],
-        caption_projection_dim=width,
-        pooled_projection_dim=sd["y_embedder.mlp.0.weight"].shape[1],
-        pos_embed_max_size=math.isqrt(sd["pos_embed"].shape[1]) if "pos_embed" in sd else 1,
-        dual_attention_layers=tuple(i for i in range(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in sd),
-        qk_norm="rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in sd else None,
-    ), width
-
-
-def centred_positions(embed: torch.nn.Module, height: int, width: int) -> Tensor:
-    """Sine-cosine positions [1, N, D] of a latent's patches, as ComfyUI computes them where SD3's file has no table.
-
-    The shorter side spans 0..15 whatever its length, so any picture size works.
-    """
-    device, dim = embed.proj.weight.device, embed.proj.out_channels
-    h, w = height // embed.patch_size, width // embed.patch_size
-    omega = 1 / 10000 ** (torch.arange(dim // 4, device=device) / (dim / 4))
-    halves = []
-    for length, shape in ((w, (1, w)), (h, (h, 1))):
-        reach = length / min(h, w) * 7.5
-        position = torch.linspace(7.5 - reach, 7.5 + reach, length, device=device).view(shape).expand(h, w)
-        angle = position.reshape(-1, 1) * omega
-        halves += [angle.sin(), angle.cos()]
-    return torch.cat(halves, dim=1)[None]
+__all__ = ["KINDS", "load_transformer", "simple_sigmas"]  # part of this side, as the rest of the file is
+# ComfyUI hands (vae latent - shift) * scale to the diffusion model: (scale, shift). Z-Image's latents are FLUX's.
+LATENT_FORMATS = {"flux": (0.3611, 0.1159), "sd3": (1.5305, 0.0609), "z-image": (0.3611, 0.1159)}
 
 
 class DiffusersVelocity(Velocity):
-    """Velocity of a FLUX or SD3 transformer of diffusers for a fixed set of prompts: `velocity(x, sigma, rows) -> v`.
+    """Velocity of a transformer of diffusers for a fixed set of prompts: `velocity(x, sigma, rows) -> v`.
 
     transformer: from load_transformer or a diffusers pipeline. adapters: a trainable LoRA at work in it (peft.Attached,
-    or Adapters that are injected), or None. shape: (C, H, W) of the latents, for who draws them. prompt_embeds: P
-    tensors [L, D], of any lengths; pooled: P of [Pd]; negative: (1 or P embeds [L, D], as many pooled [Pd]), used where
-    cfg is not 1. guidance: FLUX's embedded guidance. `forwards` counts latents through the network, twice with CFG.
+    or Adapters that are injected), or None. shape: (C, H, W) of the latents, or (C, 1, H, W), for who draws
+    them. prompt_embeds: P tensors [L, D], of any lengths; pooled: P of [Pd], None where the network takes none;
+    negative: (1 or P embeds [L, D], as many pooled [Pd] or None), used where cfg is not 1. guidance: FLUX's and
+    FLUX.2's embedded guidance. `forwards` counts latents through the network, twice with CFG.
     """
 
     def __init__(
@@ -116,34 +35,41 @@ class DiffusersVelocity(Velocity):
         transformer: torch.nn.Module,
         adapters,
         prompt_embeds: Sequence[Tensor],
-        pooled: Sequence[Tensor],
-        negative: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+        pooled: Sequence[Tensor] | None = None,
+        negative: tuple[Sequence[Tensor], Sequence[Tensor] | None] | None = None,
         cfg: float = 1.0,
         guidance: float = 3.5,
         shape: tuple = (),
     ):
-        if len(prompt_embeds) != len(pooled):
+        self.kind, self.network = kind_of(transformer), network_class(transformer)
+        pooled_ones = len(pooled) if pooled is not None else 0
+        if pooled_ones != len(prompt_embeds) and (pooled is not None or self.kind.pooled):
             raise ValueError(
-                f"There are {len(prompt_embeds)} prompt embeddings and {len(pooled)} pooled ones: one of each per "
+                f"There are {len(prompt_embeds)} prompt embeddings and {pooled_ones} pooled ones: one of each per "
                 "prompt."
             )
         if cfg != 1 and negative is None:
             raise ValueError(f"CFG {cfg} needs a negative prompt's embeddings; use CFG 1 to do without.")
         self.transformer, self.adapters = transformer, adapters
-        self.flux = hasattr(transformer.config, "guidance_embeds")
         self.cfg, self.guidance, self.shape = cfg, guidance, tuple(shape)
         self.forwards = 0
         self._training = False
         self._sides = [self._conditioning(prompt_embeds, pooled)]  # positive, and negative where cfg is not 1
         if cfg != 1:
             other = self._conditioning(*negative)
-            self._sides.append(other * (len(pooled) // len(other)))
+            self._sides.append(other * (len(prompt_embeds) // len(other)))
         # Of each prompt: the lengths of its texts. Latents whose prompts' are equal share a call.
         self._lengths = [tuple(len(embeds) for embeds, _ in texts) for texts in zip(*self._sides, strict=True)]
 
-    def _conditioning(self, embeds: Sequence[Tensor], pooled: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        weight = self.transformer.proj_out.weight
-        width = self.transformer.config.pooled_projection_dim  # the first columns, as ComfyUI's FLUX does
+    @property
+    def _weight(self) -> Tensor:
+        return self.transformer.get_submodule(self.kind.output).weight
+
+    def _conditioning(self, embeds: Sequence[Tensor], pooled: Sequence[Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+        weight = self._weight
+        pooled = pooled if self.kind.pooled else [text.new_zeros(0) for text in embeds]
+        # the first columns, as ComfyUI's FLUX does
+        width = self.transformer.config.pooled_projection_dim if self.kind.pooled else 0
         return [
             tuple(part.detach().to(weight.device, weight.dtype) for part in (text, whole[:width]))
             for text, whole in zip(embeds, pooled, strict=True)
@@ -151,7 +77,7 @@ class DiffusersVelocity(Velocity):
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.proj_out.weight.device
+        return self._weight.device
 
     def parameters(self):
         return self.adapters.parameters() if self.adapters is not None else iter(())
@@ -177,12 +103,13 @@ class DiffusersVelocity(Velocity):
             yield
 
     def __call__(self, x: Tensor, sigma, rows) -> Tensor:
-        """x: [B, C, H, W] in model space; sigma: number or [B] in 0..1; rows: conditioning row of each sample. -> [B,
-        C, H, W], fp32.
+        """x: [B, *shape] in model space; sigma: number or [B] in 0..1; rows: conditioning row of each sample. -> [B,
+        *shape], fp32.
         """
-        if x.shape[2] % 2 or x.shape[3] % 2:
+        if x.shape[-1] % self.kind.patch or x.shape[-2] % self.kind.patch:
             raise ValueError(
-                f"The latent is {x.shape[3]}x{x.shape[2]}: width and height must be even (pictures in multiples of 16)."
+                f"The latent is {x.shape[-1]}x{x.shape[-2]}: width and height must be even (pictures in multiples of "
+                "16)."
             )
         rows = torch.as_tensor(rows, dtype=torch.long).tolist()
         x = x.to(self.device)
@@ -237,29 +164,12 @@ class DiffusersVelocity(Velocity):
 
     def _network(self, x: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
         self.forwards += len(x)
-        dtype = embeds.dtype
-        common = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "return_dict": False}
-        if not self.flux:
-            return self.transformer(hidden_states=x.to(dtype), timestep=sigma * 1000, **common)[0].float()
-        height, width = x.shape[2] // 2, x.shape[3] // 2
-        ids = torch.zeros(height, width, 3, device=x.device)
-        ids[..., 1], ids[..., 2] = torch.arange(height)[:, None], torch.arange(width)
-        guidance = torch.full_like(sigma, self.guidance) if self.transformer.config.guidance_embeds else None
-        packed = F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2).to(dtype)
-        v = self.transformer(
-            hidden_states=packed,
-            timestep=sigma,
-            guidance=guidance,
-            img_ids=ids.view(-1, 3),
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
-            **common,
-        )[0]
-        return F.pixel_shuffle(v.float().transpose(1, 2).unflatten(2, (height, width)), 2)
+        return self.kind.ask(self.transformer, x, sigma, embeds, pooled, self.guidance)
 
 
 class TinyVae:
     """A TAESD in ComfyUI's file form (taesd_encoder.*, taesd_decoder.*, vae_scale, vae_shift) for latents of `kind`,
-    "flux" or "sd3", computing in `dtype`.
+    a key of LATENT_FORMATS, computing in `dtype`.
     """
 
     def __init__(self, state_dict: dict[str, Tensor], kind: str, dtype: torch.dtype = torch.float32):
@@ -341,16 +251,3 @@ def clip_l_tokens(prompts: list[str], length: int = 77) -> Tensor:
             )
         rows.append([start, *words, *[end] * (length - 1 - len(words))])
     return torch.tensor(rows)
-
-
-def simple_sigmas(kind: str, steps: int) -> Tensor:
-    """ComfyUI's "simple" scheduler [steps+1] for FLUX (shift 1.15, a table of 10,000 times) and SD3 (shift 3, 1,000
-    times).
-    """
-    count = {"flux": 10000, "sd3": 1000}[kind]
-    t = torch.tensor([count - int(i * count / steps) for i in range(steps)]) / count
-    if kind == "flux":
-        sigmas = math.exp(1.15) / (math.exp(1.15) + (1 / t - 1))
-    else:
-        sigmas = 3.0 * t / (1 + 2.0 * t)
-    return torch.cat([sigmas, torch.zeros(1)])

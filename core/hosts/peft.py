@@ -41,14 +41,14 @@ def skeleton(transformer: nn.Module) -> nn.Module:
 def _modules(transformer: nn.Module, network: str) -> list[str]:
     """ComfyUI's modules in order, the blocks' with their numbers."""
     found, done = [], set()
-    for template, parts in NETWORKS[network].modules.items():
+    for template, parts in NETWORKS[network].layers.items():
         stack, numbered, _ = template.partition(".#.")
         if not numbered:
             found.append(template)
         elif stack not in done:
             done.add(stack)
             count = len(transformer.get_submodule(parts.partition(".#.")[0]))
-            inners = [other for other in NETWORKS[network].modules if other.startswith(f"{stack}.#.")]
+            inners = [other for other in NETWORKS[network].layers if other.startswith(f"{stack}.#.")]
             found += [inner.replace("#", str(i)) for i in range(count) for inner in inners]
     return found
 

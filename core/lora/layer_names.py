@@ -44,7 +44,7 @@ def _filled(template: str, numbers: tuple[str, ...]) -> str:
 @cache
 def _places(network: str) -> dict[str, tuple[str, int]]:
     """diffusers' template -> ComfyUI's, and which of the parts that share its rows it is."""
-    table = NETWORKS[network].modules.items()
+    table = NETWORKS[network].layers.items()
     return {part: (module, place) for module, parts in table for place, part in enumerate(parts.split())}
 
 
@@ -53,13 +53,13 @@ def parts_of(module: str, network: str) -> list[str]:
 
     double_blocks.0.img_attn.qkv -> to_q, to_k, to_v of that block; [] for no layer of that network.
     """
-    found = _found(module, NETWORKS[network].modules)
-    return [_filled(part, found[1]) for part in NETWORKS[network].modules[found[0]].split()] if found else []
+    found = _found(module, NETWORKS[network].layers)
+    return [_filled(part, found[1]) for part in NETWORKS[network].layers[found[0]].split()] if found else []
 
 
 def networks_of(module: str) -> set[str]:
     """The networks that have this module of ComfyUI's."""
-    return {network for network in NETWORKS if _found(module, NETWORKS[network].modules)}
+    return {network for network in NETWORKS if _found(module, NETWORKS[network].layers)}
 
 
 def networks_naming(name: str) -> set[str]:
@@ -94,7 +94,7 @@ def diffusers_from_underscores(flat: str) -> str | None:
 
 @cache
 def _flat_modules() -> dict[str, str]:
-    return {name.replace(".", "_"): name for network in NETWORKS for name in NETWORKS[network].modules}
+    return {name.replace(".", "_"): name for network in NETWORKS for name in NETWORKS[network].layers}
 
 
 @cache
@@ -116,13 +116,13 @@ def xlabs_parts(module: str) -> list[str]:
 
 def shape_of(module: str, network: str) -> float | None:
     """Rows per column of ComfyUI's layer, where the network's table has them."""
-    found = _found(module, NETWORKS[network].modules)
+    found = _found(module, NETWORKS[network].layers)
     return NETWORKS[network].shapes.get(found[0]) if found else None
 
 
 def is_swapped(module: str, network: str, rows: int, width: int) -> bool:
     """Whether this modulation of ComfyUI's is (shift, scale) and (scale, shift) in diffusers: those of two parts."""
-    found = _found(module, NETWORKS[network].modules)
+    found = _found(module, NETWORKS[network].layers)
     return found is not None and found[0] in NETWORKS[network].swapped and rows == 2 * width
 
 

@@ -1,7 +1,7 @@
 """What ComfyUI and diffusers call the layers of the networks that both have, one table for each. Strings only; neither
 is imported.
 
-`modules` are in the order in which ComfyUI's network has them: adapters draw their first values in this order.
+`layers` are in the order in which ComfyUI's network has them: adapters draw their first values in this order.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class Network:
 
     title: str
     transformer: str  # its class in diffusers
-    modules: dict[str, str]  # ComfyUI's module -> diffusers', several where they share the rows of a fused one
+    layers: dict[str, str]  # ComfyUI's module -> diffusers', several where they share the rows of a fused one
     swapped: tuple[str, ...] = ()  # of ComfyUI's: two halves (shift, scale) that are (scale, shift) in diffusers
     tensors: dict[str, str] = field(default_factory=dict)  # weights that belong to no layer
     published: dict[int, int] = field(default_factory=dict)  # hidden size of a published model -> blocks it has
