@@ -137,6 +137,16 @@ FAMILIES = {
     ),
 }
 
+ONLY_COMFYUI = (  # diffusers 0.42 has no network for them
+    "Chroma Radiance",
+    "Z-Image, pixels",
+    "PixelDiT",
+    "OmniGen 2",
+    "Boogu",
+    "MageFlow",
+    "Lens",
+)
+
 
 def family(name: str) -> families.Family:
     """As in families.py, with the sizes that diffusers' class has fixed."""
