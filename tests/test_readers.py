@@ -119,7 +119,7 @@ def test_the_user_is_told_that_lines_were_taken_as_one_prompt(pack, graph):
     node = graph.nodes["TreeRPOScore"]
     shown = []
     for text in (TWO_LINES, graph.prompts("a\nb")[1], "a"):
-        reward = type("Asked", (Heard,), {})()
+        reward = type("Asked", (Heard, pack.core.rewards.contract.Reward), {})()
         made = type("Score", (node,), {"hidden": None})
         with torch.inference_mode():
             shown.append(made.execute([reward], [torch.rand(4, 8, 8, 3)], [text]).ui["text"][0])

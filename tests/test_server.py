@@ -283,7 +283,7 @@ def test_start_here_leaves_a_lora_and_pictures_before_and_after(server):
     for count in (1, 2):
         outputs = client.run(graph)
         assert len(metrics(server, "started")) == count, "each Run learns on"
-        assert f"{count} iterations done" in "".join(outputs[run.find_node(graph, "Train")]["text"])
+        assert f"{count} iteration" in "".join(outputs[run.find_node(graph, "Train")]["text"])
     sheets = [outputs[run.find_node(graph, when)]["images"] for when in ("Before", "After")]
     assert [len(images) for images in sheets] == [1, 1]
     assert (server.base / "models/loras/started.safetensors").is_file()

@@ -105,6 +105,8 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_node_input_value_and_wire_exists(name, known):
+    if "flux2" in name and "flux2" not in json.dumps(known["CLIPLoader"]):
+        pytest.skip("this ComfyUI does not load FLUX.2")
     assert list(problems(api(name, known), known)) == []
 
 
