@@ -411,7 +411,7 @@ function translateWidgets(node) {
 
 // ---------------------------------------------------------------- the templates in the order in which one should try them
 
-const TRY = ["start_here", "teach_my_taste", "first_steps", "trainer", "compare", "pick_the_winner", "best_of_n", "rank_images"];
+const TRY = ["start_here", "teach_my_taste", "first_steps", "trainer", "compare", "gamed_reward", "pick_the_winner", "best_of_n", "rank_images"];
 const turn = (name) => (TRY.includes(name) ? TRY.indexOf(name) : TRY.length);
 
 function sortTemplates() { // the server lists them in the order of its file system
