@@ -56,7 +56,32 @@ def fit(model, cfg: float = 0.0) -> Fit:
     return Fit(512, 2e-4, cfg or usual, 32, "attention", True, min(steps, STEPS), 1.0 if few else 0.3)
 
 
-class SimpleTrainerNode(io.ComfyNode):
+CLIP_AND_VAE = [
+    io.Clip.Input("clip", lazy=True, tooltip="The text encoder that belongs to the model."),
+    io.Vae.Input("vae", lazy=True, tooltip="The VAE that belongs to the model."),
+]
+TUNED = io.Model.Output(display_name="tuned_model", tooltip="The model with the LoRA on it, for a KSampler.")
+
+
+class TrainsSimply(io.ComfyNode):
+    """What the nodes have in common that choose everything by themselves: a `lora_name`, and prompts as a text."""
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs):
+        return float("nan")  # a new NaN each time: the run moves on between queue runs
+
+    @classmethod
+    def validate_inputs(cls, lora_name):
+        return SaveTreeLoraNode.validate_inputs([lora_name])
+
+    @classmethod
+    def check_lazy_status(cls, prompts, **others):
+        """Missing prompts are told before any model is loaded."""
+        collect([prompts])
+        return [name for name, value in others.items() if value is None]
+
+
+class SimpleTrainerNode(TrainsSimply):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -71,8 +96,7 @@ class SimpleTrainerNode(io.ComfyNode):
                 io.Model.Input(
                     "model", lazy=True, tooltip="The base model: FLUX, SD3, Qwen-Image ... It is never changed."
                 ),
-                io.Clip.Input("clip", lazy=True, tooltip="The text encoder that belongs to the model."),
-                io.Vae.Input("vae", lazy=True, tooltip="The VAE that belongs to the model."),
+                *CLIP_AND_VAE,
                 RewardSocket.Input("reward_model", lazy=True, tooltip="What is good: any reward of TreeRPO."),
                 io.String.Input(
                     "prompts",
@@ -139,27 +163,13 @@ class SimpleTrainerNode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="tuned_model", tooltip="The model with the LoRA on it, for a KSampler."),
+                TUNED,
                 io.String.Output(display_name="path", tooltip="Where the LoRA is."),
                 io.Image.Output(display_name="dashboard"),
                 io.String.Output(display_name="status"),
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, **kwargs):
-        return float("nan")  # a new NaN each time: the run moves on between queue runs
-
-    @classmethod
-    def validate_inputs(cls, lora_name):
-        return SaveTreeLoraNode.validate_inputs([lora_name])
-
-    @classmethod
-    def check_lazy_status(cls, prompts, **others):
-        """Missing prompts are told before any model is loaded."""
-        collect([prompts])
-        return [name for name, value in others.items() if value is None]
 
     @classmethod
     def execute(
@@ -190,7 +200,7 @@ class SimpleTrainerNode(io.ComfyNode):
             size=size,
             judge=judge,
             cfg=cfg,
-        )[0]
+        )
 
 
 def train_simply(
@@ -198,8 +208,8 @@ def train_simply(
 ):
     """What a node that chooses everything by itself does: the policy, the training, the LoRA; saved also on Stop.
 
-    wanted(policy, fitting) -> (reward, iterations), both as `train` takes them. Returns the node's outputs and the
-    policy.
+    wanted(policy, fitting) -> (reward, iterations), both as `train` takes them. Returns the outputs model, path,
+    picture and status.
     """
     fitting, (speed, anchor) = fit(model, cfg), PRESETS[preset]
     listed = collect([prompts])
@@ -241,7 +251,7 @@ def train_simply(
     *_, picture, status = trained.args
     ended, _, following = status.partition("\n")
     said = " ".join(filter(None, (ended, f"Saved as {Path(path).name}.", merging(model)))) + f"\n{following}"
-    return io.NodeOutput(tuned(policy), path, picture, said, ui={**trained.ui, "text": (said,)}), policy
+    return io.NodeOutput(tuned(policy), path, picture, said, ui={**trained.ui, "text": (said,)})
 
 
 def tuned(policy):

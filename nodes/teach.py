@@ -7,15 +7,13 @@ from comfy_api.latest import io
 
 from ..core.rewards.drawing import DrawingFeatures
 from ..core.rewards.picks import Picks
-from ..core.rewards.taste import FILE, Known, MyTaste, fit, load, newest, save, saved_picks
+from ..core.rewards.taste import FILE, Known, MyTaste, answered, fit, load, save, saved_picks
 from ..core.rewards.teaching import Teaching
-from ..core.runs.prompts import collect
 from .browser import send_text
 from .pick import human
 from .runs import runs_folder
-from .save import SaveTreeLoraNode
 from .schema import RewardSocket, expert, schema
-from .simple import PER_ITERATION, PRESETS, train_simply
+from .simple import CLIP_AND_VAE, PER_ITERATION, PRESETS, TUNED, TrainsSimply, train_simply
 from .trainer import ALIASES
 
 TINY_PICTURE = [64, 64]  # pixels of the tiny models' pictures in a sheet
@@ -59,7 +57,7 @@ def features_for(clip_vision, tiny: bool):
     )
 
 
-class TeachNode(io.ComfyNode):
+class TeachNode(TrainsSimply):
     @classmethod
     def define_schema(cls):
         return schema(
@@ -72,8 +70,7 @@ class TeachNode(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", lazy=True, tooltip="The base model: FLUX, SD3, SD3.5 ... It is never changed."),
-                io.Clip.Input("clip", lazy=True, tooltip="The text encoder that belongs to the model."),
-                io.Vae.Input("vae", lazy=True, tooltip="The VAE that belongs to the model."),
+                *CLIP_AND_VAE,
                 _VISION,
                 _ALSO,
                 io.String.Input(
@@ -138,7 +135,7 @@ class TeachNode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="tuned_model", tooltip="The model with the LoRA on it, for a KSampler."),
+                TUNED,
                 RewardSocket.Output(display_name="taste", tooltip="What was learned, as a reward for the Trainer."),
                 io.String.Output(display_name="path", tooltip="Where the LoRA is."),
                 io.Image.Output(display_name="dashboard"),
@@ -146,20 +143,6 @@ class TeachNode(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, **kwargs):
-        return float("nan")  # a new NaN each time: the run moves on between queue runs
-
-    @classmethod
-    def validate_inputs(cls, lora_name):
-        return SaveTreeLoraNode.validate_inputs([lora_name])
-
-    @classmethod
-    def check_lazy_status(cls, prompts, **others):
-        """Missing prompts are told before any model is loaded."""
-        collect([prompts])
-        return [name for name, value in others.items() if value is None]
 
     @classmethod
     def execute(
@@ -195,7 +178,7 @@ class TeachNode(io.ComfyNode):
             made.append(teaching)
             return teaching, lambda: teaching.ends(policy.run.iteration, settle)
 
-        outputs, _ = train_simply(
+        outputs = train_simply(
             cls, model, clip, vae, prompts, lora_name, preset, wanted, size=size, on_alarm="off",
             go_on="Raise questions to be asked more.",
         )  # fmt: skip
@@ -252,7 +235,7 @@ class MyTasteNode(io.ComfyNode):
     def execute(cls, run, clip_vision=None, also=None, more_runs="") -> io.NodeOutput:
         folders = chosen(run, more_runs)
         books = [Picks(folder) for folder in folders]
-        ids = [row["id"] for _, row in newest(books) if row["by"] == "person"]
+        ids = [row["id"] for _, row in answered(books)]
         file = folders[0] / FILE
         rows = [row for book in books for row in book.rows()]
         known = Known(features_for(clip_vision, all(row["sheet"]["image"] == TINY_PICTURE for row in rows)), also)

@@ -217,11 +217,7 @@ class Known:
         """All that the answers in these books say, the newest answer to each group. before: only those of earlier
         iterations.
         """
-        rows = [
-            (self._seen(book, row), row)
-            for book, row in newest(books)
-            if row["by"] == "person" and (before is None or (row["iteration"] or 0) < before)
-        ]
+        rows = [(self._seen(book, row), row) for book, row in answered(books, before)]
         return said_by([(seen, row) for seen, row in rows if seen is not None])
 
     def _seen(self, book: Picks, row: dict) -> Tensor | None:
@@ -236,12 +232,15 @@ class Known:
         return self._rows[key]
 
 
-def newest(books: list[Picks]) -> list[tuple[Picks, dict]]:
-    """The newest answer to each group of these books, in the order in which they were first asked about."""
-    found = {}
+def answered(books: list[Picks], before: int | None = None) -> list[tuple[Picks, dict]]:
+    """The person's newest answer to each group of these books, in the order in which they were first asked about; none
+    where it is a skip. before: only those of earlier iterations.
+    """
+    newest = {}
     for book in books:
-        found |= {(book.folder, row["id"]): (book, row) for row in book.rows() if row["by"] in ANSWERED}
-    return list(found.values())
+        newest |= {(book.folder, row["id"]): (book, row) for row in book.rows() if row["by"] in ANSWERED}
+    earlier = math.inf if before is None else before
+    return [(book, row) for book, row in newest.values() if row["by"] == "person" and (row["iteration"] or 0) < earlier]
 
 
 def said_by(rows: list[tuple[Tensor, dict]]) -> list[Choice]:

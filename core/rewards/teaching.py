@@ -14,7 +14,7 @@ from torch import Tensor
 from .combine import neighbours
 from .contract import Reward
 from .human import HumanReward, Undone
-from .taste import FILE, Features, Head, Known, MyTaste, fit, newest, save
+from .taste import FILE, Features, Head, Known, MyTaste, answered, fit, save
 
 SETS = 60  # sets of leaves that are tried for a question, per prompt
 
@@ -50,13 +50,17 @@ class Teaching(Reward):
         self.person, self.known, self.say = person, Known(features, also), say
         self.show, self.questions, self.every, self.each = show, questions, every, each
         self.head: Head | None = None
+        self._fitted: tuple[list, Head | None] = [], None  # the answers of the newest fit, and what it gave
         self._last: tuple | None = None  # what was asked last, while it can be taken back
 
     # what the book says
 
-    def answers(self) -> list[dict]:
-        """The newest answer of the person to each group, first answered first; skips and time-outs are none."""
-        return [row for _, row in newest([self.person.picks]) if row["by"] == "person"]
+    def answers(self, before: int | None = None) -> list[dict]:
+        """The newest answer of the person to each group, first answered first; skips and time-outs are none.
+
+        before: only those of earlier iterations.
+        """
+        return [row for _, row in answered([self.person.picks], before)]
 
     def left(self) -> int:
         return max(self.questions - len(self.answers()), 0)
@@ -71,16 +75,19 @@ class Teaching(Reward):
 
     def due(self) -> bool:
         """Whether the iteration that is being scored asks."""
-        now, asked = self.person.iteration(), self.answers()
-        before = [row["iteration"] or 0 for row in asked if (row["iteration"] or 0) < now]
+        now = self.person.iteration()
+        before = [row["iteration"] or 0 for row in self.answers(now)]
         if len(before) >= self.questions:
             return False
         return self.head is None or not self.head.sure or now - max(before, default=-self.every) >= self.every
 
     def fitted(self, before: int | None = None) -> Head | None:
-        """The head that the answers give, those before an iteration or all."""
-        choices = self.known.choices([self.person.picks], before)
-        return fit(choices) if choices else None
+        """The head that the answers give, those before an iteration or all; fitted anew where they are others."""
+        told = [(row["id"], row["answer"]) for row in self.answers(before)]
+        if told != self._fitted[0]:
+            choices = self.known.choices([self.person.picks], before)
+            self._fitted = told, fit(choices) if choices else None
+        return self._fitted[1]
 
     # the reward
 

@@ -15,7 +15,7 @@ MOST_STRIPS = 4  # in the dashboard
 
 
 def keep_strip(folder: Path, iteration: int, images: Tensor) -> None:
-    """The first pictures of an evaluation in a row, once per iteration; what cannot be written is no loss."""
+    """The first pictures of an evaluation in a row; the base model's, iteration 0, are written once."""
     path = folder / STRIPS / f"{iteration:06d}.png"
     if iteration or not path.is_file():
         write_picture(path, plot.strip(images[: plot.STRIP]))

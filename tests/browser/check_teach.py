@@ -1,5 +1,5 @@
-"""Teach My Taste in the page, by mouse and keyboard: questions one after another, undo, none, skip, a reload and Stop in
-between, and before and after at the end. The person likes pastel pictures, and sees them as the page does.
+"""Teach My Taste in the page, by mouse and keyboard: questions one after another, undo, none, skip, a reload and Stop
+in between, and before and after at the end. The person likes pastel pictures, and sees them as the page does.
 
     python tests/browser/check_teach.py [--comfyui PATH] [--pictures FOLDER]
 """
@@ -32,6 +32,10 @@ SHOWN = """(before) => {
     const images = [...(dialog?.querySelectorAll(".grid img") ?? [])];
     return images.length && images.every((image) => image.complete && image.naturalWidth) && images[0].src !== before;
 }"""
+SETTINGS = """(values) => {
+    const { widgets } = app.graph._nodes.find((one) => one.type === "TreeRPOTeach");
+    for (const [key, value] of Object.entries(values)) widgets.find((one) => one.name === key).value = value;
+}"""
 FIRST = "() => document.querySelector('.treerpo-dialog .grid img')?.src ?? ''"
 
 
@@ -42,13 +46,13 @@ def book(page, name) -> list[dict]:
 
 def check(page, renderer, pictures):
     graph = json.loads((ROOT / "workflows/teach_my_taste.json").read_text("utf-8"))
-    page.load_graph(graph, "teach")
     browser, name = page.page, f"taste {renderer}"
-    page.evaluate(
-        """([name, questions]) => { for (const [key, value] of Object.entries({ lora_name: name, questions, settle: 12 }))
-            app.graph._nodes.find((one) => one.type === "TreeRPOTeach").widgets.find((one) => one.name === key).value = value; }""",
-        [name, QUESTIONS],
-    )
+
+    def opened():
+        page.load_graph(graph, "teach")
+        page.evaluate(SETTINGS, {"lora_name": name, "questions": QUESTIONS, "settle": 12})
+
+    opened()
     runs = len(page.client.get("/history"))
     browser.get_by_test_id("queue-button").first.click()
     seen = ""
@@ -92,12 +96,7 @@ def check(page, renderer, pictures):
     page.client.request("/interrupt", {})
     browser.wait_for_function("() => !document.querySelector('.treerpo-dialog')", timeout=30000)
     before = len(book(page, name))
-    page.load_graph(graph, "teach")
-    page.evaluate(
-        """([name, questions]) => { for (const [key, value] of Object.entries({ lora_name: name, questions, settle: 12 }))
-            app.graph._nodes.find((one) => one.type === "TreeRPOTeach").widgets.find((one) => one.name === key).value = value; }""",
-        [name, QUESTIONS],
-    )
+    opened()
     browser.get_by_test_id("queue-button").first.click()
     seen = ""
     while len({row["id"] for row in book(page, name) if row["by"] == "person"}) < QUESTIONS:

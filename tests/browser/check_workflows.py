@@ -66,7 +66,9 @@ CHANGES = {
     "TreeRPOTrainer.learning_rate": 5e-4,
 }
 # a person who always takes the first picture
-PICKS = """() => { window.treerpoPicks ??= setInterval(() => document.querySelector(".treerpo-dialog .grid button")?.click(), 250); }"""
+PICKS = """() => {
+    window.treerpoPicks ??= setInterval(() => document.querySelector(".treerpo-dialog .grid button")?.click(), 250);
+}"""
 FAULTS = """() => {
     const faults = [];
     for (const node of app.graph._nodes) {
