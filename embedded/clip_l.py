@@ -5,13 +5,13 @@ Weights are uniform, not normal, because uniform numbers from a CPU generator ar
 """
 
 import math
+import re
 
 import torch
 from torch import Tensor
 
 WIDTH, LAYERS, VOCABULARY, POSITIONS = 768, 12, 49408, 77
 SHORTEST = 16  # text tokens that the embedded models see at least; captions have 9
-A, AN = 320, 550  # tokens of these words
 # Standard deviations: of the embeddings, and as gains over 1/sqrt(fan in). Attention mixes every word
 # into the end-of-text token, whose feature is the pooled output; sharp attention keeps captions apart (cosine .5-.7).
 TOKEN, POSITION, QUERY_KEY, VALUE_OUT, MLP = 1.0, 0.5, 3.0, 1.0, 0.2
@@ -52,6 +52,9 @@ def random_clip_l(seed: int = 0) -> dict[str, Tensor]:
     for name in [*norms, "text_model.final_layer_norm"]:
         sd[f"{name}.weight"] = torch.ones(WIDTH, dtype=torch.float16)
         sd[f"{name}.bias"] = torch.zeros(WIDTH, dtype=torch.float16)
-    words = sd["text_model.embeddings.token_embedding.weight"]
-    words[AN] = words[A]  # the captions it was trained with say "a orange circle"
     return sd
+
+
+def as_trained(prompt: str) -> str:
+    """A prompt as the embedded models' captions put it: they say "a orange circle"."""
+    return re.sub(r"\b(a)n\b", r"\1", prompt, flags=re.IGNORECASE)

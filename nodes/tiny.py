@@ -6,7 +6,7 @@ import comfy.model_management
 import comfy.sd
 import torch
 
-from ..embedded.clip_l import SHORTEST, random_clip_l
+from ..embedded.clip_l import SHORTEST, as_trained, random_clip_l
 from ..embedded.shapes import FOLDER, decodes_in, vae_state_dict
 
 
@@ -28,6 +28,8 @@ def _text_encoder():
         return features[:, :length], *more
 
     encoder.encode_token_weights = encode_shorter
+    tokenize = clip.tokenizer.tokenize_with_weights
+    clip.tokenizer.tokenize_with_weights = lambda text, *given, **named: tokenize(as_trained(text), *given, **named)
     return clip
 
 

@@ -232,14 +232,30 @@ def test_text_features_are_those_of_comfyui(comfy):
     spec.loader.exec_module(clip_l)
     weights = clip_l.random_clip_l()
     clip = comfy.sd.load_text_encoder_state_dicts([dict(weights)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    found = backend.clip_l_features(weights, PROMPTS)
-    assert torch.equal(found[1][0], found[2][0]), "the base was trained on 'a orange circle'"
-    for prompt, (features, pooled) in zip(PROMPTS, found):
+    for prompt, (features, pooled) in zip(PROMPTS, backend.clip_l_features(weights, PROMPTS)):
         tokens = clip.tokenize(prompt)
         assert backend.clip_l_tokens([prompt])[0].tolist() == [token for token, _ in tokens["l"][0]], prompt
         expected, expected_pooled = clip.encode_from_tokens(tokens, return_pooled=True)
         torch.testing.assert_close(features, expected[0].float(), rtol=0, atol=1e-4)
         torch.testing.assert_close(pooled, expected_pooled[0].float(), rtol=0, atol=1e-4)
+
+
+def test_the_tiny_models_hear_both_articles_alike_and_every_other_word_as_it_is(pack):
+    """Cyan is "cy" and "an" to CLIP: what is done about the article must not reach into words."""
+    with torch.inference_mode():
+        tiny = pack.nodes.tiny._text_encoder()
+        encoded = lambda text: tiny.encode_from_tokens(tiny.tokenize(text))  # noqa: E731
+        assert torch.equal(encoded("an orange circle"), encoded("a orange circle"))
+        assert torch.equal(encoded("An orange circle"), encoded("a orange circle"))
+    as_trained = pack.embedded.clip_l.as_trained
+    for words in ("a cyan triangle on a gray background", "banana and an-", "man, pan; Ann's"):
+        assert as_trained(words) == words.replace(" an-", " a-")
+    weights = pack.embedded.clip_l.random_clip_l()
+    words = weights["text_model.embeddings.token_embedding.weight"]
+    assert not torch.equal(words[320], words[550]), "tokens of 'a' and of 'an', which is in cyan too"
+    cyan, raw = "a cyan triangle", backend.clip_l_features(weights, ["a cyan triangle"], 16)[0][0]
+    with torch.inference_mode():
+        torch.testing.assert_close(encoded(cyan)[0].float(), raw, rtol=0, atol=1e-4)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():

@@ -44,6 +44,7 @@ def small():
 
     nodes = {**small_graph("first_steps"), **small_graph("compare")}
     prompts = [line for title in ("Prompts", "Held-out prompts") for line in fallback.lines(nodes[title]["text"])]
+    prompts = [embedded.clip_l.as_trained(prompt) for prompt in prompts]
     features = host.clip_l_features(embedded.clip_l.random_clip_l(), prompts, embedded.clip_l.SHORTEST)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fallback, "graph", small_graph)

@@ -150,11 +150,11 @@ def open_model(
 
 
 def _embedded(kind: str, dtype: str) -> Model:
-    from embedded.clip_l import SHORTEST, random_clip_l
+    from embedded.clip_l import SHORTEST, as_trained, random_clip_l
     from embedded.shapes import vae_state_dict
 
     def encode(texts: list[str]) -> list[Feature]:
-        return clip_l_features(random_clip_l(), texts, SHORTEST)
+        return clip_l_features(random_clip_l(), [as_trained(text) for text in texts], SHORTEST)
 
     return Model(
         load_transformer(load_file(str(REPO / "embedded" / f"{kind}.safetensors")), DTYPES[dtype]),
