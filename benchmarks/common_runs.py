@@ -197,12 +197,12 @@ class Policy:
             unit.append(host.timed(learn))
         return min(forward) / batch, min(unit) / min(forward)
 
-    def pictures(self):
-        """(EVALUATED pictures [B, H, W, 3] of held-out captions, their rows): plain ODE samples of the same noise."""
+    def pictures(self, seed: int = 12345):
+        """(EVALUATED pictures [B, H, W, 3] of held-out captions, their rows): plain ODE samples of one noise."""
         import torch
 
         count = range(EVALUATED)
-        x = self.lab.core.method.noise.roots((16, 8, 8), 12345, 0, list(count), 1).to(self.velocity.device)
+        x = self.lab.core.method.noise.roots((16, 8, 8), seed, 0, list(count), 1).to(self.velocity.device)
         rows = [self.lab.training + i % (len(self.lab.index) - self.lab.training) for i in count]
         table = [float(s) for s in self.lab.sigmas]
         for s, n in zip(table, table[1:]):

@@ -55,9 +55,9 @@ def judge(images: Tensor) -> dict[str, Tensor]:
     """What each picture shows, as numbers [B], and how well it is drawn.
 
     images: [B, 3, 64, 64] in 0..1 (or ComfyUI's [B, 64, 64, 3]).
-    shape, colour, background: numbers in SHAPES, COLOURS, BACKGROUNDS; the names of STYLES: 0 or 1; `quality`: overlap
-    of the coloured part with its best template (Dice, 1 = an ideal drawing) times 1 minus the distance (root mean
-    square) to the ideal picture with all that was found.
+    shape, colour, background: numbers in SHAPES, COLOURS, BACKGROUNDS; the names of STYLES: 0 or 1; radius: in pixels;
+    `quality`: overlap of the coloured part with its best template (Dice, 1 = an ideal drawing) times 1 minus the
+    distance (root mean square) to the ideal picture with all that was found.
     """
     if images.shape[-1] == 3 and images.shape[1] != 3:
         images = images.movedim(-1, 1)
@@ -100,7 +100,7 @@ def judge(images: Tensor) -> dict[str, Tensor]:
     ideal = shapes.render(index, styles, where[:, :2], where[:, 2])
     off = (images - ideal).square().flatten(1).mean(1).sqrt()
     shown = dict(zip((*shapes.NAMED, *shapes.STYLES), (shape, colour, background, *styles.T)))
-    return {**shown, "quality": overlap * (1 - off)}
+    return {**shown, "radius": where[:, 2], "quality": overlap * (1 - off)}
 
 
 def figures(images: Tensor, prompts: list[str], wish: dict[str, str]) -> dict[str, float]:
