@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.method.iteration import lowest_correlation, reward_metrics
 from core.pictures.distance import diversity, drift
 from core.runs.health import Evaluation, Skips, Watch, compare, course, limit
 from embedded.shapes import draw
@@ -315,3 +316,28 @@ def test_skips_count_what_comes_in_a_row():
     assert skips.too_many(3) and not skips.too_many(4) and not skips.too_many(0)
     assert "in 3 iterations in a row (5 of 6 in all)" in skips.sentence()
     assert Skips(**json.loads(json.dumps(skips.to_dict()))) == skips
+
+
+def test_rewards_that_pull_against_each_other_are_named_where_nothing_more_is_learned():
+    draw_, watch = torch.Generator().manual_seed(0), run(lambda n: 0.5, lambda n: 0.2 * min(n, 3), count=14, noise=0)
+    ink = torch.rand(24, generator=draw_)
+    for against, opposed in ((-0.5 * ink + torch.arange(24) // 8, -1.0), (3 * ink, 1.0)):
+        scores = {"filled": ink, "small": against, "third": torch.rand(24, generator=draw_).where(ink > 9, torch.nan)}
+        assert lowest_correlation(scores, 3) == pytest.approx(opposed, abs=1e-6)
+    assert "against each other" not in watch.verdict()
+    for _ in range(30):
+        watch.see(reward_metrics({"filled": ink, "small": -ink}, ink, 3))
+    assert "against each other (correlation -0.96" in watch.verdict() and watch.finished
+    assert Watch.from_dict(json.loads(json.dumps(watch.to_dict()))) == watch
+    assert "rewards/opposed" not in reward_metrics({"filled": ink}, ink, 3)
+    assert math.isnan(lowest_correlation({"a": torch.ones(8), "b": torch.rand(8)}, 2))
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_the_lowest_correlation_is_that_of_the_scores_without_their_prompts_means(seed):
+    scores = torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    centred = (scores - scores.mean(2, keepdim=True)).flatten(1)
+    table = torch.corrcoef(centred)
+    found = lowest_correlation({str(i): one.flatten() for i, one in enumerate(scores)}, 4)
+    assert found == pytest.approx(float(min(table[0, 1], table[0, 2], table[1, 2])))

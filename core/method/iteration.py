@@ -7,6 +7,7 @@ With several processes (`ranks`) each samples and scores its share of the trees.
 per image and edge, then go to all of them in `credit`, and every process learns the same from the same numbers.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -252,7 +253,23 @@ def reward_metrics(values: dict[str, Tensor], total: Tensor, prompts: int) -> di
     group = total.view(prompts, -1)
     spread = (group - group.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
     row = {"reward": float(group.nanmean()), "reward_std": float(spread.nanmean())}
+    if len(values) > 1:
+        row["rewards/opposed"] = lowest_correlation(values, prompts)
     return row | {f"rewards/{name}/mean": float(found.nanmean()) for name, found in values.items()}
+
+
+def lowest_correlation(values: dict[str, Tensor], prompts: int) -> float:
+    """Of any two rewards [B] each, the lowest correlation among the images of a prompt, all prompts together; NaN where
+    none has two scores that differ.
+    """
+    lowest = math.nan
+    for pair in itertools.combinations(values.values(), 2):
+        groups = torch.stack([found.double().view(prompts, -1) for found in pair])
+        groups = torch.where(groups.isfinite().all(0), groups, torch.nan)
+        first, second = (groups - groups.nanmean(2, keepdim=True)).nan_to_num().flatten(1)
+        found = float((first @ second) / (first.norm() * second.norm()))
+        lowest = found if math.isnan(lowest) else min(lowest, found)
+    return lowest
 
 
 def best_rewards(total: Tensor, prompts: int) -> Tensor:

@@ -12,6 +12,7 @@ from statistics import NormalDist, fmean, stdev
 from ..pictures.curve import LARGEST
 
 FEWEST_IMAGES = 4  # below, a mean difference says nothing
+OPPOSED = -0.5  # correlation of two rewards below which no picture can please both
 FALLEN = 4.0  # standard errors between two windows; the best of many windows is always a little lucky
 
 
@@ -52,6 +53,7 @@ class Watch:
     evaluations: list[Evaluation] = field(default_factory=list)
     flat_rows: int = 0  # iterations without any difference, up to now in a row
     kl: list[float] = field(default_factory=list)  # of the newest `kl_window` iterations
+    opposed: float = 0.0  # running mean of the lowest correlation of two rewards within a prompt; 0 = one reward only
 
     def __post_init__(self):
         if not 0 < self.errors <= 20:
@@ -69,6 +71,8 @@ class Watch:
         self.flat_rows = self.flat_rows + 1 if row.get("frac_reward_zero_std") == 1 else 0
         if "kl" in row and math.isfinite(row["kl"]):
             self.kl = [*self.kl, float(row["kl"])][-self.kl_window :]
+        if math.isfinite(now := row.get("rewards/opposed", math.nan)):
+            self.opposed = 0.9 * self.opposed + 0.1 * now
 
     def evaluate(self, evaluation: Evaluation) -> bool:
         """Take in an evaluation; those of the same or later iterations are forgotten, as the run has been rolled back
@@ -212,9 +216,16 @@ class Watch:
             f"The trained reward on the held-out prompts has not risen above the {_mean(best.reward):.3g} of iteration "
             f"{best.iteration} in {self.settled} evaluations"
         )
+        against = (
+            f" Two of the rewards pull against each other (correlation {self.opposed:.2f} among the images of a "
+            "prompt): what is good for one is bad for the other."
+            if self.opposed < OPPOSED
+            else ""
+        )
         if best is self.evaluations[0]:
-            return f"{why}: nothing has been learned. Raise the learning rate, or use a reward that tells images apart?"
-        return f"{why}: nothing is left to learn. Take the LoRA of iteration {self.rollback}?"
+            to = "Raise the learning rate, or use a reward that tells images apart?"
+            return f"{why}: nothing has been learned.{against} {'Drop one of the two?' if against else to}"
+        return f"{why}: nothing is left to learn.{against} Take the LoRA of iteration {self.rollback}?"
 
     def _flat(self) -> str | None:
         if not self.flat or self.flat_rows < self.flat:
