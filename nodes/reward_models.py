@@ -446,9 +446,10 @@ class ImageSimilarityNode(io.ComfyNode):
                 io.Image.Input("reference", tooltip="One or several reference images."),
                 io.Combo.Input(
                     "of",
-                    options=["mean", "best"],
+                    options=list(measures.OF),
                     default="mean",
-                    tooltip="With several references: the mean of all similarities, or the best one.",
+                    tooltip="With several references: the mean of all similarities, or the best one. source: of each "
+                    "image the picture that its prompt changes instead (references of Prompt List).",
                 ),
             ],
             outputs=[RewardSocket.Output(display_name="reward_model")],

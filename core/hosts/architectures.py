@@ -31,6 +31,9 @@ class Architecture:
     few: int = FEW  # their steps
     attention: str = ATTENTION  # layers of the target "attention", found in their names
     mlp: str = MLP  # and those that "attention+mlp" adds
+    reference: str = (
+        ""  # of a picture that it edits it takes its "latent", or "latent and text" where the text encoder sees it
+    )
     left_out: str = ""  # layers that are no part of what is to learn, not even with "all linear"
     in_place: bool = True  # may update activations in place: autograd must not see them change
     forgets: bool = False  # known to keep no tensor from one call to the next
@@ -59,7 +62,9 @@ _FLUX = {"text": "txt_in", "pooled": "vector_in.in_layer", "pooled_first": True,
 _FAST = "turbo|lightning|distil|hyper|schnell"
 ARCHITECTURES = (
     # FLUX.1: dev, Krea, Kontext
-    Architecture("FLUX.1", "Flux", cfg=1.0, guidance=True, distilled=_FAST, network="flux", **_FLUX),
+    Architecture(
+        "FLUX.1", "Flux", cfg=1.0, guidance=True, distilled=_FAST, reference="latent", network="flux", **_FLUX
+    ),
     Architecture("FLUX.1 Fill", "FluxInpaint", cfg=1.0, guidance=True, network="flux", **_FLUX),
     Architecture("Ovis-Image", "FluxSchnell", {"yak_mlp": True}, cfg=5.0, **_FLUX),
     Architecture("FLUX.1-schnell", "FluxSchnell", cfg=1.0, steps=4, network="flux", **_FLUX),
@@ -72,10 +77,18 @@ ARCHITECTURES = (
         cfg=1.0,
         guidance=True,
         distilled=_FAST,
+        reference="latent",
         network="flux2",
     ),
     Architecture(
-        "FLUX.2 klein", "Flux2", text="txt_in", cfg=5.0, distilled=rf"klein(?!.*base)|{_FAST}", few=4, network="flux2"
+        "FLUX.2 klein",
+        "Flux2",
+        text="txt_in",
+        cfg=5.0,
+        distilled=rf"klein(?!.*base)|{_FAST}",
+        few=4,
+        reference="latent",
+        network="flux2",
     ),
     Architecture(
         "SD3",
@@ -92,7 +105,14 @@ ARCHITECTURES = (
     ),
     Architecture("Z-Image", "ZImage", text="cap_embedder.1", steps=25, distilled=_FAST, network="z-image"),
     Architecture("Lumina 2", "Lumina2", text="cap_embedder.1", steps=30, network="lumina2"),
-    Architecture("Qwen-Image", "QwenImage", text="txt_in", distilled=_FAST, network="qwen-image"),
+    Architecture(
+        "Qwen-Image",
+        "QwenImage",
+        text="txt_in",
+        distilled=_FAST,
+        reference="latent and text",
+        network="qwen-image",
+    ),
     Architecture("Krea 2", "Krea2", cfg=3.5, steps=52, distilled=_FAST, network="krea2"),
     Architecture(
         "Anima",

@@ -40,15 +40,15 @@ own classes, on a CPU with torch {torch}. `python tests/compat/base_models.py` w
 - *MODEL as before*: after training, after an error in it and after an interrupt, bit for bit, with nothing left on its
   layers.
 - *prompts apart*: prompts of unequal length in one batch, each as alone (1e-4).
-- *LoRA in diffusers*: trained in ComfyUI, saved in diffusers' form, read by diffusers {diffusers}'s own
-  load_lora_weights into its own network with the same weights, it gives the same velocity (1e-4); back in ComfyUI too.
-  *as X*: the same network as X, not run by itself. *not tried*: diffusers has the network, this pack no table of its
-  layers' names.
+- *LoRA in diffusers*: saved in diffusers' form and read by diffusers {diffusers}'s own
+  load_lora_weights, it gives the same velocity (1e-4); back in ComfyUI too. *as X*: the same network as X, not run by
+  itself. *not tried*: diffusers has the network, this pack no table of its layers' names.
 - *diffusers engine*: `python -m standalone.launch` runs it, with ComfyUI's velocities (1e-4), gradient = finite
   differences, rollout = update and first ratio 1, as above; without reference images.
 
-Kontext, FLUX.2 and Qwen-Image-Edit were run with reference images, another one for each prompt; Fill without a picture
-to fill.
+Kontext, FLUX.2 and Qwen-Image-Edit were run with a reference image for each prompt, which the Trainer takes from *Prompt
+List*; other models that edit (OmniGen 2, Boogu ...) have ways of their own to read a picture: by hand only. Fill was
+run without a picture to fill.
 
 ## The table
 
