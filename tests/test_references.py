@@ -153,6 +153,63 @@ def test_qwen_image_edit_is_asked_as_comfyuis_own_node_does(file, node, name):
     assert not torch.equal(other[0][0], context), "the text encoder sees the picture"
 
 
+class Drawn(Seeing):
+    """A text encoder and a VAE whose answers suit a tiny random network."""
+
+    def __init__(self, family, shape):
+        super().__init__()
+        self.family, self.shape = family, shape
+
+    def encode_from_tokens_scheduled(self, tokens):
+        import families
+
+        seen = super().encode_from_tokens_scheduled(tokens)[0][0]
+        [[context, options]] = families.conditioning(self.family, 7, int(1000 * seen.sum()))
+        return [[context, {key: value for key, value in options.items() if key != "reference_latents"}]]
+
+    def encode(self, pixels):
+        channels, time = self.shape[0], self.shape[1:-2]
+        mixed = torch.nn.functional.conv2d(
+            pixels.movedim(-1, 1) - 0.5, torch.randn(channels, 3, 1, 1, generator=torch.Generator().manual_seed(5))
+        )
+        pooled = torch.nn.functional.avg_pool2d(mixed, 64 // self.shape[-1])
+        return pooled.unsqueeze(2) if time else pooled
+
+
+@pytest.mark.parametrize("name", ["FLUX.1 Kontext", "FLUX.2", "Qwen-Image-Edit"])
+def test_every_family_gets_what_comfyuis_nodes_give(name):
+    """Two prompts of the same words about other pictures, in one session: each as ComfyUI's conditioning alone."""
+    import families
+    from comfy_extras import nodes_edit_model, nodes_qwen
+    from test_backend_comfy import new_policy, velocity_of
+
+    from core.hosts.comfy_host import ComfyHost, downscale, empty_latent
+    from core.method.memory import MicroBatch
+
+    family = families.named(name)
+    model = families.load(family)
+    latent = empty_latent(model, 64)
+    shape = latent["samples"].shape[1:]
+    maker, policy = Drawn(family, shape), new_policy(model)
+    host = ComfyHost(policy, maker, maker, torch.tensor([1.0, 0.5, 0.0]), latent, 1.0, None, False)
+    side = shape[-1] * downscale(model)
+    made = with_references([SAME], [picture(seed, side, side) for seed in range(2)])
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        with host.session(made, MicroBatch(0)) as velocity:
+            found = velocity(x, 0.7, [0, 1])
+        for row, prompt in enumerate(made):
+            if name == "Qwen-Image-Edit":
+                text = nodes_qwen.TextEncodeQwenImageEdit.execute(maker, SAME, None, prompt.reference[None]).args[0]
+            else:
+                text = maker.encode_from_tokens_scheduled((SAME, {}))
+            reference = {"samples": maker.encode(prompt.reference[None])}
+            wanted = nodes_edit_model.ReferenceLatent.execute(text, reference).args[0]
+            alone = velocity_of(policy, x[row : row + 1], 0.7, [0], wanted)
+            torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+        assert (found[0] - velocity_of(policy, x[:1], 0.7, [0], text)[0]).abs().max() > 0.01
+
+
 def comfyuis_own(graph, text: str, pixels: torch.Tensor) -> list:
     """What VAE Encode and Reference Latent give."""
     from comfy_extras.nodes_edit_model import ReferenceLatent
