@@ -43,8 +43,8 @@ own classes, on a CPU with torch {torch}. `python tests/compat/base_models.py` w
 - *LoRA in diffusers*: saved in diffusers' form and read by diffusers {diffusers}'s own
   load_lora_weights, it gives the same velocity (1e-4); back in ComfyUI too. *as X*: the same network as X, not run by
   itself. *not tried*: diffusers has the network, this pack no table of its layers' names.
-- *diffusers engine*: `python -m standalone.launch` runs it, with ComfyUI's velocities (1e-4) and the first three columns;
-  without reference images.
+- *diffusers engine*: `standalone.launch` runs it, with ComfyUI's velocities (1e-4) and the first three columns; without
+  reference images.
 
 Kontext, FLUX.2 and Qwen-Image-Edit were run with a reference image for each prompt, which the Trainer takes from
 *Prompt List*; others that edit (OmniGen 2, Boogu ...) have ways of their own to read a picture: by hand only. Fill was
