@@ -28,7 +28,7 @@ own classes, on a CPU with torch {torch}. `python tests/compat/base_models.py` w
 ## What is in the table
 
 - *latents*: channels, and their size in proportion to the picture's; `x 1` = with a time, of one frame.
-- *drawn with*: what *Simple Trainer* takes by itself, at most 10 steps, as in ComfyUI's templates (a test reads them).
+- *drawn with*: what *Simple Trainer* takes, at most 10 steps, as in ComfyUI's templates (a test reads them).
   Where there is none: AuraFlow, Hunyuan Image 2.1 and Kandinsky 5 as in diffusers, Krea 2 as its authors say, SD3 as
   TreeGRPO; Ideogram 4's is a guess. The shift is the model's own in ComfyUI. A distilled model (Turbo, Lightning ...)
   has the shapes of its base model, so only its file's name can tell it.
