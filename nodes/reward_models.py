@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..core.hosts.comfy import thaw_weights
+from ..core.hosts.comfy_weights import thaw_weights
 from ..core.rewards import load
 from ..core.rewards import measure as measures
 from ..core.rewards.contract import Reward

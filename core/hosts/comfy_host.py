@@ -10,8 +10,9 @@ from ..method.noise import noised
 from ..method.rollout import check_sigmas
 from ..model import DECODED_AT_ONCE, Host
 from ..references import reference_of
-from .comfy import ROWS, refuse_wrong_latent, thaw
 from .comfy_references import refuse_references, text_node, with_reference
+from .comfy_refusals import ROWS, refuse_wrong_latent
+from .comfy_weights import thaw
 
 _ENCODED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty LATENT, as ComfyUI spells them
