@@ -16,6 +16,7 @@ from ..core.files import write_atomically
 from ..core.hosts.architectures import architecture_of, model_file
 from ..core.hosts.comfy_host import downscale, encode
 from ..core.hosts.diffusers_networks import KINDS
+from ..core.references import reference_of
 from ..core.rewards.combine import Combined, parts
 from ..core.rewards.measure import Measure
 from ..core.rewards.server import ServerReward
@@ -49,6 +50,8 @@ def export(run, host, prompts, shape, schedule, objective, settings, reward, jud
     try:
         notes: dict[str, str] = {}
         texts = [*prompts.train, *(prompts.held_out if settings.evaluate_every else [])]
+        if any(reference_of(text) is not None for text in texts):
+            raise ValueError("the trainer without ComfyUI takes no reference images")
         conditioning = write_conditioning(run.folder / "conditioning.safetensors", host, texts)
         if not conditioning:
             notes["model.conditioning"] = (

@@ -5,7 +5,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..core.hosts.comfy_host import batch, encode
+from ..core.hosts.comfy_host import batch, conditioned, encode, start_latent
+from ..core.references import reference_of, with_references
 from ..core.runs.prompts import PromptText, collect, listed, read, split
 from .schema import PolicySocket, PromptsSocket, expert, schema
 
@@ -45,6 +46,13 @@ class PromptsNode(io.ComfyNode):
                     optional=True,
                     tooltip="Connect the policy to move on through the list with each iteration.",
                 ),
+                references_input(),
+                io.Vae.Input("vae", optional=True, tooltip="Only for references: the VAE that belongs to the model."),
+                io.Latent.Input(
+                    "latent_image",
+                    optional=True,
+                    tooltip="Only for references: the empty latent of Tree Sampler. They are scaled to as many pixels.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(),
@@ -53,15 +61,25 @@ class PromptsNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, text, per_iteration, policy=(None,)) -> io.NodeOutput:
+    def execute(
+        cls, clip, text, per_iteration, policy=(None,), references=(), vae=(None,), latent_image=(None,)
+    ) -> io.NodeOutput:
         prompts, _ = listed(text)
         if not prompts:
             raise ValueError("The prompt list is empty: write at least one prompt, one per line.")
+        prompts = with_references(prompts, [picture for picture in references if picture is not None])
         count = min(per_iteration[0] or len(prompts), len(prompts))
         first = policy[0].run.iteration * count if policy[0] is not None else 0
         chosen = [prompts[(first + j) % len(prompts)] for j in range(count)]
-        positive = batch([encode(clip[0], prompt) for prompt in chosen])
-        return io.NodeOutput(positive, PromptText("\n".join(chosen), chosen))
+        if reference_of(chosen[0]) is None:
+            encoded = [encode(clip[0], prompt) for prompt in chosen]
+        elif None in (policy[0], vae[0], latent_image[0]):
+            raise ValueError("References need policy, vae and latent_image: connect all three to Tree Prompts.")
+        else:
+            model = policy[0].policy.model
+            start = start_latent(model, latent_image[0])
+            encoded = [conditioned(model, clip[0], vae[0], prompt, start) for prompt in chosen]
+        return io.NodeOutput(batch(encoded), PromptText("\n".join(chosen), chosen))
 
 
 class PromptListNode(io.ComfyNode):
@@ -111,6 +129,7 @@ class PromptListNode(io.ComfyNode):
                         tooltip="Another number holds out other prompts.",
                     )
                 ),
+                references_input(),
             ],
             outputs=[
                 PromptsSocket.Output(display_name="prompts"),
@@ -124,21 +143,33 @@ class PromptListNode(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, text, file=(NO_FILE,), held_out=(0.0,), split_seed=(0,)):
+    def fingerprint_inputs(cls, text, file=(NO_FILE,), held_out=(0.0,), split_seed=(0,), references=()):
         path = prompt_path(file[0])
         changed = path.stat().st_mtime if path is not None and path.is_file() else 0
         return [list(text), str(path), changed, held_out[0], split_seed[0]]
 
     @classmethod
-    def execute(cls, text, file=(NO_FILE,), held_out=(0.0,), split_seed=(0,)) -> io.NodeOutput:
-        path = prompt_path(file[0])
-        prompts = split(read(path) if path is not None else collect(text), held_out[0], split_seed[0])
+    def execute(cls, text, file=(NO_FILE,), held_out=(0.0,), split_seed=(0,), references=()) -> io.NodeOutput:
+        path, pictures = prompt_path(file[0]), [picture for picture in references if picture is not None]
+        listed = read(path, pictures) if path is not None else collect(text, references=pictures)
+        prompts = split(listed, held_out[0], split_seed[0])
         summary = f"{len(prompts.train)} prompts to train on, {len(prompts.held_out)} held out" + (
             f", {prompts.duplicates} duplicates left out" if prompts.duplicates else ""
         )
+        summary += ", each with its reference image" if pictures else ""
         summary = "\n".join([summary, *prompts.notes])
         every = [*prompts.train, *prompts.held_out]
         return io.NodeOutput(prompts, summary, PromptText("\n".join(every), every), ui={"text": (summary,)})
+
+
+def references_input() -> io.Input:
+    """Pictures for the prompts of an edit."""
+    return io.Image.Input(
+        "references",
+        optional=True,
+        tooltip="For models that edit (Kontext, FLUX.2, Qwen-Image-Edit): the picture that each prompt changes, as "
+        "many as prompts. Or one prompt for all pictures, or one picture for all prompts.",
+    )
 
 
 def prompt_files() -> list[str]:

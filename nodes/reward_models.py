@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..core.hosts.comfy import thaw_weights
+from ..core.hosts.comfy_weights import thaw_weights
 from ..core.rewards import load
 from ..core.rewards import measure as measures
 from ..core.rewards.contract import Reward
@@ -446,9 +446,10 @@ class ImageSimilarityNode(io.ComfyNode):
                 io.Image.Input("reference", tooltip="One or several reference images."),
                 io.Combo.Input(
                     "of",
-                    options=["mean", "best"],
+                    options=list(measures.OF),
                     default="mean",
-                    tooltip="With several references: the mean of all similarities, or the best one.",
+                    tooltip="With several references: the mean of all similarities, or the best one. source: of each "
+                    "image the picture that its prompt changes instead (references of Prompt List).",
                 ),
             ],
             outputs=[RewardSocket.Output(display_name="reward_model")],

@@ -6,8 +6,12 @@ import folder_paths
 import torch
 
 from ..core.hosts.architectures import model_file
-from ..core.hosts.comfy import ComfyPolicy, patched, refuse_other_than_flow
-from ..core.runs.run import Run, adapter_settings, describe, list_checkpoints, refuse_other_settings
+from ..core.hosts.comfy import ComfyPolicy
+from ..core.hosts.comfy_refusals import refuse_other_than_flow
+from ..core.hosts.comfy_weights import patched
+from ..core.runs.checkpoint import describe, list_checkpoints
+from ..core.runs.run import Run
+from ..core.runs.run_settings import adapter_settings, refuse_other_settings
 from .schema import plain_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -9,8 +9,8 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..core.hosts.comfy import thaw
 from ..core.hosts.comfy_host import roots, start_latent
+from ..core.hosts.comfy_weights import thaw
 from ..core.method.iteration import Sampled, sample
 from ..core.method.memory import MicroBatch
 from ..core.method.rollout import check_sigmas

@@ -23,7 +23,8 @@ from core.lora.networks import NETWORKS
 from core.method.ranks import ALONE, OtherProcess, Ranks
 from core.rewards.combine import combine
 from core.runs.config import Config, load
-from core.runs.run import Run, adapter_settings
+from core.runs.run import Run
+from core.runs.run_settings import adapter_settings
 from core.runs.trainer import Event, Trainer
 from standalone import processes
 

@@ -1,5 +1,6 @@
 """core/hosts/architectures.py against ComfyUI's own networks: what a row names is there and is that."""
 
+import json
 import re
 from pathlib import Path
 
@@ -84,6 +85,65 @@ STACKS = (
 def test_a_model_without_a_row_gets_what_is_usual():
     row = architecture_of(tiny.not_flow())
     assert row.name == "BaseModel" and row.presets()["attention"] and row.habit() == (4.0, 20)
+
+
+TEMPLATES = {  # of those that ComfyUI ships: family, the model file's name
+    "flux_dev_full_text_to_image": ("FLUX.1-dev", "flux1-dev"),
+    "flux_kontext_dev_basic": ("FLUX.1 Kontext", "flux1-dev-kontext_fp8_scaled"),
+    "flux_fill_inpaint_example": ("FLUX.1 Fill", "flux1-fill-dev"),
+    "flux_schnell": ("FLUX.1-schnell", "flux1-schnell-fp8"),
+    "image_ovis_text_to_image": ("Ovis-Image", ""),
+    "image_longcat_text_to_image": ("LongCat-Image", ""),
+    "image_flux2_klein_image_edit_9b_base": ("FLUX.2 klein", "flux-2-klein-base-9b-fp8"),
+    "image_flux2_klein_image_edit_9b_distilled": ("FLUX.2 klein", "flux-2-klein-9b-fp8"),
+    "image_z_image": ("Z-Image", "z_image_bf16"),
+    "image_z_image_turbo": ("Z-Image", "z_image_turbo_bf16"),
+    "image_netayume_lumina_t2i": ("Lumina 2", ""),
+    "image_qwen_image": ("Qwen-Image", ""),
+    "image_krea2_turbo_t2i": ("Krea 2", "krea2_turbo"),
+    "image_anima_base_v1": ("Anima", ""),
+    "image_chroma_text_to_image": ("Chroma", ""),
+    "image_chroma1_radiance_text_to_image": ("Chroma Radiance", ""),
+    "image_pixeldit_t2i": ("PixelDiT", ""),
+    "hidream_i1_full": ("HiDream-I1", "hidream_i1_full_fp8"),
+    "hidream_i1_fast": ("HiDream-I1", "hidream_i1_fast_fp8"),
+    "image_omnigen2_t2i": ("OmniGen 2", ""),
+    "image_boogu_image_0_1_edit": ("Boogu", ""),
+    "image_boogu_image_0_1_turbo_t2i": ("Boogu", "boogu_turbo"),
+    "image_ernie_image": ("ERNIE-Image", ""),
+    "image_ernie_image_turbo": ("ERNIE-Image", "ernie_turbo"),
+    "image_mage_flow_t2i_int8": ("MageFlow", ""),
+    "image_mage_flow_turbo_t2i_int8": ("MageFlow", "mage_flow_turbo"),
+    "image_joyai_image_edit": ("JoyImage", ""),
+    "image_lens_t2i": ("Lens", ""),
+    "image_lens_turbo_t2i": ("Lens", "lens_turbo"),
+    "text_to_video_wan": ("Wan, one frame", ""),
+}
+GUIDED = {"KSampler": 3, "CFGGuider": 0, "DualCFGGuider": 0, "SamplerCustom": 3}  # which of a node's widgets is its cfg
+STEPS = {"KSampler": 2, "BasicScheduler": 1, "BetaSamplingScheduler": 0, "Flux2Scheduler": 0}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_cfg_and_steps_are_those_of_the_templates_that_comfyui_ships(template):
+    package = pytest.importorskip("comfyui_workflow_templates_json")
+    file = Path(package.__file__).parent / "templates" / f"{template}.json"
+    if not file.is_file():
+        pytest.skip("this ComfyUI has another set of templates")
+    graph = json.loads(file.read_text("utf-8"))
+    nodes = [
+        *graph["nodes"],
+        *(node for part in graph.get("definitions", {}).get("subgraphs", []) for node in part["nodes"]),
+    ]
+    cfg, steps = (
+        {node["widgets_values"][kinds[node["type"]]] for node in nodes if node["type"] in kinds}
+        | {node["widgets_values"][0] for node in nodes if node["type"] in ("PrimitiveFloat", "PrimitiveInt")}
+        for kinds in (GUIDED, STEPS)
+    )
+    name, model = TEMPLATES[template]
+    family = families.named(name)
+    row = next(row for row in ARCHITECTURES if row.name == (family.row or name))
+    drawn = row.habit(Path(f"{model}.safetensors"))
+    assert drawn[0] in cfg and drawn[1] in steps, (drawn, cfg, steps)
 
 
 def test_what_a_files_name_tells():

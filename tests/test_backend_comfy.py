@@ -372,7 +372,7 @@ def test_a_policy_learns_beside_a_lora_that_is_not_merged(model):
 
 
 def test_thawed_weights_share_the_memory(model):
-    from core.hosts.comfy import thaw_weights
+    from core.hosts.comfy_weights import thaw_weights
 
     pointers = [p.data_ptr() for p in model.model.parameters()]
     assert any(p.is_inference() for p in model.model.parameters()), "else this shows nothing"
@@ -392,7 +392,7 @@ class Stubborn(torch.Tensor):
 
 
 def test_packed_weights_that_do_not_copy_themselves_are_thawed(comfy):
-    from core.hosts.comfy import thaw_weights
+    from core.hosts.comfy_weights import thaw_weights
 
     layer = torch.nn.Linear(3, 3)
     with torch.inference_mode():

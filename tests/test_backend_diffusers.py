@@ -429,7 +429,7 @@ def test_peft_computes_with_comfyuis_own_adapters(comfy, name, targets, monkeypa
     """
     import comfy.model_management
 
-    from core.hosts.comfy import _own_input
+    from core.hosts.comfy_gradients import own_input
 
     peft = pytest.importorskip("core.hosts.peft")
     pytest.importorskip("peft")
@@ -449,7 +449,7 @@ def test_peft_computes_with_comfyuis_own_adapters(comfy, name, targets, monkeypa
     theirs.inject(model)
     for layer in model.modules():
         if isinstance(layer, torch.nn.LayerNorm):
-            layer.register_forward_pre_hook(_own_input)  # FLUX updates in place
+            layer.register_forward_pre_hook(own_input)  # FLUX updates in place
     embeds, pooled = conditioning(name)
     velocity = backend.DiffusersVelocity(transformer, peft.Attached(ours, transformer), embeds, pooled)
     x, sigma = latents(2, name=name), torch.tensor([0.8, 0.4])

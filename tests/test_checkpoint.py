@@ -25,8 +25,10 @@ from torch import nn
 from core import files
 from core.lora.adapters import Adapters
 from core.lora.ema import Ema
-from core.runs import run as checkpoint
-from core.runs.run import DamagedCheckpoint, Run, changed_settings, describe, list_checkpoints, read_state
+from core.runs import run as run_module
+from core.runs.checkpoint import FORMAT, DamagedCheckpoint, describe, list_checkpoints, read_state
+from core.runs.run import Run
+from core.runs.run_settings import changed_settings
 
 CONFIG = {"rank": 2, "base_model": "Flux"}
 END = 6
@@ -184,7 +186,7 @@ def test_rows_after_the_newest_state_are_not_kept_twice(folder):
 
 def test_recording_appends_and_writes_no_state(folder, monkeypatch):
     run = train(open_run(folder), until=1)
-    monkeypatch.setattr(checkpoint, "write_atomically", lambda *_: pytest.fail("only an append"))
+    monkeypatch.setattr(run_module, "write_atomically", lambda *_: pytest.fail("only an append"))
     states = (folder / "state.pt").read_bytes()
     for _ in range(3):
         run.record({**learn(run), "tuple": (1, 2), "nan": float("nan")})
@@ -499,7 +501,7 @@ def test_pruning_keeps_the_newest(last, best_at):
     import tempfile
 
     with tempfile.TemporaryDirectory() as base:
-        run = open_run(checkpoint.Path(base) / "run")
+        run = open_run(Path(base) / "run")
         for best in best_at:
             run.record(learn(run))
             run.keep(last, best)  # saves by itself
@@ -773,7 +775,7 @@ def test_a_damaged_state_names_the_newest_checkpoint_that_is_whole(folder, throu
 def test_a_newer_format_is_refused_and_todays_first_one_is_read(folder):
     run = train(open_run(folder), until=2, last=0)
     state = read_state(folder / "state.pt")
-    corrupt(folder / "state.pt", saved({**state, "format": checkpoint.FORMAT + 1, "adapters": "something new"}))
+    corrupt(folder / "state.pt", saved({**state, "format": FORMAT + 1, "adapters": "something new"}))
     with pytest.raises(
         ValueError,
         match=r"was made by a newer TreeRPO \(format 3, this one reads up to 2\): update TreeRPO, or "
@@ -786,7 +788,7 @@ def test_a_newer_format_is_refused_and_todays_first_one_is_read(folder):
     assert old.iteration == 2 and old.metrics == run.metrics and old.extra == {} and old.ema.steps == 0
     assert all(torch.equal(a, b) for a, b in zip(old.adapters.parameters(), run.adapters.parameters()))
     train(old, until=3)
-    assert read_state(folder / "state.pt")["format"] == checkpoint.FORMAT
+    assert read_state(folder / "state.pt")["format"] == FORMAT
 
 
 def test_checkpoints_of_another_model_are_refused(folder):

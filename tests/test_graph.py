@@ -189,7 +189,7 @@ def test_single_steps_keep_the_best_state_and_say_when_it_gets_worse(graph, monk
     policy = graph.policy("kept")
     for _ in rewards:
         graph.iteration(policy)
-    best = graph.pack.core.runs.run.describe(graph.folder / "output/treerpo/kept/best")
+    best = graph.pack.core.runs.checkpoint.describe(graph.folder / "output/treerpo/kept/best")
     assert best.iteration == 4 and policy.run.iteration == 7
     assert "has fallen from 2.05 to -9.15 in the last 3 iterations" in update.keep_best(policy.run)
 

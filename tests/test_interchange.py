@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from core import patterns
-from core.lora import interchange
 from core.lora.adapters import Adapters
-from core.lora.interchange import comfy_form, comfy_pairs, convert, diffusers_form, form_of, read, write
-from core.lora.layer_names import comfy_name, is_swapped, part_rows, parts_of
+from core.lora.file_forms import form_of
+from core.lora.interchange import NETWORK, comfy_form, comfy_pairs, convert, diffusers_form, read, write
+from core.lora.layer_names import comfy_name, is_swapped, part_rows, parts_of, swap_halves
 from core.lora.networks import NETWORKS
+from core.lora.peft_metadata import ADAPTER_METADATA, peft_alpha, peft_config
 
 
 def to_comfy(state, header=None, network=None):
@@ -411,7 +412,7 @@ def test_alphas_and_ranks_of_the_adapter_metadata():
     }
     for rslora in (False, True):
         header = {
-            interchange.ADAPTER_METADATA: json.dumps(
+            ADAPTER_METADATA: json.dumps(
                 {f"transformer.{key}": value for key, value in {**config, "use_rslora": rslora}.items()}
             )
         }
@@ -422,7 +423,7 @@ def test_alphas_and_ranks_of_the_adapter_metadata():
             delta *= alpha / (rank**0.5 if rslora else rank)
         close(deltas(to_diffusers(state, header)), expected)
     with pytest.raises(ValueError, match="cannot be read"):
-        to_comfy(state, {interchange.ADAPTER_METADATA: "{"})
+        to_comfy(state, {ADAPTER_METADATA: "{"})
 
 
 def test_text_encoders_are_left_out_aloud(caplog, tmp_path):
@@ -467,9 +468,7 @@ def test_names_and_sizes_tell_flux_from_sd3():
     nine = {f"{norm1}.lora_A.weight": torch.ones(1, 256), f"{norm1}.lora_B.weight": torch.ones(9 * 256, 1)}
     assert "diffusion_model.joint_blocks.0.x_block.attn.qkv.alpha" in to_comfy({**attention(256), **nine})
     assert "diffusion_model.joint_blocks.0.x_block.attn.qkv.alpha" in to_comfy(attention(256), network="sd3")
-    assert "diffusion_model.double_blocks.0.img_attn.qkv.alpha" in to_comfy(
-        attention(256), {interchange.NETWORK: "flux"}
-    )
+    assert "diffusion_model.double_blocks.0.img_attn.qkv.alpha" in to_comfy(attention(256), {NETWORK: "flux"})
 
 
 def comfy_hunyuan():
@@ -576,7 +575,7 @@ def test_files_keep_their_metadata(tmp_path):
     write(tmp_path / "a.safetensors", state, "diffusers", {"treerpo.run": "mine"})
     there, header = read(tmp_path / "a.safetensors")
     assert header["treerpo.run"] == "mine" and header["treerpo.network"] == "flux" and header["format"] == "pt"
-    config = json.loads(header[interchange.ADAPTER_METADATA])
+    config = json.loads(header[ADAPTER_METADATA])
     assert config["transformer.r"] == config["transformer.lora_alpha"] == 3
     assert (
         config["transformer.rank_pattern"]
@@ -586,7 +585,7 @@ def test_files_keep_their_metadata(tmp_path):
     write(tmp_path / "b.safetensors", there, "comfyui", header)
     back, header = read(tmp_path / "b.safetensors")
     same(back, state)
-    assert header["treerpo.run"] == "mine" and interchange.ADAPTER_METADATA not in header
+    assert header["treerpo.run"] == "mine" and ADAPTER_METADATA not in header
     with pytest.raises(ValueError, match="choose one of comfyui, diffusers"):
         write(tmp_path / "c.safetensors", state, "kohya")
 
@@ -598,8 +597,8 @@ def test_files_keep_their_metadata(tmp_path):
 def test_an_expression_in_a_file_cannot_stop_everything(monkeypatch, pattern, words):
     monkeypatch.setattr(patterns, "SECONDS", 2.0)
     with pytest.raises(ValueError, match=words):
-        interchange.peft_alpha({"alpha_pattern": {pattern: 2.0}}, "single_transformer_blocks.10.attn.to_q" * 2, 4)
-    assert interchange.peft_alpha({"alpha_pattern": {r"single_.*\.to_(q|k)": 2.0}}, "single_blocks.1.to_q", 4) == 2
+        peft_alpha({"alpha_pattern": {pattern: 2.0}}, "single_transformer_blocks.10.attn.to_q" * 2, 4)
+    assert peft_alpha({"alpha_pattern": {r"single_.*\.to_(q|k)": 2.0}}, "single_blocks.1.to_q", 4) == 2
 
 
 @pytest.mark.parametrize(
@@ -614,7 +613,7 @@ def test_an_expression_in_a_file_cannot_stop_everything(monkeypatch, pattern, wo
 )
 def test_metadata_that_is_none_gets_a_sentence(metadata):
     with pytest.raises(ValueError, match="lora_adapter_metadata cannot be read .*strength is not known"):
-        interchange.peft_config({interchange.ADAPTER_METADATA: metadata})
+        peft_config({ADAPTER_METADATA: metadata})
 
 
 def test_convert_says_what_it_did_and_replaces_nothing(tmp_path):
@@ -694,7 +693,7 @@ def test_the_names_are_those_of_comfyuis_own_table(comfy, network):
             assert bool(swap) == is_swapped(module, network, 2 * width, width) or ".context_block." in module
             if swap:
                 tensor = torch.arange(2.0 * width)[:, None]
-                assert torch.equal(swap[0](tensor), interchange.swap_halves(tensor))
+                assert torch.equal(swap[0](tensor), swap_halves(tensor))
     assert compared > 20
 
 
@@ -923,7 +922,7 @@ def test_save_tree_lora_writes_either_form(pack, tmp_path, model):
     same(load_file(plain), policy.run.adapters.state_dict())
     close(deltas(to_comfy(*read(peft_form))), deltas(load_file(plain)))
     with safe_open(peft_form, "pt") as file:
-        assert file.metadata()["treerpo.run"] == "test" and interchange.ADAPTER_METADATA in file.metadata()
+        assert file.metadata()["treerpo.run"] == "test" and ADAPTER_METADATA in file.metadata()
     graph.call("SaveLora", policy=policy, lora_name="peft", format="diffusers (PEFT)")  # our own may be replaced
     other = graph.call("SaveLora", policy=graph.policy(run_name="other"), lora_name="peft", format="diffusers (PEFT)")
     assert other[0].endswith("peft_2.safetensors")

@@ -13,7 +13,8 @@ import worlds
 
 from core.hosts.peft import skeleton
 from core.lora.adapters import choose_layers
-from core.lora.interchange import convert, form_of, read, write
+from core.lora.file_forms import form_of
+from core.lora.interchange import convert, read, write
 from core.lora.layer_names import comfy_name, network_class, parts_of
 from core.patterns import search
 

@@ -294,7 +294,8 @@ def test_other_pipelines_train_and_go_on(comfy, kind, tmp_path):
     from conftest import COMFYUI
     from test_backend_diffusers import other_pipeline
 
-    from core.lora.interchange import comfy_pairs, find_network
+    from core.lora.find_network import find_network
+    from core.lora.interchange import comfy_pairs
 
     other_pipeline(kind, COMFYUI).save_pretrained(str(tmp_path / "pipeline"))
     path = tmp_path / "run.yaml"

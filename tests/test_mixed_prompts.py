@@ -247,8 +247,8 @@ def test_a_negative_for_each_prompt(comfy):
 
 @pytest.mark.parametrize("broken", ["one lost", "twice", "with a prompt of the user's", "a row lost"])
 def test_a_batch_that_was_taken_apart_is_refused(comfy, broken):
-    from core.hosts.comfy import places_of
     from core.hosts.comfy_host import batch
+    from core.hosts.comfy_refusals import places_of
 
     made = batch([entry(7, 0), entry(9, 1), entry(7, 2)])
     assert places_of("positive", made) == [(0, 0), (1, 0), (0, 1)]

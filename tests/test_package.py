@@ -34,12 +34,13 @@ BELOW = {  # part of core: the parts it may import
     "files": set(),
     "patterns": set(),
     "model": set(),
+    "references": set(),
     "method": {"model"},
     "lora": {"files", "patterns"},
     "pictures": {"method"},
-    "rewards": {"files", "method", "patterns", "pictures"},
-    "runs": {"files", "lora", "method", "model", "pictures", "rewards"},
-    "hosts": {"lora", "method", "model"},
+    "rewards": {"files", "method", "patterns", "pictures", "references"},
+    "runs": {"files", "lora", "method", "model", "pictures", "references", "rewards"},
+    "hosts": {"lora", "method", "model", "references"},
 }
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from core.lora.adapters import Adapters
+from core.runs.checkpoint import read_state
 from core.runs.lock import FILE, Lock, Taken
-from core.runs.run import Run, read_state
+from core.runs.run import Run
 
 CONFIG = {"rank": 1, "base_model": "Flux"}
 REPO = Path(__file__).resolve().parent.parent

@@ -1,7 +1,9 @@
 """What each of ComfyUI's flow models for images needs: one row per family. Nothing of ComfyUI is imported.
 
 A family is known by ComfyUI's class for its files (comfy.supported_models) and, where two families share one, by their
-network's configuration. cfg and steps are those of ComfyUI's own templates, of the model's authors where it has none.
+network's configuration. cfg and steps are those of the templates that ComfyUI ships (tests/test_architectures.py reads
+them); where it has none, of the model's authors or of diffusers' pipeline, which a row says. cfg is as in ComfyUI:
+1 is none.
 """
 
 import re
@@ -31,6 +33,9 @@ class Architecture:
     few: int = FEW  # their steps
     attention: str = ATTENTION  # layers of the target "attention", found in their names
     mlp: str = MLP  # and those that "attention+mlp" adds
+    reference: str = (
+        ""  # of a picture that it edits it takes its "latent", or "latent and text" where the text encoder sees it
+    )
     left_out: str = ""  # layers that are no part of what is to learn, not even with "all linear"
     in_place: bool = True  # may update activations in place: autograd must not see them change
     forgets: bool = False  # known to keep no tensor from one call to the next
@@ -59,7 +64,9 @@ _FLUX = {"text": "txt_in", "pooled": "vector_in.in_layer", "pooled_first": True,
 _FAST = "turbo|lightning|distil|hyper|schnell"
 ARCHITECTURES = (
     # FLUX.1: dev, Krea, Kontext
-    Architecture("FLUX.1", "Flux", cfg=1.0, guidance=True, distilled=_FAST, network="flux", **_FLUX),
+    Architecture(
+        "FLUX.1", "Flux", cfg=1.0, guidance=True, distilled=_FAST, reference="latent", network="flux", **_FLUX
+    ),
     Architecture("FLUX.1 Fill", "FluxInpaint", cfg=1.0, guidance=True, network="flux", **_FLUX),
     Architecture("Ovis-Image", "FluxSchnell", {"yak_mlp": True}, cfg=5.0, **_FLUX),
     Architecture("FLUX.1-schnell", "FluxSchnell", cfg=1.0, steps=4, network="flux", **_FLUX),
@@ -72,10 +79,18 @@ ARCHITECTURES = (
         cfg=1.0,
         guidance=True,
         distilled=_FAST,
+        reference="latent",
         network="flux2",
     ),
     Architecture(
-        "FLUX.2 klein", "Flux2", text="txt_in", cfg=5.0, distilled=rf"klein(?!.*base)|{_FAST}", few=4, network="flux2"
+        "FLUX.2 klein",
+        "Flux2",
+        text="txt_in",
+        cfg=5.0,
+        distilled=rf"klein(?!.*base)|{_FAST}",
+        few=4,
+        reference="latent",
+        network="flux2",
     ),
     Architecture(
         "SD3",
@@ -83,7 +98,7 @@ ARCHITECTURES = (
         text="context_embedder",
         pooled="y_embedder.mlp.0",
         needs_pooled=True,
-        cfg=4.5,
+        cfg=4.5,  # as flow_grpo and TreeGRPO train it; the template has 4.01
         distilled=_FAST,
         few=4,
         in_place=False,
@@ -92,8 +107,17 @@ ARCHITECTURES = (
     ),
     Architecture("Z-Image", "ZImage", text="cap_embedder.1", steps=25, distilled=_FAST, network="z-image"),
     Architecture("Lumina 2", "Lumina2", text="cap_embedder.1", steps=30, network="lumina2"),
-    Architecture("Qwen-Image", "QwenImage", text="txt_in", distilled=_FAST, network="qwen-image"),
-    Architecture("Krea 2", "Krea2", cfg=3.5, steps=52, distilled=_FAST, network="krea2"),
+    Architecture(
+        "Qwen-Image",
+        "QwenImage",
+        text="txt_in",
+        distilled=_FAST,
+        reference="latent and text",
+        network="qwen-image",
+    ),
+    Architecture(
+        "Krea 2", "Krea2", cfg=4.5, steps=52, distilled=_FAST, network="krea2"
+    ),  # its own 3.5, where 0 is none
     Architecture(
         "Anima",
         "Anima",
@@ -113,7 +137,9 @@ ARCHITECTURES = (
         left_out=r"^distilled_guidance_layer\.",  # makes every layer's modulation out of the time alone
         network="chroma",
     ),
-    Architecture("Chroma Radiance", "ChromaRadiance", text="txt_in", cfg=3.5, left_out=r"^distilled_guidance_layer\."),
+    Architecture(
+        "Chroma Radiance", "ChromaRadiance", text="txt_in", cfg=3.5, steps=30, left_out=r"^distilled_guidance_layer\."
+    ),
     Architecture("Z-Image, pixels", "ZImagePixelSpace", text="cap_embedder.1", steps=25, distilled=_FAST),
     Architecture(
         "PixelDiT",
@@ -122,7 +148,7 @@ ARCHITECTURES = (
         steps=30,
         untrainable="its network overwrites what its own backward pass needs",
     ),
-    Architecture("AuraFlow", "AuraFlow", text="cond_seq_linear", cfg=3.5, steps=25, network="auraflow"),
+    Architecture("AuraFlow", "AuraFlow", text="cond_seq_linear", cfg=3.5, steps=50, network="auraflow"),  # diffusers
     Architecture(
         "HiDream-I1",
         "HiDream",
@@ -134,16 +160,18 @@ ARCHITECTURES = (
         network="hidream",
     ),
     Architecture("Hunyuan Image 2.1", "HunyuanImage21", {"guidance_embed": True}, cfg=1.0, guidance=True, steps=FEW),
-    Architecture("Hunyuan Image 2.1", "HunyuanImage21", cfg=3.5),
+    Architecture("Hunyuan Image 2.1", "HunyuanImage21", cfg=3.5, steps=50),  # diffusers, whose guidance is another
     Architecture("OmniGen 2", "Omnigen2", text="time_caption_embed.caption_embedder.1", cfg=5.0),
-    Architecture("Boogu", "Boogu", text="time_caption_embed.caption_embedder.1", steps=25, distilled=_FAST, few=4),
+    Architecture(
+        "Boogu", "Boogu", text="time_caption_embed.caption_embedder.1", cfg=3.5, steps=25, distilled=_FAST, few=4
+    ),
     Architecture("ERNIE-Image", "ErnieImage", text="text_proj", distilled=_FAST, network="ernie-image"),
-    Architecture("Ideogram 4", "Ideogram4", text="llm_cond_proj"),  # its template has a second network for cfg
+    Architecture("Ideogram 4", "Ideogram4", text="llm_cond_proj"),  # a guess: its template has a second network for cfg
     Architecture("MageFlow", "MageFlow", text="txt_in", cfg=5.0, steps=30, distilled=_FAST, few=4),
     Architecture("JoyImage", "JoyImage", steps=40),
-    Architecture("Lens", "Lens", distilled=_FAST, few=4),
-    Architecture("Kandinsky 5 Image", "Kandinsky5Image", needs_pooled=True, cfg=3.5, steps=50),
-    Architecture("Wan, one frame", "WAN21_T2V", text="text_embedding.0", cfg=5.0, distilled=_FAST),
+    Architecture("Lens", "Lens", cfg=5.0, distilled=_FAST, few=4),
+    Architecture("Kandinsky 5 Image", "Kandinsky5Image", needs_pooled=True, cfg=3.5, steps=50),  # diffusers
+    Architecture("Wan, one frame", "WAN21_T2V", text="text_embedding.0", cfg=6.0, steps=30, distilled=_FAST),
 )
 
 

@@ -4,39 +4,26 @@ ComfyUI runs nodes in inference mode, shares one network among all clones of a M
 in place. A session gets exact gradients out of it all the same and leaves the network as it was, on every way out.
 """
 
-import hashlib
 import math
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import comfy.conds
-import comfy.ldm.modules.attention
-import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.patcher_extension import PatcherInjection
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..lora.adapters import Adapters, choose_layers
 from ..model import Velocity, by_kind
 from .architectures import Architecture, architecture_of
-
-try:
-    import comfy_kitchen
-    from comfy_kitchen.backends.eager import rope as comfy_kitchen_plain
-except ImportError:  # older ComfyUI
-    comfy_kitchen = None
+from .comfy_gradients import blocks_of, checkpointed, own_input, training_kernels, use_differentiable_attention
+from .comfy_refusals import refuse_other_than_flow, refuse_wrappers, refuse_wrong_conditioning, refuse_wrong_latent
+from .comfy_weights import cast_bytes, map_tensors, thaw, thaw_weights
 
 INJECTION = "treerpo"
-FUSED = tuple(
-    f"{op}{half}{one}" for op in ("apply_rope", "rms_rope") for half in ("", "_split_half") for one in ("", "1")
-)
-WHOLE_RUN = ("outer_sample", "prepare_sampling", "sampler_sample")  # wrappers that need a KSampler's whole run
-ROWS = "treerpo_rows"  # option of an entry of Tree Prompts' CONDITIONING: the numbers of its prompts
 
 
 class ComfyPolicy:
@@ -89,7 +76,7 @@ class ComfyPolicy:
         forward, one = ((1 + references) * patcher.model.memory_required([count, *shape]) for count in (batch, 1))
         # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass;
         # checkpointed, the blocks' inputs and one whole block.
-        blocks = len(_blocks(patcher.model.diffusion_model))
+        blocks = len(blocks_of(patcher.model.diffusion_model))
         kept = 2 + blocks / 20 if self.checkpointing else max(2, blocks)
         casts = 0 if self.checkpointing else cast_bytes(patcher)
         return {
@@ -128,7 +115,7 @@ class ComfyPolicy:
             prompts = len(places["positive"])
             velocity = ComfyVelocity(self, self._clone(), cfg, tuple(shape), places, memory_batch or prompts, alone)
             with ExitStack() as stack:
-                stack.enter_context(_training_kernels())
+                stack.enter_context(training_kernels())
                 stack.callback(velocity.close)
                 velocity.open(texts, sigmas)
                 yield velocity
@@ -188,7 +175,7 @@ class ComfyVelocity(Velocity):
         self._guider.model_options = self._options
         comfy.samplers.filter_registered_hooks_on_conds(self._conds, self._options)
         comfy.samplers.cast_to_load_options(self._options, device=self.device, dtype=patcher.model_dtype())
-        _use_differentiable_attention(self._options["transformer_options"])
+        use_differentiable_attention(self._options["transformer_options"])
         self._models, self._control_memory = comfy.sampler_helpers.get_additional_models(
             self._conds, patcher.model_dtype()
         )
@@ -204,7 +191,7 @@ class ComfyVelocity(Velocity):
         for entries in self._conds.values():
             for entry in entries:
                 entry["model_conds"] = {
-                    key: cond._copy_with(_map(cond.cond, lambda t: t.to(self.device)))
+                    key: cond._copy_with(map_tensors(cond.cond, lambda t: t.to(self.device)))
                     for key, cond in entry["model_conds"].items()
                 }
 
@@ -253,7 +240,7 @@ class ComfyVelocity(Velocity):
         self.policy.adapters.inject(network)
         if self.policy.architecture.in_place:
             self._norms = [
-                layer.register_forward_pre_hook(_own_input)
+                layer.register_forward_pre_hook(own_input)
                 for layer in network.modules()
                 if isinstance(layer, nn.LayerNorm)
             ]
@@ -332,7 +319,7 @@ class ComfyVelocity(Velocity):
             self._in_training = True
             self._load()  # now with room for what the backward pass keeps; and a recomputed block needs the adapters on
         network = self._patcher.model.diffusion_model
-        with torch.enable_grad(), _checkpointed(network) if self.policy.checkpointing else nullcontext():
+        with torch.enable_grad(), checkpointed(network) if self.policy.checkpointing else nullcontext():
             yield
 
     @contextmanager
@@ -384,69 +371,6 @@ class _Guider(comfy.samplers.CFGGuider):
         return super().predict_noise(x, timestep, model_options, seed)
 
 
-def thaw(tree):
-    """Copies of all tensors of nested dicts, lists and tuples that autograd may use; anything else as it is."""
-    with torch.inference_mode(False):
-        return _map(tree, lambda tensor: tensor.detach().clone())
-
-
-def _map(tree, change):
-    if torch.is_tensor(tree):
-        return change(tree)
-    if isinstance(tree, dict):
-        return {key: _map(value, change) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)([_map(value, change) for value in tree])
-    return tree
-
-
-def thaw_weights(model: nn.Module) -> None:
-    """Replace weights made in inference mode by normal, frozen ones.
-
-    The memory stays the same, so pinned weights stay pinned.
-    """
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not _autograd_can_save(parameter):
-                module._parameters[name] = nn.Parameter(_normal(parameter), requires_grad=False)
-            elif parameter is not None and parameter.requires_grad:
-                parameter.requires_grad_(False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not _autograd_can_save(buffer):
-                module._buffers[name] = _normal(buffer)
-        # ComfyUI's bypass loaders keep a LoRA's tensors in an object behind the layer's swapped forward
-        adapter = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
-        if isinstance(getattr(adapter, "weights", None), (tuple, list)):
-            adapter.weights = type(adapter.weights)(
-                _normal(part) if torch.is_tensor(part) and not _autograd_can_save(part) else part
-                for part in adapter.weights
-            )
-
-
-def _autograd_can_save(tensor: Tensor) -> bool:
-    """False for an inference tensor, and for one that was: moved by `.to` outside inference mode it no longer says
-    is_inference(), and still has no version counter."""
-    if tensor.is_inference():
-        return False
-    try:
-        return tensor._version >= 0
-    except RuntimeError:
-        return False
-
-
-def _normal(tensor: Tensor) -> Tensor:
-    # packed weights know how to copy themselves, but ComfyUI-GGUF's do not
-    if type(tensor) not in (Tensor, nn.Parameter):
-        copied = tensor.detach().clone()
-        if _autograd_can_save(copied):
-            return copied
-        copied = _normal(tensor.as_subclass(Tensor)).as_subclass(type(tensor))
-        vars(copied).update(vars(tensor))
-        return copied
-    fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
 def _select(entry: dict, index: Tensor, prompts: int) -> dict:
     """The entry with only these rows of every tensor that has a row per prompt; one-row tensors serve all prompts."""
 
@@ -456,7 +380,7 @@ def _select(entry: dict, index: Tensor, prompts: int) -> dict:
     chosen = {}
     for key, cond in entry["model_conds"].items():
         constant = isinstance(cond, comfy.conds.CONDConstant)
-        chosen[key] = cond if constant else cond._copy_with(_map(cond.cond, rows))
+        chosen[key] = cond if constant else cond._copy_with(map_tensors(cond.cond, rows))
     return {**entry, "model_conds": chosen}
 
 
@@ -465,240 +389,3 @@ def _references(model, entries: list) -> int:
     keys = getattr(model, "memory_usage_factor_conds", ())
     shapes = [model.extra_conds_shapes(**entry) for entry in entries] if keys else []
     return max((sum(math.prod(found[key][2:]) for key in keys if key in found) for found in shapes), default=0)
-
-
-def _own_input(layer, args):
-    """FLUX adds to the very tensor a LayerNorm has just saved for its backward: give the norm a copy of its own."""
-    return (args[0].clone(), *args[1:]) if torch.is_grad_enabled() else None
-
-
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    return [block for stack in network.children() if isinstance(stack, nn.ModuleList) for block in stack]
-
-
-@contextmanager
-def _checkpointed(network: nn.Module):
-    """Every block of the network recomputes its activations in the backward pass."""
-    with ExitStack() as stack:
-        for block in _blocks(network):
-            stack.callback(_restore, block, vars(block).get("forward"))
-            block.forward = _recomputing(block.forward)
-        yield
-
-
-def _restore(block: nn.Module, forward) -> None:
-    if forward is None:
-        del block.forward
-    else:
-        block.forward = forward
-
-
-def _recomputing(forward):
-    def own(value):
-        # [B, tokens, width] is what blocks update in place; the checkpoint's saved inputs must not change.
-        return value.clone() if torch.is_tensor(value) and value.dim() == 3 else value
-
-    def run(args, kwargs):
-        return forward(*map(own, args), **{key: own(value) for key, value in kwargs.items()})
-
-    def wrapped(*args, **kwargs):
-        if isinstance(kwargs.get("transformer_options"), dict):
-            kwargs["transformer_options"] = dict(kwargs["transformer_options"])  # block_index in there moves on
-        return checkpoint(run, args, kwargs, use_reentrant=False, preserve_rng_state=False)
-
-    return wrapped
-
-
-@contextmanager
-def _training_kernels():
-    """ComfyUI's differentiable kernels, for rollouts too, so that the first ratio is exactly 1.
-
-    Versions before 0.14 have only those. Not every network asks whether it is in training (Anima, ERNIE-Image and
-    JoyImage call fused kernels all the same): those are replaced by comfy_kitchen's own plain versions.
-    """
-    with ExitStack() as stack:
-        if hasattr(comfy.model_management, "in_training"):
-            stack.enter_context(_set(comfy.model_management, "in_training", True))
-        for name in FUSED if comfy_kitchen is not None else ():
-            plain = getattr(comfy_kitchen_plain, name, None)
-            if plain is not None and hasattr(comfy_kitchen, name):
-                stack.enter_context(_set(comfy_kitchen, name, plain))
-        yield
-
-
-@contextmanager
-def _set(owner, name: str, value):
-    """owner.name is value inside."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def _use_differentiable_attention(transformer_options: dict) -> None:
-    """PyTorch's attention where ComfyUI runs with one that has no backward pass (sage, flash, int8)."""
-    attention = comfy.ldm.modules.attention
-    fine = [
-        getattr(attention, f"attention_{name}", None) for name in ("pytorch", "basic", "split", "sub_quad", "xformers")
-    ]
-    if attention.optimized_attention not in fine:
-        transformer_options.setdefault(
-            "optimized_attention_override", lambda _, *args, **kwargs: attention.attention_pytorch(*args, **kwargs)
-        )
-
-
-def patched(model) -> str:
-    """What a MODEL's weights are patched with, such as LoRAs: 'none', or how many weights and a digest of the patches.
-
-    The digest is of names, strengths and the tensors' sizes and sums, so it is the same after a restart.
-    """
-    parts = [f"{key} {_described(model.patches[key])}" for key in sorted(model.patches, key=str)]
-    parts += sorted(str(name) for name in getattr(model, "injections", {}))  # bypass loaders
-    digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
-    return f"{len(parts)} weights, {digest}" if parts else "none"
-
-
-def _described(value) -> str:
-    """Everything that is fixed of a patch, as text."""
-    if torch.is_tensor(value):
-        return f"{tuple(value.shape)} {float(value.double().sum()):.6e}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_described, value))}]"
-    if hasattr(value, "weights"):  # comfy.weight_adapter
-        return f"{type(value).__name__} {_described(value.weights)}"
-    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__
-
-
-def refuse_other_than_flow(model) -> None:
-    """ValueError for a MODEL that cannot be trained, whatever the settings."""
-    architecture = architecture_of(model)
-    if architecture.untrainable:
-        raise ValueError(f"{architecture.name} cannot be trained here: {architecture.untrainable}.")
-    sampling = model.get_model_object("model_sampling")
-    other = getattr(comfy.model_sampling, "IMG_TO_IMG_FLOW", ())  # begins from an image, and predicts another
-    if not isinstance(sampling, comfy.model_sampling.CONST) or isinstance(sampling, other):
-        raise ValueError(
-            f"This MODEL ({type(model.model).__name__}) is not a flow-matching model: connect FLUX, SD3, SD3.5 or "
-            "another flow model; SD1.5 and SDXL cannot be trained here."
-        )
-    scale = getattr(sampling, "noise_scale", 1.0)
-    if scale != 1:
-        raise ValueError(
-            f"This MODEL is drawn from noise of scale {scale:g}, and only such of scale 1 can be trained: take out "
-            "Model Noise Scale; HiDream-O1 cannot be trained here."
-        )
-
-
-def refuse_wrappers(wrappers: dict) -> None:
-    """ValueError for what wraps a KSampler's whole run: there is none here."""
-    for kind in WHOLE_RUN:
-        for key, found in wrappers.get(kind, {}).items():
-            for wrapper in found:
-                name = key or getattr(wrapper, "__qualname__", type(wrapper).__name__)
-                raise ValueError(
-                    f"This MODEL carries '{name}' ({kind}), which works on a whole KSampler run and cannot be honoured "
-                    "in a tree: connect the MODEL as it is before the node that adds it."
-                )
-
-
-def cast_bytes(patcher) -> float:
-    """At most what a call's graph keeps of weights that are cast to compute with (fp8 ones, above all): autograd holds
-    on to the cast copies.
-    """
-    computed = getattr(patcher.model, "manual_cast_dtype", None)
-    return 0.0 if computed is None else patcher.model_size() * computed.itemsize / patcher.model_dtype().itemsize
-
-
-def refuse_wrong_latent(model, shape) -> None:
-    """ValueError unless latents of this shape, without the batch, are images of this MODEL."""
-    form = model.model.latent_format
-    wanted = [*["channels", 1][: form.latent_dimensions - 1], "height", "width"]
-    if form.latent_dimensions < 2:
-        raise ValueError(
-            f"This MODEL ({type(model.model).__name__}) draws no images, and only images can be trained on."
-        )
-    if len(shape) == len(wanted) == 4 and shape[1] > 1:
-        raise ValueError(
-            f"The latent is a video of {shape[1]} latent frames, and only images can be trained on: set the length of "
-            "the empty latent to 1."
-        )
-    if len(shape) != len(wanted):
-        raise ValueError(
-            f"The latent has the shape {['batch', *shape]}, but only images, {['batch', *wanted]}, can be trained on."
-        )
-    if shape[0] != form.latent_channels:
-        raise ValueError(
-            f"The latent has {shape[0]} channels, but this model needs {form.latent_channels}: connect an empty "
-            "latent, or encode your picture with the VAE that belongs to the model."
-        )
-
-
-def refuse_wrong_conditioning(policy: ComfyPolicy, texts: dict, cfg: float) -> dict[str, list[tuple[int, int]]]:
-    """For each side, of each prompt, its entry and its row there; or a ValueError that says what is wrong."""
-    if not math.isclose(cfg, 1.0) and "negative" not in texts:
-        raise ValueError(f"cfg is {cfg}, which needs a negative prompt: connect negative, or set cfg to 1.")
-    found = {}
-    for side, entries in texts.items():
-        found[side] = places_of(side, entries)
-        for context, options in entries:
-            start, end = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
-            if any(options.get(key) is not None for key in ("area", "mask")) or start > 0 or end < 1:
-                raise ValueError(
-                    f"The {side} conditioning is limited to an area, a mask or a range of steps: connect the plain "
-                    "prompt."
-                )
-            _refuse_wrong_widths(policy, side, context, options, context.shape[0])
-    prompts, count = (len(found.get(side, found["positive"])) for side in ("positive", "negative"))
-    if count not in (1, prompts):
-        raise ValueError(
-            f"The negative conditioning has {count} prompts for {prompts} positive ones: use one for all, or as many."
-        )
-    return {side: places * (prompts // len(places)) for side, places in found.items()}
-
-
-def places_of(side: str, entries: list) -> list[tuple[int, int]]:
-    """Of each prompt: the number of its entry, and its row there."""
-    if len(entries) == 1 and ROWS not in entries[0][1]:
-        return [(0, row) for row in range(entries[0][0].shape[0])]
-    numbers = [options.get(ROWS, ()) for _, options in entries]
-    places = {prompt: (entry, row) for entry, prompts in enumerate(numbers) for row, prompt in enumerate(prompts)}
-    rows = [context.shape[0] for context, _ in entries]
-    if not entries or rows != list(map(len, numbers)) or sorted(places) != list(range(sum(rows))):
-        raise ValueError(
-            f"The {side} conditioning has {len(entries)} entries, and ComfyUI would average them: connect a single "
-            "prompt, or all of several from Tree Prompts."
-        )
-    return [places[prompt] for prompt in range(sum(rows))]
-
-
-def _refuse_wrong_widths(policy: ComfyPolicy, side: str, context: Tensor, options: dict, count: int) -> None:
-    layers, architecture = dict(policy.model.model.diffusion_model.named_modules()), policy.architecture
-    advice = f"encode the prompt with the text encoder that belongs to this {architecture.name} model"
-
-    def width(name: str) -> int | None:
-        """Input width of this layer, if the network has it."""
-        return getattr(layers.get(name), "in_features", None)
-
-    wanted = width(architecture.text)
-    if wanted is not None and context.shape[-1] != wanted:
-        raise ValueError(
-            f"The {side} conditioning is {context.shape[-1]} wide, but the model needs {wanted}: {advice}."
-        )
-    pooled, wanted = options.get("pooled_output"), width(architecture.pooled)
-    if pooled is None:
-        if architecture.needs_pooled:
-            raise ValueError(
-                f"The {side} conditioning has no 'pooled_output', which this {architecture.name} model needs: {advice}."
-            )
-        return
-    if pooled.shape[0] not in (1, count):
-        raise ValueError(
-            f"The {side} conditioning has {count} prompts but {pooled.shape[0]} rows of 'pooled_output': {advice}."
-        )
-    given = pooled.shape[-1]
-    if wanted is not None and (given < wanted if architecture.pooled_first else given != wanted):
-        raise ValueError(
-            f"'pooled_output' of the {side} conditioning is {given} wide, but the model needs {wanted}: {advice}."
-        )

@@ -9,25 +9,52 @@ import torch
 from ..method.noise import noised
 from ..method.rollout import check_sigmas
 from ..model import DECODED_AT_ONCE, Host
-from .comfy import ROWS, refuse_wrong_latent, thaw
+from ..references import reference_of
+from .comfy_references import refuse_references, text_node, with_reference
+from .comfy_refusals import ROWS, refuse_wrong_latent
+from .comfy_weights import thaw
 
 _ENCODED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of an empty LATENT, as ComfyUI spells them
 REMEMBERED = 4e9  # bytes of main memory per text encoder: about 500 prompts of T5-XXL
 
 
-def encode(clip, text: str):
-    """The CONDITIONING of a text, remembered as long as the text encoder lives."""
+def encode(clip, text: str, seeing=None):
+    """The CONDITIONING of a text, remembered as long as the text encoder lives. seeing: as comfy_references.text_node,
+    for a prompt whose reference image the text encoder sees.
+    """
     known = _ENCODED.setdefault(clip.cond_stage_model, {})
     options = sorted(getattr(clip, "tokenizer_options", {}).items())
     hooks = getattr(clip, "apply_hooks_to_conds", None), getattr(clip.patcher, "forced_hooks", None)
-    key = (text, clip.patcher.patches_uuid, clip.layer_idx, repr(options), *hooks)
+    node, name = seeing or (None, "")
+    text = text if node else str(text)
+    key = (text, node, clip.patcher.patches_uuid, clip.layer_idx, repr(options), *hooks)
     if key not in known or clip.use_clip_schedule:  # scheduled hooks may change from run to run
-        made = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        if node:
+            made = node.execute(clip, str(text), **{name: text.reference[None]}).args[0]
+        else:
+            made = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         if sum(map(size, known.values())) + size(made) > REMEMBERED:
             known.clear()
         known[key] = made
     return known[key]
+
+
+def conditioned(model, clip, vae, prompt: str, start: torch.Tensor):
+    """The CONDITIONING of a prompt, with its reference image where it has one, in about as many pixels as the latents
+    `start` [1, C, ..., H, W] have. ValueError where the MODEL takes none.
+    """
+    if reference_of(prompt) is None:
+        return encode(clip, prompt)
+    refuse_references(model, [prompt])
+    found = encode(clip, prompt, text_node(model))
+    return with_reference(model, vae, found, prompt, *room(model, start))
+
+
+def room(model, start: torch.Tensor) -> tuple[int, int]:
+    """Pixels of latents, and what the sides of a picture are multiples of."""
+    scale = downscale(model)
+    return start.shape[-1] * start.shape[-2] * scale**2, scale * patch(model)
 
 
 def size(conditioning: list) -> int:
@@ -168,21 +195,41 @@ class ComfyHost(Host):
 
     def encode(self, texts: list[str]) -> None:
         """All prompts in one go, remembered: afterwards the text encoder may leave the GPU for good."""
+        refuse_references(self.policy.model, texts)
         for text in texts:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            encode(self.clip, text)
+            self._conditioned(text)
+            if self.cfg != 1 and reference_of(text) is not None:
+                self._negative_of(text)
 
     def session(self, prompts: list[str], micro_batch):
-        conditioning = batch([encode(self.clip, text) for text in prompts])
+        edited = any(reference_of(prompt) is not None for prompt in prompts)
+        negative = [self._negative_of(prompt) for prompt in prompts] if edited and self.cfg != 1 else None
         return self.policy.session(
-            conditioning,
-            self.negative,
+            batch([self._conditioned(prompt) for prompt in prompts]),
+            batch(negative) if negative else self.negative,
             self.cfg,
             shape=self.start.shape[1:],
             sigmas=self.sigmas,
             memory_batch=micro_batch.size or None,
             alone=self.alone,
         )
+
+    def _conditioned(self, prompt: str) -> list:
+        return conditioned(self.policy.model, self.clip, self.vae, prompt, self.start)
+
+    def _negative_of(self, prompt: str) -> list:
+        """The negative of a prompt, with its reference image too: ComfyUI's templates guide an edit so. Without a
+        negative it is the empty text, which the text encoder reads beside the same picture.
+        """
+        edits = reference_of(prompt) is not None
+        if self.negative is None:
+            return self._conditioned(prompt.about("") if edits else "")
+        if len(self.negative) != 1 or self.negative[0][0].shape[0] != 1:
+            raise ValueError("Prompts with reference images need a negative of a single prompt, or none at all.")
+        if not edits or self.negative[0][1].get("reference_latents") is not None:
+            return self.negative
+        return with_reference(self.policy.model, self.vae, self.negative, prompt, *room(self.policy.model, self.start))
 
     def roots(self, velocity, noise: torch.Tensor) -> torch.Tensor:
         return roots(velocity, self.start, noise, self.sigmas)

@@ -38,4 +38,7 @@ class Reward(Protocol):
         return None
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """[B, H, W, 3] in 0..1, B prompts -> [B]; NaN = no score for this image, masked, never counted as 0."""
+        """[B, H, W, 3] in 0..1, B prompts -> [B]; NaN = no score for this image, masked, never counted as 0.
+
+        A prompt of an edit has the picture it is to change: core.references.reference_of(prompt).
+        """

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..references import reference_of
 from .contract import Reward, Trial
 from .self_test import scrambled
 
 KINDS = ("foreground size", "brightness", "contrast", "colour", "sharpness", "jpeg size", "saturation")
-OF = ("mean", "best")
+OF = ("mean", "best", "source")
 LUMINANCE = (0.2126, 0.7152, 0.0722)  # Rec. 709
 
 
@@ -106,7 +107,9 @@ class Similarity(Reward):
 
     reference: Tensor  # [R, H, W, 3] in 0..1
     encode: Callable[[Tensor], Tensor]  # [B, H, W, 3] in 0..1 -> embeddings [B, D], such as CLIP Vision's
-    of: str = "mean"  # over several references: "mean" of all cosines, or the "best" one
+    # over several references: "mean" of all cosines, or the "best" one; "source": that of the prompt's own reference
+    # image instead, the picture that it changes
+    of: str = "mean"
     batch: int = 16  # pictures per pass
     name: str = "similarity"
     # the references' directions [R, D], on the CPU
@@ -121,20 +124,41 @@ class Similarity(Reward):
                 "height, width, 3]."
             )
 
+    def refuse(self, prompts: list[str]) -> None:
+        """ValueError where there is nothing to compare with."""
+        if self.of == "source" and any(reference_of(prompt) is None for prompt in prompts):
+            raise ValueError(
+                "Image Similarity compares with the picture that a prompt changes, but a prompt has none: connect "
+                "references to the node with the prompts, or set of to mean or best."
+            )
+
     def trial(self) -> Trial:
         """A reference resembles the references more than it does with its parts in another order."""
         own = self.reference[:1, ..., :3].float().cpu()
         return Trial(torch.cat([own, scrambled(own)]), ["", ""], [(0, 1)])
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """[B, H, W, 3] in 0..1 -> [B] on the CPU; the prompts do not matter. The references are encoded once."""
+        """[B, H, W, 3] in 0..1 -> [B] on the CPU; the prompts do not matter but for their own reference images. The
+        references are encoded once.
+        """
+        self.refuse(prompts)
         with torch.inference_mode(False), torch.no_grad():
+            if self.of == "source":
+                return self._to_their_own(images, prompts)
             if self._known is None:
                 self._known = self._directions(self.reference)
             if not len(images):
                 return torch.zeros(0)
             cosines = self._directions(images) @ self._known.T
         return cosines.mean(1) if self.of == "mean" else cosines.amax(1)
+
+    def _to_their_own(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """[B, H, W, 3], B prompts with reference images -> [B]; each is encoded once."""
+        sources = {prompt.digest: prompt.reference for prompt in prompts}
+        known = {digest: self._directions(source[None]) for digest, source in sources.items()}
+        if not prompts:
+            return torch.zeros(0)
+        return (self._directions(images) * torch.cat([known[prompt.digest] for prompt in prompts])).sum(1)
 
     def _directions(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] -> embeddings of length 1 [B, D]."""

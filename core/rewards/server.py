@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..patterns import search
+from ..references import reference_of
 from .combine import neighbours
 from .contract import Reward
 from .deadline import Deadline
@@ -57,6 +58,9 @@ Two things count:
 At the end give each image a score from 1 (bad) to 5 (excellent), in the order of the images, \
 one line for each that reads 'Final Score: ' and the number: {count} such lines, and no others.
 Text: [{prompt}]"""
+EDITED = """The first picture is the source of an edit, and the text says how to change it. Judge only what comes \
+after it: whether it is changed as the text says, and the same as the source in all else.
+"""
 DEFAULT_PATTERN = r"(?i)Final Score:[\s*_\[]*(-?\d+(?:\.\d+)?)"  # also in Markdown's bold, and in brackets
 
 
@@ -179,10 +183,19 @@ class ServerReward(Reward):
     def _question(self, images: Tensor, prompts: list[str]) -> dict:
         """The body of a request."""
         if self.protocol == "scores":
-            files = [base64.b64encode(encoded(image, self.image_format.upper())).decode() for image in images]
-            return {"images": files, "prompts": prompts, "metadata": {}}
+            question = {"images": self._files(images), "prompts": prompts, "metadata": {}}
+            sources = [reference_of(prompt) for prompt in prompts]
+            if any(source is not None for source in sources):
+                question["references"] = [None if source is None else self._files([source])[0] for source in sources]
+            return question
         text = self.instruction.replace("{count}", str(len(images))).replace("{prompt}", prompts[0])
+        source = reference_of(prompts[0])
+        if source is not None:
+            images, text = [source, *images], EDITED + text
         return chat(self.model, images, text, self.image_format)
+
+    def _files(self, images) -> list[str]:
+        return [base64.b64encode(encoded(image, self.image_format.upper())).decode() for image in images]
 
     def _key(self) -> str:
         """The API key. It is read when it is needed and never kept."""

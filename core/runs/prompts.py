@@ -22,6 +22,7 @@ import torch
 
 from ..files import read_text
 from ..method.noise import generator, seed_for
+from ..references import fingerprint, with_references
 
 LARGEST_FILE = 50_000_000  # bytes
 # Names of a prompt in .jsonl and .csv, in any case and with spaces, - or _; the first one that is there counts.
@@ -127,13 +128,18 @@ def parse(text: str) -> PromptList:
     return collect([text], "The prompt list")
 
 
-def collect(texts: Sequence[str], name: str = "The prompt list") -> PromptList:
-    """The prompts of a list as in `listed`, without duplicates, all of them for training. ValueError without any."""
-    return _unique(*listed(texts, name), name)
+def collect(texts: Sequence[str], name: str = "The prompt list", references: Sequence[torch.Tensor] = ()) -> PromptList:
+    """The prompts of a list as in `listed`, without duplicates, all of them for training. ValueError without any.
+
+    references: pictures that they are to change, as in `with_references`; of the same words about other pictures none
+    is a duplicate.
+    """
+    prompts, notes = listed(texts, name)
+    return _unique(with_references(prompts, references), notes, name)
 
 
-def read(path: Path | str) -> PromptList:
-    """The prompts of a UTF-8 file of up to 50 MB, all of them for training.
+def read(path: Path | str, references: Sequence[torch.Tensor] = ()) -> PromptList:
+    """The prompts of a UTF-8 file of up to 50 MB, all of them for training. references: as in `collect`.
 
     .txt: as `parse`. .jsonl: per line a text in quotes, or an object with one of COLUMNS. .csv: the column of such a
     name; the first row is a header if one of its cells has that name (columns between commas, semicolons or tabs).
@@ -147,7 +153,8 @@ def read(path: Path | str) -> PromptList:
         raise ValueError(f"The prompt file {path.name} is none that can be read: use {', '.join(readers)}.")
     text = read_text(path, "prompt file", LARGEST_FILE)
     prompts = readers[path.suffix.lower()](text, path.name) if text.strip() else []
-    return _unique(*_cleaned(prompts, path.name), path.name)
+    cleaned, notes = _cleaned(prompts, path.name)
+    return _unique(with_references(cleaned, references), notes, path.name)
 
 
 def _cleaned(prompts: Iterable[str], name: str) -> tuple[list[str], list[str]]:
@@ -270,8 +277,8 @@ def _number(cell: str) -> bool:
 
 
 def split(prompts: PromptList, held_out: float, seed: int) -> PromptList:
-    """Hold prompts out of training, chosen by a hash of their text and the seed: always the same, in whatever order
-    they are listed.
+    """Hold prompts out of training, chosen by a hash of their text, their reference image and the seed: always the
+    same, in whatever order they are listed.
 
     held_out below 1: the share of prompts, each decided on its own, so a prompt that is added or taken away moves no
     other. 1 and above: that many prompts exactly, those of the lowest hashes, so a prompt that is added moves at most
@@ -285,7 +292,7 @@ def split(prompts: PromptList, held_out: float, seed: int) -> PromptList:
     every = [*prompts.train, *prompts.held_out]
     if not every:
         raise ValueError("There are no prompts to split: write at least one.")
-    place = {prompt: seed_for(seed, "held out", prompt.encode()) / 2**63 for prompt in every}
+    place = {prompt: seed_for(seed, "held out", fingerprint(prompt)) / 2**63 for prompt in every}
     ranked = sorted(every, key=place.get)
     count = int(held_out) if held_out >= 1 else sum(place[prompt] < held_out for prompt in every)
     chosen = set(ranked[: min(count, len(every) - 1)])

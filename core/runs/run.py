@@ -1,60 +1,48 @@
 """A training run on disk: resumed after a restart, a crash or a kill, rolled back, and never half written.
 
-state.pt              the newest state, all that resuming needs: adapters, optimizer, average, iteration, metrics,
-                      random state (weights_only) adapter.safetensors   the newest LoRA as ComfyUI loads it, with
-                      metadata; its moving average where the run has one metrics.jsonl         one JSON object per
-                      iteration config.json           the settings the run was begun with, and under `trainer` the
-                      newest of those that may change checkpoints/<iteration>/, best/   state.pt and adapter.safetensors
-                      as they were then
+- state.pt: the newest state, all that resuming needs: adapters, optimizer, average, iteration, metrics, random state
+- adapter.safetensors: the newest LoRA as ComfyUI loads it, with metadata; its moving average where the run has one
+- metrics.jsonl: one JSON object per iteration
+- config.json: what the run was begun with, and under `trainer` the newest of the settings that may change
+- checkpoints/<iteration>/, best/: state.pt and adapter.safetensors as they were then
 """
 
 import hashlib
-import io
 import json
 import logging
 import math
 import os
-import re
-import reprlib
 import secrets
 import shutil
-import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ..files import append, link_or_copy, replacing, temporary_name, tidy, write_atomically, write_picture
+from ..files import append, link_or_copy, replacing, temporary_name, write_atomically, write_picture
 from ..lora.ema import Ema
+from .checkpoint import (
+    FILES,
+    FORMAT,
+    Checkpoint,
+    DamagedCheckpoint,
+    clean_up,
+    describe,
+    list_checkpoints,
+    read_state,
+    run_id,
+    set_aside,
+    signature,
+    torch_bytes,
+)
 from .lock import Lock, Taken
+from .run_settings import changed_settings, refuse_other_settings, without_trainer
 
 log = logging.getLogger("treerpo")
-FORMAT = 2  # 1 had no ema, extra and rng
-FILES = ("state.pt", "adapter.safetensors")  # of a checkpoint
-KINDS = {"iteration": int, "adapters": dict, "metrics": list, "config": dict}  # what every state.pt has
-MAYBE = {"optimizer": dict, "ema": dict, "extra": dict, "due": dict, "id": str, "rng": Tensor}  # or None, or not at all
-
-
-class DamagedCheckpoint(ValueError):
-    """A state.pt that is not whole, or not one of ours."""
-
-
-@dataclass
-class Checkpoint:
-    """What is known of a checkpoint without loading its tensors."""
-
-    iteration: int
-    path: Path  # its folder
-    summary: str  # for a list to choose from: 'iteration 80, reward 0.3124 ± 0.0210'
-    saved: str  # when, ISO 8601 in UTC
-    settings: dict  # of the run it belongs to, without the trainer's
-    run: str | None  # that run's id; None = saved before there were ids
 
 
 class Run:
@@ -231,7 +219,7 @@ class Run:
 
     def _save(self, pictures: Callable[[], dict] = dict, due: dict | None = None) -> None:
         """due: how this state is to be set aside, as `keep` takes it; in state.pt too, as a kill may come between."""
-        self._tidy()
+        clean_up(self.folder)
         write_atomically(self.folder / "state.pt", torch_bytes({**self._state(), "due": due}))
         self._saved, self._seen = self.iteration, signature(self.folder / "state.pt")
         metadata = self.metadata() if self._ema is None else {**self.metadata(), "treerpo.ema": str(self._ema.decay)}
@@ -285,9 +273,9 @@ class Run:
 
     def _keep(self, last: int, best: bool) -> None:
         if last > 0:
-            self._set_aside(self._folder_of(self.iteration))
+            set_aside(self.folder, self._folder_of(self.iteration))
         if best:
-            self._set_aside(self.folder / "best")
+            set_aside(self.folder, self.folder / "best")
         others = [checkpoint for checkpoint in self.checkpoints() if checkpoint.path != self._folder_of(self.iteration)]
         for checkpoint in others[max(last - 1, 0) :]:
             try:
@@ -318,7 +306,7 @@ class Run:
             self._restore(self._find(where))
 
     def _restore(self, source: Path) -> None:
-        self._tidy()
+        clean_up(self.folder)
         state = self._read(source)
         if self.folder not in (source, *source.parents):  # another run's: a new beginning under this run's own id
             self._take({**state, "id": self.id})
@@ -327,7 +315,7 @@ class Run:
         if self.iteration and not self._folder_of(self.iteration).exists():
             if self._written != self.iteration:
                 self.save()
-            self._set_aside(self._folder_of(self.iteration))
+            set_aside(self.folder, self._folder_of(self.iteration))
         with replacing(self.folder / "adapter.safetensors") as adapter, replacing(self.folder / "state.pt") as newest:
             link_or_copy(source / "adapter.safetensors", adapter)
             link_or_copy(source / "state.pt", newest)
@@ -415,7 +403,7 @@ class Run:
         with suppress(Taken, OSError), self.training():  # whoever trains it now mends it
             if not whole:
                 self._save(due=due)
-            self._tidy()
+            clean_up(self.folder)
             self._log()
             self._written = self.iteration
             if wanted or last:
@@ -541,147 +529,6 @@ class Run:
             raise ValueError(f"Run '{self.folder.name}' has no checkpoint '{where}': there is {known}.")
         return folder
 
-    def _set_aside(self, target: Path) -> None:
-        """Copy the newest files to the folder `target`, whole or not at all; the folder of that name is replaced."""
-        new, old = temporary_name(target), target.with_name(f".{target.name}.old")
-        try:
-            new.mkdir(parents=True)
-            for name in FILES:
-                link_or_copy(self.folder / name, new / name)
-            if target.exists() or target.is_symlink():
-                # a folder cannot be replaced in one step; _tidy puts it back after a kill right here
-                os.replace(target, old)
-            os.replace(new, target)
-            if old.is_symlink():
-                old.unlink()
-            elif old.exists():
-                shutil.rmtree(old)
-        except OSError as error:
-            self._tidy()
-            raise OSError(
-                f"Could not keep the checkpoint {target.name} in {target.parent}: {error.strerror or error}. The run "
-                "itself is saved, and the older checkpoints are untouched."
-            ) from error
-
-    def _tidy(self) -> None:
-        """Remove what a killed process has left half done, and undo what it was replacing."""
-        for place in (self.folder, self.folder / "checkpoints", self.folder / "samples"):
-            for leftover in filter(Path.is_dir, place.glob(".*.old")):
-                replaced = leftover.with_name(leftover.name[1 : -len(".old")])
-                with suppress(OSError):
-                    shutil.rmtree(leftover) if replaced.exists() else os.replace(leftover, replaced)
-            tidy(place)
-
-
-def read_state(path: Path) -> dict:
-    """The content of a state.pt, verified. Raises DamagedCheckpoint, half a sentence, or ValueError if it is of a newer
-    TreeRPO.
-
-    The checksums in the file are verified first: torch.load does not (0.12 s for 300 MB, as much again as loading
-    them).
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile("wrong checksum")
-        with torch.inference_mode(False):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        version = dict(state)["format"]
-        if isinstance(state.get("metrics"), str):  # since format 2
-            state["metrics"] = [json.loads(line) for line in state["metrics"].splitlines()]
-        if version <= FORMAT and not (
-            all(isinstance(state[key], kind) for key, kind in KINDS.items())
-            and "optimizer" in state
-            and all(isinstance(state.get(key), (kind, type(None))) for key, kind in MAYBE.items())
-            and all(isinstance(row, dict) for row in state["metrics"])
-            and all(isinstance(tensor, Tensor) for tensor in state["adapters"].values())
-        ):
-            raise TypeError("not the state of a run")
-        if version <= FORMAT and not all(tensor.isfinite().all() for tensor in state["adapters"].values()):
-            raise ValueError("its LoRA has numbers that are not finite")
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:  # torch and zipfile raise many kinds here: truncated, refused pickle, missing key
-        raise DamagedCheckpoint(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}): it is damaged or not one of TreeRPO's"
-        ) from error
-    if version > FORMAT:
-        raise ValueError(
-            f"The checkpoint {path} was made by a newer TreeRPO (format {version}, this one reads up to {FORMAT}): "
-            "update TreeRPO, or choose another run name."
-        )
-    return state
-
-
-def signature(path: Path) -> tuple | None:
-    """Changes whenever a file is replaced; None where there is none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def run_id(state: dict) -> str:
-    """The id of the run that a state belongs to; for states from before there were ids, one made of its beginning."""
-    beginning = json.dumps([without_trainer(state["config"]), state["metrics"][:1]], sort_keys=True)
-    return state.get("id") or hashlib.blake2b(beginning.encode(), digest_size=8).hexdigest()
-
-
-def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """All checkpoints in a run's folder, the one saved last first. Reads no tensors."""
-    folders = [path for path in (Path(folder) / "checkpoints").glob("*") if re.fullmatch(r"\d{6,}", path.name)]
-    return sorted(
-        filter(None, map(describe, folders)),
-        key=lambda checkpoint: (checkpoint.saved, checkpoint.iteration),
-        reverse=True,
-    )
-
-
-def describe(folder: Path) -> Checkpoint | None:
-    """What the metadata of a checkpoint's adapter says; None where there is no checkpoint of ours."""
-    if not (folder / "state.pt").is_file():
-        return None
-    try:
-        with safe_open(folder / "adapter.safetensors", "pt") as file:
-            metadata = file.metadata()
-        row, iteration = json.loads(metadata["treerpo.last"]), int(metadata["treerpo.iterations"])
-        reward = f", reward {row['reward']:.4f}" if "reward" in row else ""
-        spread = f" ± {row['reward_std']:.4f}" if reward and "reward_std" in row else ""
-        return Checkpoint(
-            iteration,
-            folder,
-            f"iteration {iteration}{reward}{spread}",
-            metadata["treerpo.saved"],
-            json.loads(metadata["treerpo.config"]),
-            metadata.get("treerpo.id"),
-        )
-    except Exception:  # whatever it is, it is not ours
-        return None
-
-
-def refuse_other_settings(name: str, saved: dict, wanted: dict) -> None:
-    """A run goes on only with the settings it was begun with, the trainer's aside; one sentence names those that
-    differ.
-    """
-    saved = {"model_patches": wanted.get("model_patches"), **saved}  # before 0.1.0 that was not known
-    differing = [key for key in without_trainer(wanted) if saved.get(key) != wanted[key]]
-    if differing:
-        changes = ", ".join(f"{key} {saved.get(key)!r} -> {wanted[key]!r}" for key in differing)
-        raise ValueError(
-            f"Run '{name}' was begun with other settings ({changes}): set them back or choose another run name."
-        )
-
-
-def changed_settings(saved: dict, wanted: dict) -> list[str]:
-    """What differs, for a log or a message: 'learning_rate 0.0003 -> 0.0001'. Long texts are shortened."""
-    text = [{key: reprlib.repr(value) for key, value in settings.items()} for settings in (saved, wanted)]
-    return [
-        f"{key} {text[0].get(key, 'not set')} -> {text[1].get(key, 'not set')}"
-        for key in {**saved, **wanted}
-        if (key in saved, saved.get(key)) != (key in wanted, wanted.get(key))
-    ]
-
 
 def _lineage(row: dict) -> dict:
     """What of a row says which training it comes from: evaluations may come later."""
@@ -691,33 +538,3 @@ def _lineage(row: dict) -> dict:
 def finite(row: dict) -> dict:
     """The row without what JSON does not know: NaN and infinity."""
     return {key: value for key, value in row.items() if not (isinstance(value, float) and not math.isfinite(value))}
-
-
-def adapter_settings(
-    rank: int, alpha: float, targets: str, dtype: str, seed: int, base_model: str, layers, patches: str = "none"
-) -> dict:
-    """What a run is begun with and cannot change.
-
-    layers: names of the adapted modules. patches: what else lies on the base model's weights, such as another LoRA.
-    """
-    adapted = hashlib.blake2b("\n".join(layers).encode(), digest_size=8).hexdigest()
-    return {
-        "rank": rank,
-        "alpha": alpha,
-        "targets": targets,
-        "dtype": dtype,
-        "seed": seed,
-        "base_model": base_model,
-        "model_patches": patches,
-        "adapted": adapted,
-    }
-
-
-def without_trainer(config: dict) -> dict:
-    return {key: value for key, value in config.items() if key != "trainer"}
-
-
-def torch_bytes(state: dict) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()

@@ -28,27 +28,27 @@ own classes, on a CPU with torch {torch}. `python tests/compat/base_models.py` w
 ## What is in the table
 
 - *latents*: channels, and their size in proportion to the picture's; `x 1` = with a time, of one frame.
-- *drawn with*: what *Simple Trainer* takes by itself, after ComfyUI's templates where it has one for the model. A
-  distilled model (Turbo, Lightning ...) has the shapes of its base model, so only its file's name can tell it:
-  Z-Image-Turbo cannot be told from Z-Image by its weights.
+- *drawn with*: what *Simple Trainer* takes, at most 10 steps, as in ComfyUI's templates (a test reads them).
+  Where there is none: AuraFlow, Hunyuan Image 2.1 and Kandinsky 5 as in diffusers, Krea 2 as its authors say, SD3 as
+  TreeGRPO; Ideogram 4's is a guess. The shift is the model's own in ComfyUI. A distilled model (Turbo, Lightning ...)
+  has the shapes of its base model, so only its file's name can tell it.
 - *gradient = finite differences*: of all adapters, in float64 (1e-3); with checkpointing the same (1e-6).
 - *rollout = update*: the velocity is the same bit for bit with gradients off, on, and checkpointed, in float32 and in
   bfloat16; a rollout keeps nothing for a backward pass.
 - *first ratio 1*: of every edge, exactly, before any update.
 - *euler*: branching 1 without noise is ComfyUI's KSampler (euler), without CFG and with (1e-4).
 - *LoRA file*: through ComfyUI's own loaders, merged and bypass, all keys, it draws what was trained (1e-4).
-- *MODEL as before*: after training, after an error in it and after an interrupt, bit for bit, with nothing left on its
-  layers.
+- *MODEL as before*: after training, an error and an interrupt, bit for bit, with nothing left on its layers.
 - *prompts apart*: prompts of unequal length in one batch, each as alone (1e-4).
-- *LoRA in diffusers*: trained in ComfyUI, saved in diffusers' form, read by diffusers {diffusers}'s own
-  load_lora_weights into its own network with the same weights, it gives the same velocity (1e-4); back in ComfyUI too.
-  *as X*: the same network as X, not run by itself. *not tried*: diffusers has the network, this pack no table of its
-  layers' names.
-- *diffusers engine*: `python -m standalone.launch` runs it, with ComfyUI's velocities (1e-4), gradient = finite
-  differences, rollout = update and first ratio 1, as above; without reference images.
+- *LoRA in diffusers*: saved in diffusers' form and read by diffusers {diffusers}'s own
+  load_lora_weights, it gives the same velocity (1e-4); back in ComfyUI too. *as X*: the same network as X, not run by
+  itself. *not tried*: diffusers has the network, this pack no table of its layers' names.
+- *diffusers engine*: `standalone.launch` runs it, with ComfyUI's velocities (1e-4) and the first three columns; without
+  reference images.
 
-Kontext, FLUX.2 and Qwen-Image-Edit were run with reference images, another one for each prompt; Fill without a picture
-to fill.
+Kontext, FLUX.2 and Qwen-Image-Edit were run with a reference image for each prompt, which the Trainer takes from
+*Prompt List*; others that edit (OmniGen 2, Boogu ...) have ways of their own to read a picture: by hand only. Fill was
+run without a picture to fill.
 
 ## The table
 
