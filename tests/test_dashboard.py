@@ -131,6 +131,16 @@ def test_the_newest_values_are_written(drawn):
     } <= set(texts)
 
 
+def test_the_signal_is_drawn_where_nothing_is_held_back(drawn):
+    signal = [{**row, "clip_frac": 0.0, "gradient_snr": -0.01 + 0.01 * i} for i, row in enumerate(rows(14))]
+    dashboard(signal)
+    texts = {text for text, _ in drawn}
+    assert {"signal", ".120"} <= texts and "held back" not in texts
+    drawn.clear()
+    dashboard([{**row, "clip_frac": 0.1} for row in signal])
+    assert "held back" in {text for text, _ in drawn} and "signal" not in {text for text, _ in drawn}
+
+
 def test_one_reward_shows_its_spread_and_where_it_came_from(drawn):
     one = dashboard(rows(50))
     assert {"size", ".500", "from .200"} <= {text for text, _ in drawn}

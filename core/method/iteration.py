@@ -23,6 +23,7 @@ from .noise import NoiseSchedule
 from .objective import Objective
 from .ranks import ALONE, Ranks
 from .rollout import Progress, grow
+from .signal import snr
 from .tree import Forest, TreeShape
 from .update import update
 
@@ -198,6 +199,8 @@ def learn(
         **metrics,
         "reward_best": float(credit.best[credit.best.isfinite()].mean()),
     }
+    if math.isfinite(ratio := snr([*history, row])):
+        row["gradient_snr"] = ratio
     return {**row, "forwards": row["rollout_forwards"] + row["update_forwards"]}
 
 

@@ -22,6 +22,7 @@ from .objective import (
     step_weights,
 )
 from .ranks import ALONE, Ranks
+from .signal import power
 from .steps import Step, step
 from .tree import Forest
 
@@ -275,7 +276,7 @@ def update(
     """
     parameters = list(velocity.parameters())
     before = velocity.forwards
-    ratio_first, skipped, metrics, restore = 1.0, 0, {}, None
+    ratio_first, skipped, metrics, restore, seen = 1.0, 0, {}, None, {}
     try:
         for inner in range(inner_updates):
             optimizer.zero_grad(set_to_none=True)
@@ -289,6 +290,7 @@ def update(
                     torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
                 )
                 if math.isfinite(metrics["grad_norm"]):
+                    seen = power(parameters, optimizer) if inner == 0 else seen
                     restore = restore or restore_point(parameters, optimizer, ema)
                     optimizer.step()
                     if ema is not None:
@@ -303,6 +305,7 @@ def update(
         optimizer.zero_grad(set_to_none=True)
     return {
         **metrics,
+        **seen,
         "ratio_first": ratio_first,
         "skipped": skipped,
         "update_forwards": int(ranks.total(velocity.forwards - before)),

@@ -62,9 +62,9 @@ def dashboard(
     learning was held back, and how far the policy is from the base model; two images.
 
     metrics: one dict per iteration, as in metrics.jsonl; `eval/reward` and `eval/judge` in some of them. Any key may be
-    missing and any number NaN. Where no KL is measured the spread within the groups takes its place. best, worst: where
-    both have the same score neither is drawn, as none is better. judge: what `eval/judge` is called. Everything grows
-    with the picture.
+    missing and any number NaN. Where nothing is clipped the gradient's signal-to-noise ratio takes its place, and where
+    no KL is measured the spread within the groups. best, worst: where both have the same score neither is drawn, as
+    none is better. judge: what `eval/judge` is called. Everything grows with the picture.
     """
     picture = Image.new("RGB", (width, height), theme.paper)
     scale = min(width / WIDTH, height / HEIGHT)
@@ -89,10 +89,13 @@ def dashboard(
             place = (room[0], foot // 3 + i * _px(TEXT + 8, scale))
             ImageDraw.Draw(picture).text(place, line, fill=theme.ink, font=font(size))
     middle, kl = (gap + right) // 2, series(metrics, "kl")
-    clipped = Curve(series(metrics, "clip_frac"), small=True, percent=True)
+    clipped, signal = series(metrics, "clip_frac"), series(metrics, "gradient_snr")
+    first = ("held back", Curve(clipped, small=True, percent=True))
+    if known(signal) and not any(known(clipped)):
+        first = ("signal", Curve(signal, small=True))
     second = ("change", kl) if any(known(kl)) else ("spread", series(metrics, "reward_std"))
     for row, left, end in (
-        (_Row("held back", clipped), gap, middle - gap),
+        (_Row(*first), gap, middle - gap),
         (_Row(second[0], Curve(second[1], small=True)), middle, right - gap),
     ):
         _draw_row(picture, row, (left, height - _px(FOOT - 14, scale), end, height - _px(6, scale)), scale, theme)
