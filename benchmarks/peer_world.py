@@ -5,6 +5,7 @@ Importable without any peer's code (tests/test_peers.py).
 """
 
 import contextlib
+import functools
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -36,23 +37,19 @@ class Done(Exception):
 class World:
     """The embedded SD3, its captions and the demo's reward; `fresh()` gives an untouched network to train."""
 
-    def __init__(self, most: int | None = None):
-        """most: only so many captions, for a quick look."""
+    def __init__(self, features: dict | None = None):
+        """features: embeddings [L, D] and pooled [Pd] of some captions, in place of the text encoder's of all."""
         texts = shapes.captions()
         shape, colour, _ = shapes.labels(torch.arange(len(texts)))
         held_out = (shape + colour) % 4 == 0  # 24 of the 96: two colours of every shape, on all backgrounds
-        texts = texts[:most]
-        self.training = [text for text, out in zip(texts, held_out, strict=False) if not out]
-        self.held_out = [text for text, out in zip(texts, held_out, strict=False) if out]
-        model = open_model("embedded/sd3")
-        self.features = {
-            text: (embeds[:TOKENS], pooled) for text, (embeds, pooled) in zip(texts, model.encode(texts), strict=True)
-        }
+        self.features = features or encoded(texts)
+        pairs = [(text, bool(out)) for text, out in zip(texts, held_out, strict=True) if text in self.features]
+        self.training = [text for text, out in pairs if not out]
+        self.held_out = [text for text, out in pairs if out]
         self.vae = TinyVae(shapes.vae_state_dict(*LATENT_FORMATS["sd3"]), "sd3", shapes.decodes_in(torch.device("cpu")))
         self.reward = load("drawing", wish=WISH, follow=True, each="all")
         self.figures = embedded("judge").figures
         self.sigmas = sampling_scheduler().sigmas.float()
-        self.unit = self._unit()  # cost of a forward with its backward, in forwards
 
     def fresh(self) -> nn.Module:
         """The untrained network, a copy of its own."""
@@ -79,8 +76,10 @@ class World:
         images = self.decode(x)
         return {"reward": float(self.reward.score(images, texts).mean()), **self.figures(images, texts, WISH)}
 
-    def _unit(self, batch: int = 24, repeats: int = 12) -> float:
+    @functools.cached_property
+    def unit(self) -> float:
         """Cost of a forward with its backward, in forwards; the fastest of many, for other work only adds."""
+        batch, repeats = 24, 12
         transformer = self.fresh()
         add_lora(transformer)
         velocity = self.velocity(transformer, self.training[:1])
@@ -95,6 +94,12 @@ class World:
             forward.append(seconds(lambda: velocity(x, 0.9, rows)))
             both.append(seconds(learn))
         return min(both) / min(forward)
+
+
+def encoded(texts: list[str]) -> dict:
+    """What a model is given of each caption: embeddings [TOKENS, D] and pooled [Pd]."""
+    found = open_model("embedded/sd3").encode(texts)
+    return {text: (embeds[:TOKENS], pooled) for text, (embeds, pooled) in zip(texts, found, strict=True)}
 
 
 def seconds(work) -> float:
