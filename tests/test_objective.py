@@ -2,21 +2,28 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_tree import grown
 from test_update import RANDOM_KINDS, case
 
 from core.method.memory import MicroBatch, saved_bytes
 from core.method.noise import NoiseSchedule
 from core.method.objective import (
+    LOSSES,
     Objective,
     best_leaves,
     clip_ranges,
+    dppo,
     gaussian_kl,
     log_ratio,
     node_values,
+    path_log_probs,
     relative,
     sft_targets,
     sft_weights,
+    softmax_tb_advantage,
+    softmax_tb_shares,
     step_weights,
 )
 from core.method.steps import step
@@ -38,6 +45,10 @@ TERMS = {
     "flash": Objective(step_weight="flash", **WIDE),
     "regression": Objective(loss="regression", eta=0.7),
     "regression to the base": Objective(loss="regression", anchor=1.0, step_weight="layer"),
+    "dppo": Objective(loss="dppo"),
+    "dppo guard": Objective(loss="dppo", trust=1e-4, ratio="guard", step_weight="tau"),
+    "softmax_tb": Objective(loss="softmax_tb", beta=2.0, trust=10.0, reference=3.0),
+    "softmax_tb clipped": Objective(loss="softmax_tb", trust=0.01, kl=0.1, step_weight="layer"),
     "regression within a node": Objective(loss="regression", anchor=0.3, leaf_weights="node", kl=0.2, sft=0.2),
     "everything": Objective(0.01, 0.02, 1.0, "guard", "tau", 0.1, 0.2, "best-leaf"),
 }
@@ -77,9 +88,14 @@ def total(objective, forest, velocity, advantages):
 
 @pytest.mark.parametrize("kind", ["flow_sde", "cps"])
 @pytest.mark.parametrize("name", TERMS)
-def test_gradient_of_every_term_equals_finite_differences(name, kind):
-    objective = TERMS[name]
+def test_gradient_of_every_term_equals_finite_differences(name, kind, monkeypatch):
+    objective, held = TERMS[name], {}
     forest, velocity, advantages = off_policy(kind)
+
+    def hold(log_prob, share, *others):  # Softmax-TB's advantage has no gradient: it stays as it is here
+        return held.setdefault(tuple(share.tolist()), softmax_tb_advantage(log_prob, share, *others))
+
+    monkeypatch.setattr("core.method.update.softmax_tb_advantage", hold)
     policy_gradient(velocity, forest, advantages, objective, images=images(forest))
     direction = torch.randn(velocity.delta.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     slope = float((velocity.delta.grad * direction).sum())
@@ -168,6 +184,72 @@ def test_layer_weights_give_every_layer_its_own_mean():
         log_prob = score_edges(forest, layer, slice(0, len(v)), v).log_prob
         means.append(-(torch.exp(log_prob - forest.log_probs[layer]) * advantage).mean())
     torch.testing.assert_close(whole, sum(means) / 2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    branching=st.integers(2, 4),
+    depth=st.integers(1, 3),
+    trees=st.integers(1, 2),
+    beta=st.floats(0.1, 20),
+    scale=st.floats(0.01, 5),
+    seed=st.integers(0, 99),
+)
+def test_softmax_tbs_residual_splits_exactly_over_the_edges(branching, depth, trees, beta, scale, seed):
+    """A path's residual, as TMPO defines it over a whole tree, is the sum of its edges' shares."""
+    forest, _, _ = case(shape=TreeShape(branching, depth, trees))
+    draw = torch.Generator().manual_seed(seed)
+    forest.log_probs = [scale * torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in forest.log_probs]
+    leaf = torch.randn(len(forest.leaves), generator=draw, dtype=torch.float64)
+    shares, onward = softmax_tb_shares(Objective(loss="softmax_tb", beta=beta), forest, leaf)
+    parts = [softmax_tb_advantage(p, *edge, branching) for p, *edge in zip(forest.log_probs, shares, onward)]
+    tree = branching**depth
+    whole = torch.log_softmax(beta * leaf.view(-1, tree), 1) - torch.log_softmax(
+        path_log_probs(forest.log_probs, branching).view(-1, tree), 1
+    )
+    torch.testing.assert_close(path_log_probs(parts, branching), whole.flatten(), atol=1e-12, rtol=1e-12)
+
+
+def test_softmax_tb_on_one_layer_is_tmpos_loss():
+    """tmpo/losses: A = log_softmax(beta R) - log_softmax(log p), ratio exp(d - mean d), clip 0.2, reference 0.1; at any
+    policy, as many optimizer steps as one likes after the rollout."""
+    forest, velocity, advantages = off_policy(shape=TreeShape(4, 1))
+    leaf, v = advantages[-1].view(2, 4), velocity(forest.states[0], forest.sigma(0)[0], forest.rows(0))
+    new = score_edges(forest, 0, slice(0, 2), v).log_prob.view(2, 4)
+    d = new - forest.log_probs[0].view(2, 4)
+    residual = (torch.log_softmax(15 * leaf, 1) - torch.log_softmax(new, 1)).detach()
+    ratio = torch.exp(d - d.mean(1, keepdim=True))  # tmpo's code stops the mean's gradient, see softmax_tb
+    published = torch.maximum(-residual * ratio, -residual * ratio.clamp(0.8, 1.2)).mean() + 0.1 * (d**2).mean()
+    torch.testing.assert_close(total(Objective(loss="softmax_tb"), forest, velocity, advantages), published)
+
+
+def test_softmax_tb_needs_siblings():
+    forest, velocity, advantages = case(shape=TreeShape(1, 2, trees=3))
+    with pytest.raises(ValueError, match="compares siblings, and these trees have none: raise branching"):
+        policy_gradient(velocity, forest, advantages, Objective(loss="softmax_tb"))
+
+
+def test_dppo_drops_only_edges_that_are_far_and_going_further():
+    """UniRL's flowdppo.py: kl >= threshold and the ratio already on its advantage's side of 1."""
+    log_r = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1], requires_grad=True)
+    advantage, kl = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-6])
+    each, ratio, dropped = dppo(log_r, advantage, kl, 1e-5)
+    assert dropped.tolist() == [True, False, True, False, False]
+    torch.testing.assert_close(each, torch.where(dropped, 0.0, -torch.exp(log_r) * advantage))
+    (slope,) = torch.autograd.grad(each.sum(), log_r)
+    assert (slope == 0).tolist() == dropped.tolist() and torch.equal(ratio, torch.exp(log_r).detach())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_flat_groups_teach_nothing_in_whatever_slice_they_are(loss):
+    """Off policy, where even a leaf without advantage would pull: a flat group's nodes alone, or beside others."""
+    forest, velocity, advantages = off_policy()
+    half = [layer * (torch.arange(len(layer)) < len(layer) // 2) for layer in advantages]
+    objective = Objective(loss=loss)
+    policy_gradient(velocity, forest, half, objective)
+    whole, velocity.delta.grad = velocity.delta.grad, None
+    policy_gradient(velocity, forest, half, objective, micro_batch=MicroBatch(1))
+    torch.testing.assert_close(velocity.delta.grad, whole, atol=1e-14, rtol=1e-9)
 
 
 def leaf_by_leaf(objective, forest, velocity, leaf):

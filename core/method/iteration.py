@@ -125,9 +125,13 @@ def credit(
     estimator: str = "treegrpo",
     weights: str = "mean-logprob",
     clip: float = 5.0,
+    shaping: str = "z-score",
+    gamma: float = 0.5,
     ranks: Ranks = ALONE,
 ) -> Credit:
-    """Advantages of every edge. estimator, weights: see method.advantage. clip: largest advantage of a single image."""
+    """Advantages of every edge. estimator, weights, shaping, gamma: see method.advantage. clip: largest advantage of a
+    single image.
+    """
     forest = sampled.forest
     found, log_probs, broken = _of_all(forest, found, ranks)
     prompts, kept = len(broken), ~broken
@@ -140,7 +144,7 @@ def credit(
         found = replace(found, values={name: _rows(given, kept) for name, given in found.values.items()})
         log_probs = [_rows(p, kept) for p in log_probs]
     left = int(kept.sum())
-    leaf, flat = leaf_advantages(found.values, left, found.weights, clip, found.raw)
+    leaf, flat = leaf_advantages(found.values, left, found.weights, clip, found.raw, shaping, gamma)
     layers = edge_advantages(estimator, log_probs, leaf, forest.branching, left, weights, forest.leaves[0].numel())
     best = best_rewards(total_reward(found.values, found.weights), left)
     if ranks.size > 1:

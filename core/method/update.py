@@ -12,6 +12,7 @@ from .objective import (
     Objective,
     clip_ranges,
     clipped_surrogate,
+    dppo,
     gaussian_kl,
     log_ratio,
     node_values,
@@ -19,6 +20,9 @@ from .objective import (
     relative,
     sft_targets,
     sft_weights,
+    softmax_tb,
+    softmax_tb_advantage,
+    softmax_tb_shares,
     step_weights,
 )
 from .ranks import ALONE, Ranks
@@ -70,8 +74,9 @@ class _Loss:
         self.leaf = self.advantages[-1]
         self.edges, self.nodes = edges, edges // forest.branching
         self.shares = relative(node_values(self.leaf, forest), forest)
-        spread = self.leaf.view(len(forest.prompts), -1)
-        self.allowed = allowed.cpu() & (spread.amax(1) > spread.amin(1))
+        group = self.leaf.view(len(forest.prompts), -1)
+        self.told = group.any(1)  # prompts whose leaves differ, and so have advantages
+        self.allowed = allowed.cpu() & (group.amax(1) > group.amin(1))
         blank = forest.states[0].new_zeros(1, 1)
         stds = [
             float(
@@ -93,12 +98,23 @@ class _Loss:
             [sft_weights(share, self.allowed) for share in self.shares[: forest.depth]] if objective.sft > 0 else None
         )
         self.targets: dict[int, Tensor] = {}
+        if objective.loss == "softmax_tb":
+            if forest.branching < 2:
+                raise ValueError(
+                    "Softmax-TB compares siblings, and these trees have none: raise branching in Tree Shape to at "
+                    "least 2."
+                )
+            self.tb_shares = softmax_tb_shares(objective, forest, self.leaf)
+
+    def learned(self, layer: int, parents: slice) -> Tensor:
+        """Which of these nodes belong to prompts whose leaves differ [n]."""
+        return self.told.repeat_interleave(len(self.forest.states[layer]) // len(self.told))[parents]
 
     def is_empty(self, layer: int, parents: slice) -> bool:
         """Nothing to learn from these nodes: groups without spread cost nothing."""
         objective = self.objective
-        if objective.loss == "regression":
-            learned = self.leaf[self.forest.leaves_below(layer, parents)]
+        if objective.loss in ("regression", "softmax_tb"):
+            learned = self.learned(layer, parents)
         else:
             learned = children_of(self.advantages[layer], parents, self.forest.branching)
         if objective.needs_reference or bool(learned.any()):
@@ -121,6 +137,8 @@ class _Loss:
         if objective.loss == "regression":
             goal = regression_targets(objective, forest, self.leaf, layer, parents, reference)
             each = b * ((v - goal) ** 2).flatten(1).mean(1)
+            if not objective.needs_reference:  # as in a slice of its own, which costs nothing
+                each = torch.where(self.learned(layer, parents).to(each.device), each, 0.0)
             ratio = torch.exp(new.log_prob.detach() - children_of(forest.log_probs[layer], parents, b))
             clipped = torch.zeros_like(ratio)
         else:
@@ -150,16 +168,34 @@ class _Loss:
         )
 
     def _surrogate(self, new: Step, layer: int, parents: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """GRPO's clipped surrogate per edge, the ratios, and which edges were clipped: each [E]."""
+        """The loss of every edge, the ratios, and which edges were clipped: each [E]."""
         forest, objective, b = self.forest, self.objective, self.forest.branching
         old_mean = None
-        if objective.ratio == "guard":
+        if objective.ratio == "guard" or objective.loss == "dppo":
             with torch.no_grad():
                 old_mean = score_edges(forest, layer, parents, forest.velocities[layer][parents]).mean
         old_log_prob = children_of(forest.log_probs[layer], parents, b)
-        low, high = clip_ranges(objective, children_of(self.shares[layer + 1], parents, b).to(new.log_prob.device))
+        ratio = log_ratio(objective.ratio, new, old_log_prob, old_mean)
+        if objective.loss == "softmax_tb":
+            return self._softmax_tb(new, ratio, layer, parents)
         advantage = children_of(self.advantages[layer], parents, b).to(new.log_prob)
-        return clipped_surrogate(log_ratio(objective.ratio, new, old_log_prob, old_mean), advantage, low, high)
+        if objective.loss == "dppo":
+            return dppo(ratio, advantage, gaussian_kl(new.mean, old_mean, new.std), objective.trust_range)
+        low, high = clip_ranges(objective, children_of(self.shares[layer + 1], parents, b).to(new.log_prob.device))
+        return clipped_surrogate(ratio, advantage, low, high)
+
+    def _softmax_tb(self, new: Step, ratio: Tensor, layer: int, parents: slice) -> tuple[Tensor, Tensor, Tensor]:
+        objective, b = self.objective, self.forest.branching
+        share, onward = (children_of(values[layer], parents, b).to(new.log_prob) for values in self.tb_shares)
+        each, ratio, clipped = softmax_tb(
+            ratio,
+            softmax_tb_advantage(new.log_prob, share, onward, b),
+            b,
+            objective.trust_range,
+            objective.reference,
+        )
+        learned = self.learned(layer, parents).repeat_interleave(b).to(each.device)
+        return torch.where(learned, each, 0.0), ratio, clipped & learned
 
 
 def policy_gradient(

@@ -60,6 +60,8 @@ class Settings:
     estimator: str = "treegrpo"  # see core.method.advantage
     weights: str = "mean-logprob"  # of siblings: mean-logprob | uniform | sum-logprob
     advantage_clip: float = 5.0  # largest advantage of a single image
+    shaping: str = "z-score"  # rewards become advantages by their group's z-score | slas (our reading of SLAS)
+    gamma: float = 0.5  # slas: advantages grow like distance^(1 + gamma); higher = outliers count more
     only_good: bool = True  # LayerTuning-RL: imitate only a best image as good as the best ones were on average
     micro_batch: int = 0  # latents per model call; 0 = all at once
     retain_share: float = 0.0  # share of the free memory for graphs kept from sampling; 0 = none
@@ -221,6 +223,8 @@ class Trainer:
                 estimator=settings.estimator,
                 weights=settings.weights,
                 clip=settings.advantage_clip,
+                shaping=settings.shaping,
+                gamma=settings.gamma,
                 ranks=ranks,
             )
             goals = self.images(velocity, forest) if self.images is not None else None
