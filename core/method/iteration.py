@@ -17,6 +17,7 @@ from torch import Tensor
 from ..model import Velocity
 from . import noise
 from .advantage import Scores, edge_advantages, leaf_advantages, total_reward
+from .matching import renoise
 from .memory import MicroBatch
 from .noise import NoiseSchedule
 from .objective import Objective
@@ -36,6 +37,8 @@ class Sampled:
     trees: int  # per prompt, those of other processes included
     forwards: int  # latents through the network, twice with CFG
     fingerprint: int | None  # of the weights that retained graphs belong to; None = none were kept
+    seed: int = 0  # of every noise of the iteration
+    first_tree: int = 0  # number of the first of a prompt's trees, where other processes have the others
 
 
 @dataclass
@@ -107,7 +110,7 @@ def sample(
         progress=progress,
     )
     fingerprint = velocity.fingerprint() if forest.graphs else None
-    return Sampled(forest, shape.trees, velocity.forwards, fingerprint)
+    return Sampled(forest, shape.trees, velocity.forwards, fingerprint, seed, own.start)
 
 
 def score(found: Scores, forest: Forest) -> Scores:
@@ -193,8 +196,20 @@ def learn(
     allowed = credit.best >= running_best(history) if only_good else None
     if allowed is not None and ranks.size > 1:
         allowed = allowed[ranks.rows(credit.kept, sampled.forest.prompts)]
+    states = None
+    if objective.on_renoised and forest.prompts:
+        states = renoise(forest, objective.per_image, sampled.seed, sampled.first_tree)
     metrics = update(
-        velocity, forest, credit.layers, optimizer, objective, images=images, allowed=allowed, ranks=ranks, **options
+        velocity,
+        forest,
+        credit.layers,
+        optimizer,
+        objective,
+        images=images,
+        allowed=allowed,
+        renoised=states,
+        ranks=ranks,
+        **options,
     )
     row |= {
         "frac_reward_zero_std": float(credit.flat.float().mean()),

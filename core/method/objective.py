@@ -10,13 +10,16 @@ from torch import Tensor
 from .steps import Step
 from .tree import Forest
 
-LOSSES = ("grpo", "dppo", "softmax_tb", "regression")
+LOSSES = ("grpo", "dppo", "softmax_tb", "regression", "nft", "awm")
+MATCHING = ("regression", "nft", "awm")  # losses that need a state and an image, and no step's probability
+STATES = ("auto", "window", "renoised", "both")
+WEIGHTINGS = ("ghuber", "uniform", "t")
 RATIOS = ("plain", "guard")
 STEP_WEIGHTS = ("none", "layer", "tau", "guard", "flash")
 LEAF_WEIGHTS = ("group", "node")
 TARGETS = ("best-path", "best-leaf", "images")
-TRUST = {"dppo": 1e-5, "softmax_tb": 0.2}  # as published; of objective.trust
-BETA = {"softmax_tb": 15.0}  # as published; of objective.beta
+TRUST = {"dppo": 1e-5, "softmax_tb": 0.2, "awm": 1.0}  # as published; of objective.trust
+BETA = {"softmax_tb": 15.0, "nft": 1.0}  # as published; of objective.beta
 
 
 @dataclass
@@ -31,13 +34,17 @@ class Objective:
     kl: float = 0.0  # coefficient of the KL divergence from the base model
     sft: float = 0.0  # lambda of LayerTuning-RL; 0 = plain GRPO
     target: str = "best-path"  # LayerTuning-RL's target: best-path | best-leaf | images
-    loss: str = "grpo"  # grpo | dppo | softmax_tb | regression: see the functions of these names
+    loss: str = "grpo"  # grpo | dppo | softmax_tb | regression | nft | awm: see the functions of these names
     eta: float = 1.0  # regression: how far one update aims from the old velocity, in leaves of advantage 1
     anchor: float = 0.0  # regression: share of the base model's velocity in what is aimed from; 0 = only the old one's
     leaf_weights: str = "group"  # regression: a leaf's advantage, or that less the mean of the leaves of its node
-    trust: float = 0.0  # dppo: KL that an edge may reach; softmax_tb: clip range of the ratio; 0 = as published
-    beta: float = 0.0  # softmax_tb: how sharply the better leaves are preferred; 0 = as published
+    trust: float = 0.0  # dppo: KL that an edge may reach; softmax_tb, awm: clip range of the ratio; 0 = as published
+    beta: float = 0.0  # softmax_tb: how sharply better leaves are preferred; nft: guidance strength; 0 = as published
     reference: float = 0.1  # softmax_tb: coefficient of what holds log-probabilities to the sampling policy's
+
+    states: str = "auto"  # regression, nft, awm: window nodes | renoised images | both; auto = renoised for nft and awm
+    per_image: int = 1  # renoised: states of every image, each a forward and backward
+    weighting: str = "ghuber"  # awm: ghuber (its published runs) | uniform | t: see awm_log_prob
 
     def __post_init__(self):
         if not 0 <= self.anchor <= 1:
@@ -48,9 +55,33 @@ class Objective:
             ("ratio", self.ratio, RATIOS),
             ("step weight", self.step_weight, STEP_WEIGHTS),
             ("target", self.target, TARGETS),
+            ("states", self.states, STATES),
+            ("weighting", self.weighting, WEIGHTINGS),
         ):
             if value not in options:
                 raise ValueError(f"Unknown {name} '{value}': choose one of {', '.join(options)}.")
+        if self.per_image < 1:
+            raise ValueError(f"Every image needs at least 1 noisy state, not {self.per_image}.")
+        if self.on_renoised and self.loss not in MATCHING:
+            raise ValueError(
+                f"The loss '{self.loss}' needs a tree's branches, which re-noised images do not have: set states to "
+                f"window, or choose one of {', '.join(MATCHING)}."
+            )
+        if self.sft > 0 and not self.on_window:
+            raise ValueError(
+                "LayerTuning-RL's term needs the tree's nodes, and re-noised images are none: set states to window or "
+                "both."
+            )
+
+    @property
+    def on_renoised(self) -> bool:
+        """Whether finished images with fresh noise are learned from."""
+        return self.states in ("renoised", "both") or (self.states == "auto" and self.loss in ("nft", "awm"))
+
+    @property
+    def on_window(self) -> bool:
+        """Whether the window's nodes are learned from."""
+        return self.states == "both" or not self.on_renoised
 
     @property
     def trust_range(self) -> float:
@@ -62,7 +93,7 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether every node costs one more forward, of the base model."""
+        """Whether every state costs one more forward, of the base model."""
         return self.kl > 0 or (self.loss == "regression" and self.anchor > 0)
 
 

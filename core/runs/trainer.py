@@ -30,6 +30,7 @@ from ..method.objective import Objective
 from ..method.ranks import ALONE, Ranks
 from ..method.rollout import grow
 from ..method.tree import Forest, TreeShape
+from ..method.update import NOTHING_TO_RETAIN
 from ..pictures.distance import SIDE, diversity, small
 from ..rewards.combine import parts, scores
 from ..rewards.self_test import doubts
@@ -122,6 +123,8 @@ class Trainer:
         self.objective, self.reward, self.settings, self.judge, self.images = objective, reward, settings, judge, images
         self.check, self.progress, self.ranks = check or (lambda: None), progress, ranks
         self.micro_batch = MicroBatch(settings.micro_batch, fixed=ranks.lockstep)
+        if settings.retain_share and not objective.on_window:
+            raise ValueError(NOTHING_TO_RETAIN)
         refuse_split(ranks, shape, objective, reward, settings, len(prompts.train))
         settings.shape, settings.schedule, settings.objective = asdict(shape), asdict(schedule), asdict(objective)
         self.changes = run.change_settings(asdict(settings))
