@@ -162,3 +162,26 @@ def test_the_raw_sum_lets_the_larger_numbers_count_more():
 def test_the_total_is_missing_where_a_part_is():
     total = total_reward({"a": torch.tensor([1.0, float("nan")]), "b": torch.tensor([2.0, 2.0])}, {"a": 3.0})
     assert total[0] == 5 and total[1].isnan()
+
+
+def test_slas_is_its_formula_and_its_scale_is_the_batchs():
+    rewards = torch.tensor([0.0, 1.0, 2.0, 5.0, 0.1, 0.2, 0.3, 0.4, 7.0, 7.0, 7.0, 7.0, 1.0, torch.nan, 3.0, torch.nan])
+    gamma = 0.5
+    shaped, flat = leaf_advantages({"r": rewards}, 4, clip=100.0, shaping="slas", gamma=gamma)
+    distance = torch.tensor([-2.0, -1, 0, 3, -0.15, -0.05, 0.05, 0.15, 0, 0, 0, 0, -1, 0, 1, 0])
+    power = distance.sign() * distance.abs() ** (1 + gamma)
+    expected = power / power[rewards.isfinite()].std(correction=0)
+    torch.testing.assert_close(shaped, expected, atol=1e-6, rtol=1e-5)
+    assert flat.tolist() == [False, False, True, False]
+    again, _ = leaf_advantages({"r": 3 * rewards + 2}, 4, clip=100.0, shaping="slas", gamma=gamma)
+    torch.testing.assert_close(again, shaped, atol=1e-5, rtol=1e-4)
+    z, _ = leaf_advantages({"r": rewards}, 4, clip=100.0)
+    # the second prompt's small spread counts little, as it does not for z-scores
+    assert shaped[4:8].abs().max() < 0.1 < z[4:8].abs().min()
+
+
+def test_shapings_are_checked():
+    with pytest.raises(ValueError, match="Unknown shaping 'x': choose one of z-score, slas"):
+        leaf_advantages({"r": torch.arange(4.0)}, 1, shaping="x")
+    with pytest.raises(ValueError, match="0 or more, not -1"):
+        leaf_advantages({"r": torch.arange(4.0)}, 1, shaping="slas", gamma=-1.0)

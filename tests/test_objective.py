@@ -1,22 +1,35 @@
 """Every term of the loss: gradients against finite differences, and what each setting must do."""
 
+import importlib
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_tree import grown
 from test_update import RANDOM_KINDS, case
 
+from core.method.cost import learning_forwards
+from core.method.matching import renoise
 from core.method.memory import MicroBatch, saved_bytes
 from core.method.noise import NoiseSchedule
 from core.method.objective import (
+    LOSSES,
+    MATCHING,
     Objective,
     best_leaves,
     clip_ranges,
+    dppo,
     gaussian_kl,
     log_ratio,
     node_values,
+    path_log_probs,
     relative,
     sft_targets,
     sft_weights,
+    softmax_tb_advantage,
+    softmax_tb_shares,
     step_weights,
 )
 from core.method.steps import step
@@ -38,17 +51,32 @@ TERMS = {
     "flash": Objective(step_weight="flash", **WIDE),
     "regression": Objective(loss="regression", eta=0.7),
     "regression to the base": Objective(loss="regression", anchor=1.0, step_weight="layer"),
+    "dppo": Objective(loss="dppo"),
+    "dppo guard": Objective(loss="dppo", trust=1e-4, ratio="guard", step_weight="tau"),
+    "softmax_tb": Objective(loss="softmax_tb", beta=2.0, trust=10.0, reference=3.0),
+    "softmax_tb clipped": Objective(loss="softmax_tb", trust=0.01, kl=0.1, step_weight="layer"),
     "regression within a node": Objective(loss="regression", anchor=0.3, leaf_weights="node", kl=0.2, sft=0.2),
+    "nft": Objective(loss="nft", step_weight="layer"),
+    "nft on nodes": Objective(loss="nft", states="window", beta=0.1, kl=0.2, step_weight="tau"),
+    "nft on both": Objective(loss="nft", states="both", per_image=2, sft=0.1),
+    "awm": Objective(loss="awm", per_image=2),
+    "awm on nodes": Objective(loss="awm", states="window", weighting="t", trust=0.01, kl=0.2),
+    "awm on both": Objective(loss="awm", states="both", weighting="uniform", kl=0.3),
+    "regression on both": Objective(loss="regression", states="both", eta=0.7, anchor=0.2, per_image=3),
     "everything": Objective(0.01, 0.02, 1.0, "guard", "tau", 0.1, 0.2, "best-leaf"),
 }
 
 
+def move(velocity):
+    """Another policy than the one that sampled."""
+    draw = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        velocity.delta += 0.02 * torch.randn(velocity.delta.shape, generator=draw, dtype=torch.float64)
+
+
 def off_policy(kind="cps", shape=TreeShape(3, 2)):
     forest, velocity, advantages = case(kind, shape)
-    with torch.no_grad():
-        velocity.delta += 0.02 * torch.randn(
-            velocity.delta.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
-        )
+    move(velocity)
     return forest, velocity, advantages
 
 
@@ -58,7 +86,12 @@ def images(forest):
     )
 
 
-def total(objective, forest, velocity, advantages):
+def noisy(objective, forest):
+    return renoise(forest, objective.per_image, seed=5) if objective.on_renoised else None
+
+
+def total(objective, forest, velocity, advantages, renoised=None):
+    states = len(renoised.x) if renoised else 0
     loss_of = _Loss(
         velocity,
         forest,
@@ -67,27 +100,57 @@ def total(objective, forest, velocity, advantages):
         torch.ones(len(forest.prompts), dtype=torch.bool),
         images(forest),
         sum(layer.numel() for layer in advantages),
+        renoised,
+        states,
     )
     value = 0.0
-    for layer in range(forest.depth):
+    for layer in range(forest.depth) if objective.on_window else ():
         v = velocity(forest.states[layer], forest.sigma(layer)[0], forest.rows(layer))
         value = value + loss_of(layer, slice(0, len(v)), v)[0]
+    if renoised:
+        chosen = loss_of.wanted_states()
+        v = velocity(renoised.x[chosen], renoised.sigmas[chosen], renoised.rows[chosen])
+        value = value + loss_of.of_renoised(chosen, v)[0]
     return value
+
+
+def hold(monkeypatch, *places):
+    """What has no gradient stays, in every later pass, what it was in the first one."""
+    for place in places:
+        module, name = place.rsplit(".", 1)
+        real, held, calls = getattr(importlib.import_module(module), name), [], itertools.count()
+
+        def same(*args, real=real, held=held, calls=calls):
+            if not same.replay:
+                held.append(real(*args))
+                return held[-1]
+            return held[next(calls) % len(held)]
+
+        same.replay = False
+        monkeypatch.setattr(place, same)
+        yield same
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "cps"])
 @pytest.mark.parametrize("name", TERMS)
-def test_gradient_of_every_term_equals_finite_differences(name, kind):
+def test_gradient_of_every_term_equals_finite_differences(name, kind, monkeypatch):
     objective = TERMS[name]
-    forest, velocity, advantages = off_policy(kind)
-    policy_gradient(velocity, forest, advantages, objective, images=images(forest))
+    forest, velocity, advantages = case(kind, TreeShape(3, 2))
+    states = noisy(objective, forest)
+    if states:  # the sampling policy's velocities, as a first inner update leaves them
+        states.remember(torch.arange(len(states.x)), velocity(states.x, states.sigmas, states.rows))
+    move(velocity)
+    held = list(hold(monkeypatch, "core.method.update.softmax_tb_advantage", "core.method.matching.adaptive_weight"))
+    policy_gradient(velocity, forest, advantages, objective, images=images(forest), renoised=states)
+    for function in held:
+        function.replay = True
     direction = torch.randn(velocity.delta.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     slope = float((velocity.delta.grad * direction).sum())
     values = []
     for sign in (1, -1):
         with torch.no_grad():
             velocity.delta += sign * 1e-6 * direction
-            values.append(float(total(objective, forest, velocity, advantages)))
+            values.append(float(total(objective, forest, velocity, advantages, states)))
             velocity.delta -= sign * 1e-6 * direction
     assert abs(slope) > 1e-6 and slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=2e-5)
 
@@ -96,9 +159,15 @@ def test_gradient_of_every_term_equals_finite_differences(name, kind):
 def test_every_term_is_the_same_on_any_split_and_with_retained_graphs(name):
     objective = TERMS[name]
     forest, velocity, advantages = case()
-    policy_gradient(velocity, forest, advantages, objective, images=images(forest))
+    rest = {"images": images(forest)}
+    before = velocity.forwards
+    metrics = policy_gradient(velocity, forest, advantages, objective, **rest, renoised=noisy(objective, forest))
+    assert abs(metrics["ratio_mean"] - 1) < 1e-12
+    cost = learning_forwards(TreeShape(3, 2, trees=2), objective)
+    assert velocity.forwards - before == 2 * cost
     whole, velocity.delta.grad = velocity.delta.grad, None
-    policy_gradient(velocity, forest, advantages, objective, images=images(forest), micro_batch=MicroBatch(3))
+    states = noisy(objective, forest)
+    policy_gradient(velocity, forest, advantages, objective, **rest, renoised=states, micro_batch=MicroBatch(3))
     torch.testing.assert_close(velocity.delta.grad, whole, atol=1e-13, rtol=1e-9)
 
     kept, fresh = grown(
@@ -107,10 +176,15 @@ def test_every_term_is_the_same_on_any_split_and_with_retained_graphs(name):
         schedule=NoiseSchedule("cps", level=0.5, shape="linear", beta=0.3, rho_min=0.5),
         retain=1e9,
     )
+    if not objective.on_window:
+        with pytest.raises(ValueError, match="has no graphs to keep: turn retain_graphs off"):
+            policy_gradient(fresh, kept, advantages, objective, **rest, renoised=states)
+        return
     before = fresh.forwards
-    policy_gradient(fresh, kept, advantages, objective, images=images(forest))
+    policy_gradient(fresh, kept, advantages, objective, **rest, renoised=noisy(objective, kept))
     torch.testing.assert_close(fresh.delta.grad, whole, atol=1e-13, rtol=1e-9)
-    assert fresh.forwards - before == (2 * 2 * 4 if objective.needs_reference else 0) and not kept.graphs
+    assert not kept.graphs
+    assert fresh.forwards - before == 2 * learning_forwards(TreeShape(3, 2, trees=2), objective, retained=True)
 
 
 @pytest.mark.parametrize("kind", RANDOM_KINDS)
@@ -168,6 +242,75 @@ def test_layer_weights_give_every_layer_its_own_mean():
         log_prob = score_edges(forest, layer, slice(0, len(v)), v).log_prob
         means.append(-(torch.exp(log_prob - forest.log_probs[layer]) * advantage).mean())
     torch.testing.assert_close(whole, sum(means) / 2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    branching=st.integers(2, 4),
+    depth=st.integers(1, 3),
+    trees=st.integers(1, 2),
+    beta=st.floats(0.1, 20),
+    scale=st.floats(0.01, 5),
+    seed=st.integers(0, 99),
+)
+def test_softmax_tbs_residual_splits_exactly_over_the_edges(branching, depth, trees, beta, scale, seed):
+    """A path's residual, as TMPO defines it over a whole tree, is the sum of its edges' shares."""
+    forest, _, _ = case(shape=TreeShape(branching, depth, trees))
+    draw = torch.Generator().manual_seed(seed)
+    forest.log_probs = [scale * torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in forest.log_probs]
+    leaf = torch.randn(len(forest.leaves), generator=draw, dtype=torch.float64)
+    shares, onward = softmax_tb_shares(Objective(loss="softmax_tb", beta=beta), forest, leaf)
+    parts = [softmax_tb_advantage(p, *edge, branching) for p, *edge in zip(forest.log_probs, shares, onward)]
+    tree = branching**depth
+    whole = torch.log_softmax(beta * leaf.view(-1, tree), 1) - torch.log_softmax(
+        path_log_probs(forest.log_probs, branching).view(-1, tree), 1
+    )
+    torch.testing.assert_close(path_log_probs(parts, branching), whole.flatten(), atol=1e-12, rtol=1e-12)
+
+
+def test_softmax_tb_on_one_layer_is_tmpos_loss():
+    """tmpo/losses: A = log_softmax(beta R) - log_softmax(log p), ratio exp(d - mean d), clip 0.2, reference 0.1; at any
+    policy, as many optimizer steps as one likes after the rollout."""
+    forest, velocity, advantages = off_policy(shape=TreeShape(4, 1))
+    leaf, v = advantages[-1].view(2, 4), velocity(forest.states[0], forest.sigma(0)[0], forest.rows(0))
+    new = score_edges(forest, 0, slice(0, 2), v).log_prob.view(2, 4)
+    d = new - forest.log_probs[0].view(2, 4)
+    residual = (torch.log_softmax(15 * leaf, 1) - torch.log_softmax(new, 1)).detach()
+    ratio = torch.exp(d - d.mean(1, keepdim=True))  # tmpo's code stops the mean's gradient, see softmax_tb
+    published = torch.maximum(-residual * ratio, -residual * ratio.clamp(0.8, 1.2)).mean() + 0.1 * (d**2).mean()
+    torch.testing.assert_close(total(Objective(loss="softmax_tb"), forest, velocity, advantages), published)
+
+
+def test_softmax_tb_needs_siblings():
+    forest, velocity, advantages = case(shape=TreeShape(1, 2, trees=3))
+    with pytest.raises(ValueError, match="compares siblings, and these trees have none: raise branching"):
+        policy_gradient(velocity, forest, advantages, Objective(loss="softmax_tb"))
+
+
+def test_dppo_drops_only_edges_that_are_far_and_going_further():
+    """UniRL's flowdppo.py: kl >= threshold and the ratio already on its advantage's side of 1."""
+    log_r = torch.tensor([0.1, 0.1, -0.1, -0.1, 0.1], requires_grad=True)
+    advantage, kl = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-6])
+    each, ratio, dropped = dppo(log_r, advantage, kl, 1e-5)
+    assert dropped.tolist() == [True, False, True, False, False]
+    torch.testing.assert_close(each, torch.where(dropped, 0.0, -torch.exp(log_r) * advantage))
+    (slope,) = torch.autograd.grad(each.sum(), log_r)
+    assert (slope == 0).tolist() == dropped.tolist() and torch.equal(ratio, torch.exp(log_r).detach())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_flat_groups_teach_nothing_in_whatever_slice_they_are(loss):
+    """Off policy, where even a leaf without advantage would pull: a flat group's nodes alone, or beside others."""
+    forest, velocity, advantages = off_policy()
+    half = [layer * (torch.arange(len(layer)) < len(layer) // 2) for layer in advantages]
+    objective = Objective(loss=loss, states="both" if loss in MATCHING else "auto")
+    states = noisy(objective, forest)
+    policy_gradient(velocity, forest, half, objective, renoised=states)
+    whole, velocity.delta.grad = velocity.delta.grad, None
+    before = velocity.forwards
+    policy_gradient(velocity, forest, half, objective, renoised=states, micro_batch=MicroBatch(1))
+    assert velocity.forwards - before == learning_forwards(TreeShape(3, 2, trees=1), objective)  # one of two prompts
+    torch.testing.assert_close(velocity.delta.grad, whole, atol=1e-14, rtol=1e-9)
 
 
 def leaf_by_leaf(objective, forest, velocity, leaf):
@@ -256,7 +399,8 @@ def test_the_worst_learn_most_and_bad_groups_are_not_imitated():
 
 
 def test_unknown_choices_are_named():
-    for bad in (dict(ratio="x"), dict(step_weight="x"), dict(target="x"), dict(loss="x"), dict(leaf_weights="x")):
+    for name in ("ratio", "step_weight", "target", "loss", "leaf_weights", "states", "weighting"):
+        bad = {name: "x"}
         with pytest.raises(ValueError, match="choose one of"):
             Objective(**bad)
     with pytest.raises(ValueError, match="a share between 0 and 1, not 2"):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 ESTIMATORS = ("treegrpo", "branchgrpo", "trajectory")
 WEIGHTS = ("mean-logprob", "uniform", "sum-logprob")
+SHAPINGS = ("z-score", "slas")
 
 
 def check_rewards(rewards: dict[str, Tensor], prompts: int) -> None:
@@ -43,36 +44,64 @@ def leaf_advantages(
     weights: dict[str, float] | None = None,
     clip: float = 5.0,
     raw: bool = False,
+    shaping: str = "z-score",
+    gamma: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """A(leaf) = sum_m w_m (R_m - mean_m) / (std_m + 1e-8), per prompt group and reward model (TreeGRPO, arXiv
-    2512.08153).
+    2512.08153); with shaping "slas" the terms are those of `super_linear`.
 
     rewards: scores [P * K] by reward name, leaves in forest order. weights: by name, default 1. raw: sum the weighted
-    scores first and normalise the sum (flow_grpo), so that the reward with the larger numbers counts more.
+    scores first and normalise the sum (flow_grpo), so that the reward with the larger numbers counts more. gamma: of
+    super_linear.
     A score that is not finite is masked: it counts for nothing, neither in its group's mean nor as an advantage.
     Returns the advantages [P * K], clipped to +-clip, and which groups have zero spread in every reward [P].
     """
     check_rewards(rewards, prompts)
+    if shaping not in SHAPINGS:
+        raise ValueError(f"Unknown shaping '{shaping}': choose one of {', '.join(SHAPINGS)}.")
     if raw:
         rewards, weights = {"sum": total_reward(rewards, weights)}, None
     total, flat = 0.0, True
     for name, values in rewards.items():
-        z, constant = group_z(values.float().view(prompts, -1))
+        group = values.float().view(prompts, -1)
+        z, constant = group_z(group) if shaping == "z-score" else super_linear(group, gamma)
         total = total + (weights or {}).get(name, 1.0) * z
         flat = constant & flat
     return total.clamp(-clip, clip).flatten(), flat
 
 
-def group_z(group: Tensor) -> tuple[Tensor, Tensor]:
-    """z-scores [P, K] of each row over its finite entries, 0 elsewhere, and which rows have no spread [P]."""
+def centred(group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances from each row's mean over its finite entries, 0 elsewhere [P, K]; the rows' population std [P, 1]; and
+    which rows have no spread [P, 1].
+    """
     known = torch.isfinite(group)
     count = known.sum(1, keepdim=True).clamp(min=1)
     mean = torch.where(known, group, 0.0).sum(1, keepdim=True) / count
-    centred = torch.where(known, group - mean, 0.0)
-    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    distance = torch.where(known, group - mean, 0.0)
+    std = (distance.square().sum(1, keepdim=True) / count).sqrt()
     # A spread of the size of a rounding error is no spread: dividing by it would train on noise.
-    constant = std <= 1e-6 * torch.where(known, group.abs(), 0.0).amax(1, keepdim=True)
-    return torch.where(constant, 0.0, centred / (std + 1e-8)), constant[:, 0]
+    return distance, std, std <= 1e-6 * torch.where(known, group.abs(), 0.0).amax(1, keepdim=True)
+
+
+def group_z(group: Tensor) -> tuple[Tensor, Tensor]:
+    """z-scores [P, K] of each row over its finite entries, 0 elsewhere, and which rows have no spread [P]."""
+    distance, std, constant = centred(group)
+    return torch.where(constant, 0.0, distance / (std + 1e-8)), constant[:, 0]
+
+
+def super_linear(group: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """SLAS (arXiv 2605.10937): sign(D) |D|^(1 + gamma), D the distance from the row's mean, all divided by their std
+    over the whole batch, so that prompts with more spread count more; [P, K], and which rows have no spread [P].
+
+    Inferred from the paper's abstract and a summary: the power law and the division by the batch's std; gamma's value
+    is not known to us. Entries that are not finite are 0 and do not count in the std.
+    """
+    if gamma < 0:
+        raise ValueError(f"The power gamma must be 0 or more, not {gamma:g}: 0 = linear in the distance.")
+    distance, _, constant = centred(group)
+    shaped = torch.where(constant, 0.0, distance.sign() * distance.abs() ** (1 + gamma))
+    known = shaped[torch.isfinite(group)]
+    return shaped / (known.std(correction=0) + 1e-8), constant[:, 0]
 
 
 def backup(

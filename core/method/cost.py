@@ -30,6 +30,19 @@ def forwards(
     return trees * rollout, trees * (n if shared else branching * n)
 
 
+def learning_forwards(shape, objective, inner_updates: int = 1, retained: bool = False) -> int:
+    """Update forwards per prompt without CFG, of all inner updates of an objective; a prompt whose images all score
+    alike costs nothing where the objective needs no reference.
+
+    A state is a window node or a re-noised image, and has a backward of its own; with a reference (KL, or an anchor)
+    it also costs a forward without. retained: the window's graphs were kept from sampling, so that the first of the
+    inner updates need not forward its nodes.
+    """
+    window = shape.trees * nodes(shape.depth, shape.branching) * objective.on_window
+    renoised = shape.leaves * objective.per_image * objective.on_renoised
+    return inner_updates * (window + renoised) * (2 if objective.needs_reference else 1) - window * retained
+
+
 def expected_forwards(shape, steps: int) -> tuple[float, int]:
     """(rollout, update) forwards per prompt, the rollout averaged over the window's distribution."""
     last = windows.last_start(steps, shape.depth)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..model import Velocity
 from . import noise
 from .advantage import Scores, edge_advantages, leaf_advantages, total_reward
+from .matching import renoise
 from .memory import MicroBatch
 from .noise import NoiseSchedule
 from .objective import Objective
@@ -38,6 +39,8 @@ class Sampled:
     trees: int  # per prompt, those of other processes included
     forwards: int  # latents through the network, twice with CFG
     fingerprint: int | None  # of the weights that retained graphs belong to; None = none were kept
+    seed: int = 0  # of every noise of the iteration
+    first_tree: int = 0  # number of the first of a prompt's trees, where other processes have the others
 
 
 @dataclass
@@ -109,7 +112,7 @@ def sample(
         progress=progress,
     )
     fingerprint = velocity.fingerprint() if forest.graphs else None
-    return Sampled(forest, shape.trees, velocity.forwards, fingerprint)
+    return Sampled(forest, shape.trees, velocity.forwards, fingerprint, seed, own.start)
 
 
 def score(found: Scores, forest: Forest) -> Scores:
@@ -127,9 +130,13 @@ def credit(
     estimator: str = "treegrpo",
     weights: str = "mean-logprob",
     clip: float = 5.0,
+    shaping: str = "z-score",
+    gamma: float = 0.5,
     ranks: Ranks = ALONE,
 ) -> Credit:
-    """Advantages of every edge. estimator, weights: see method.advantage. clip: largest advantage of a single image."""
+    """Advantages of every edge. estimator, weights, shaping, gamma: see method.advantage. clip: largest advantage of a
+    single image.
+    """
     forest = sampled.forest
     found, log_probs, broken = _of_all(forest, found, ranks)
     prompts, kept = len(broken), ~broken
@@ -142,7 +149,7 @@ def credit(
         found = replace(found, values={name: _rows(given, kept) for name, given in found.values.items()})
         log_probs = [_rows(p, kept) for p in log_probs]
     left = int(kept.sum())
-    leaf, flat = leaf_advantages(found.values, left, found.weights, clip, found.raw)
+    leaf, flat = leaf_advantages(found.values, left, found.weights, clip, found.raw, shaping, gamma)
     layers = edge_advantages(estimator, log_probs, leaf, forest.branching, left, weights, forest.leaves[0].numel())
     best = best_rewards(total_reward(found.values, found.weights), left)
     if ranks.size > 1:
@@ -191,8 +198,20 @@ def learn(
     allowed = credit.best >= running_best(history) if only_good else None
     if allowed is not None and ranks.size > 1:
         allowed = allowed[ranks.rows(credit.kept, sampled.forest.prompts)]
+    states = None
+    if objective.on_renoised and forest.prompts:
+        states = renoise(forest, objective.per_image, sampled.seed, sampled.first_tree)
     metrics = update(
-        velocity, forest, credit.layers, optimizer, objective, images=images, allowed=allowed, ranks=ranks, **options
+        velocity,
+        forest,
+        credit.layers,
+        optimizer,
+        objective,
+        images=images,
+        allowed=allowed,
+        renoised=states,
+        ranks=ranks,
+        **options,
     )
     row |= {
         "frac_reward_zero_std": float(credit.flat.float().mean()),

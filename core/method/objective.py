@@ -1,4 +1,6 @@
-"""The loss on the trees: GRPO of the edges, tree regression of the nodes, KL, and LayerTuning-RL's supervised term."""
+"""The loss on the trees: of the edges (GRPO, Flow-DPPO, Softmax-TB), tree regression of the nodes, KL, and
+LayerTuning-RL's supervised term.
+"""
 
 from dataclasses import dataclass
 
@@ -8,11 +10,16 @@ from torch import Tensor
 from .steps import Step
 from .tree import Forest
 
-LOSSES = ("grpo", "regression")
+LOSSES = ("grpo", "dppo", "softmax_tb", "regression", "nft", "awm")
+MATCHING = ("regression", "nft", "awm")  # losses that need a state and an image, and no step's probability
+STATES = ("auto", "window", "renoised", "both")
+WEIGHTINGS = ("ghuber", "uniform", "t")
 RATIOS = ("plain", "guard")
 STEP_WEIGHTS = ("none", "layer", "tau", "guard", "flash")
 LEAF_WEIGHTS = ("group", "node")
 TARGETS = ("best-path", "best-leaf", "images")
+TRUST = {"dppo": 1e-5, "softmax_tb": 0.2, "awm": 1.0}  # as published; of objective.trust
+BETA = {"softmax_tb": 15.0, "nft": 1.0}  # as published; of objective.beta
 
 
 @dataclass
@@ -27,10 +34,17 @@ class Objective:
     kl: float = 0.0  # coefficient of the KL divergence from the base model
     sft: float = 0.0  # lambda of LayerTuning-RL; 0 = plain GRPO
     target: str = "best-path"  # LayerTuning-RL's target: best-path | best-leaf | images
-    loss: str = "grpo"  # grpo | regression: see regression_targets
+    loss: str = "grpo"  # grpo | dppo | softmax_tb | regression | nft | awm: see the functions of these names
     eta: float = 1.0  # regression: how far one update aims from the old velocity, in leaves of advantage 1
     anchor: float = 0.0  # regression: share of the base model's velocity in what is aimed from; 0 = only the old one's
     leaf_weights: str = "group"  # regression: a leaf's advantage, or that less the mean of the leaves of its node
+    trust: float = 0.0  # dppo: KL that an edge may reach; softmax_tb, awm: clip range of the ratio; 0 = as published
+    beta: float = 0.0  # softmax_tb: how sharply better leaves are preferred; nft: guidance strength; 0 = as published
+    reference: float = 0.1  # softmax_tb: coefficient of what holds log-probabilities to the sampling policy's
+
+    states: str = "auto"  # regression, nft, awm: window nodes | renoised images | both; auto = renoised for nft and awm
+    per_image: int = 1  # renoised: states of every image, each a forward and backward
+    weighting: str = "ghuber"  # awm: ghuber (its published runs) | uniform | t: see awm_log_prob
 
     def __post_init__(self):
         if not 0 <= self.anchor <= 1:
@@ -41,13 +55,45 @@ class Objective:
             ("ratio", self.ratio, RATIOS),
             ("step weight", self.step_weight, STEP_WEIGHTS),
             ("target", self.target, TARGETS),
+            ("states", self.states, STATES),
+            ("weighting", self.weighting, WEIGHTINGS),
         ):
             if value not in options:
                 raise ValueError(f"Unknown {name} '{value}': choose one of {', '.join(options)}.")
+        if self.per_image < 1:
+            raise ValueError(f"Every image needs at least 1 noisy state, not {self.per_image}.")
+        if self.on_renoised and self.loss not in MATCHING:
+            raise ValueError(
+                f"The loss '{self.loss}' needs a tree's branches, which re-noised images do not have: set states to "
+                f"window, or choose one of {', '.join(MATCHING)}."
+            )
+        if self.sft > 0 and not self.on_window:
+            raise ValueError(
+                "LayerTuning-RL's term needs the tree's nodes, and re-noised images are none: set states to window or "
+                "both."
+            )
+
+    @property
+    def on_renoised(self) -> bool:
+        """Whether finished images with fresh noise are learned from."""
+        return self.states in ("renoised", "both") or (self.states == "auto" and self.loss in ("nft", "awm"))
+
+    @property
+    def on_window(self) -> bool:
+        """Whether the window's nodes are learned from."""
+        return self.states == "both" or not self.on_renoised
+
+    @property
+    def trust_range(self) -> float:
+        return self.trust or TRUST[self.loss]
+
+    @property
+    def sharpness(self) -> float:
+        return self.beta or BETA[self.loss]
 
     @property
     def needs_reference(self) -> bool:
-        """Whether every node costs one more forward, of the base model."""
+        """Whether every state costs one more forward, of the base model."""
         return self.kl > 0 or (self.loss == "regression" and self.anchor > 0)
 
 
@@ -63,6 +109,76 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_low, clip_high)
         * advantage
     )
     return -torch.minimum(plain, clipped), ratio.detach(), (clipped < plain).detach()
+
+
+def dppo(log_ratio: Tensor, advantage: Tensor, kl: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Flow-DPPO (UniRL's public code, flowdppo.py): -r A per edge [E], but 0 where the policy has already moved further
+    than `threshold` and the edge would take it further still; the ratios r [E], and which edges were dropped [E].
+
+    kl: of the step from the sampling policy's, per latent element [E].
+    """
+    ratio = torch.exp(log_ratio)
+    dropped = ((kl >= threshold) & ((ratio - 1) * advantage > 0)).detach()
+    return torch.where(dropped, 0.0, -ratio * advantage), ratio.detach(), dropped
+
+
+def log_masses(values: Tensor, forest: Forest) -> list[Tensor]:
+    """log of the sum of e^value over the leaves below every node, layers 0 (roots) to depth (leaves):
+    [P * trees * branching^k].
+    """
+    return [
+        torch.logsumexp(values.view(-1, forest.branching ** (forest.depth - k)), 1) for k in range(forest.depth + 1)
+    ]
+
+
+def path_log_probs(log_probs: list[Tensor], branching: int) -> Tensor:
+    """log-probability of every leaf's path from its root, the sum over its edges: [P * K]."""
+    path = torch.zeros_like(log_probs[0][::branching])
+    for layer in log_probs:
+        path = path.repeat_interleave(branching) + layer
+    return path
+
+
+def softmax_tb_shares(objective: Objective, forest: Forest, leaf: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Softmax-TB of every edge, per layer: the log of its share of its parent's e^(beta R), and the log of the
+    probability, under the sampling policy, of all paths on from it, each [P * trees * branching^(k+1)].
+
+    TMPO's residual of a path, log_softmax(beta R) - log_softmax(log p) over a tree's leaves, is the sum over its edges
+    of what `softmax_tb_advantage` makes of the two (docs/method_learning.md). leaf: R of every leaf [P * K], which in
+    TMPO's code are z-scores too.
+    """
+    b, mass = forest.branching, log_masses(objective.sharpness * leaf, forest)
+    paths = path_log_probs([p.cpu().to(leaf) for p in forest.log_probs], b)
+    reached, onward = log_masses(paths, forest), []
+    so_far = torch.zeros_like(reached[0])
+    for k, log_probs in enumerate(forest.log_probs):
+        so_far = so_far.repeat_interleave(b) + log_probs.cpu().to(leaf)
+        onward.append(reached[k + 1] - so_far)
+    return [below - above.repeat_interleave(b) for above, below in zip(mass, mass[1:])], onward
+
+
+def softmax_tb_advantage(log_prob: Tensor, share: Tensor, onward: Tensor, branching: int) -> Tensor:
+    """An edge's share of TMPO's residual [E], without gradient: log-share of its parent's e^(beta R), less log-share of
+    the probability of its siblings' paths. log_prob: of the policy that learns [E].
+    """
+    siblings = (log_prob + onward).detach().view(-1, branching)
+    return share - torch.log_softmax(siblings, 1).flatten()
+
+
+def softmax_tb(
+    log_ratio: Tensor, advantage: Tensor, branching: int, clip: float, reference: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax-TB (TMPO): the clipped surrogate with the ratio exp(d - mean d), d = log r and the mean over siblings,
+    plus reference d^2; per edge [E], the ratios r [E], and which edges were clipped [E].
+
+    TMPO takes sums over a path where this takes edges: the same on a tree of one layer. Its reference is meant to be
+    the base model; its public code takes the sampling policy, and so does this. That code also stops the mean's
+    gradient, and so has no baseline against advantages that are all negative: not so here, where it cost two thirds of
+    the signal-to-noise.
+    """
+    siblings = log_ratio.view(-1, branching)
+    loss, _, clipped = clipped_surrogate((siblings - siblings.mean(1, keepdim=True)).flatten(), advantage, clip, clip)
+    return loss + reference * log_ratio**2, torch.exp(log_ratio.detach()), clipped
 
 
 def log_ratio(kind: str, new: Step, old_log_prob: Tensor, old_mean: Tensor | None) -> Tensor:

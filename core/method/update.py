@@ -3,15 +3,19 @@
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .matching import Renoised, matched
 from .memory import MicroBatch
 from .objective import (
+    MATCHING,
     Objective,
     clip_ranges,
     clipped_surrogate,
+    dppo,
     gaussian_kl,
     log_ratio,
     node_values,
@@ -19,12 +23,20 @@ from .objective import (
     relative,
     sft_targets,
     sft_weights,
+    softmax_tb,
+    softmax_tb_advantage,
+    softmax_tb_shares,
     step_weights,
 )
 from .ranks import ALONE, Ranks
 from .signal import power
 from .steps import Step, step
 from .tree import Forest
+
+NOTHING_TO_RETAIN = (
+    "This objective learns from re-noised images alone, for which sampling has no graphs to keep: turn retain_graphs "
+    "off, or set the objective's states to window or both."
+)
 
 
 def children_of(layer_below: Tensor, parents: slice, branching: int) -> Tensor:
@@ -54,7 +66,9 @@ def score_edges(forest: Forest, layer: int, parents: slice, v: Tensor) -> Step:
 
 
 class _Loss:
-    """The loss of slices of window nodes; everything that is known before the forward is worked out once, here."""
+    """The loss of slices of window nodes or re-noised images; everything that is known before the forward is worked out
+    once, here.
+    """
 
     def __init__(
         self,
@@ -65,14 +79,20 @@ class _Loss:
         allowed: Tensor,
         images: Tensor | None,
         edges: int,
+        renoised: Renoised | None = None,
+        states: int = 0,
     ):
+        """edges, states: window edges and re-noised images of all processes, of which the loss is the mean."""
+        self.renoised, self.states = renoised, states
+        self.share = 0.5 if objective.on_window and objective.on_renoised else 1.0  # of either in the loss
         self.velocity, self.forest, self.objective, self.images = velocity, forest, objective, images
         self.advantages = [a.cpu() for a in advantages]
         self.leaf = self.advantages[-1]
         self.edges, self.nodes = edges, edges // forest.branching
         self.shares = relative(node_values(self.leaf, forest), forest)
-        spread = self.leaf.view(len(forest.prompts), -1)
-        self.allowed = allowed.cpu() & (spread.amax(1) > spread.amin(1))
+        group = self.leaf.view(len(forest.prompts), -1)
+        self.told = group.any(1)  # prompts whose leaves differ, and so have advantages
+        self.allowed = allowed.cpu() & (group.amax(1) > group.amin(1))
         blank = forest.states[0].new_zeros(1, 1)
         stds = [
             float(
@@ -94,12 +114,23 @@ class _Loss:
             [sft_weights(share, self.allowed) for share in self.shares[: forest.depth]] if objective.sft > 0 else None
         )
         self.targets: dict[int, Tensor] = {}
+        if objective.loss == "softmax_tb":
+            if forest.branching < 2:
+                raise ValueError(
+                    "Softmax-TB compares siblings, and these trees have none: raise branching in Tree Shape to at "
+                    "least 2."
+                )
+            self.tb_shares = softmax_tb_shares(objective, forest, self.leaf)
+
+    def learned(self, layer: int, parents: slice) -> Tensor:
+        """Which of these nodes belong to prompts whose leaves differ [n]."""
+        return self.told.repeat_interleave(len(self.forest.states[layer]) // len(self.told))[parents]
 
     def is_empty(self, layer: int, parents: slice) -> bool:
         """Nothing to learn from these nodes: groups without spread cost nothing."""
         objective = self.objective
-        if objective.loss == "regression":
-            learned = self.leaf[self.forest.leaves_below(layer, parents)]
+        if objective.loss in (*MATCHING, "softmax_tb"):
+            learned = self.learned(layer, parents)
         else:
             learned = children_of(self.advantages[layer], parents, self.forest.branching)
         if objective.needs_reference or bool(learned.any()):
@@ -107,60 +138,128 @@ class _Loss:
         return self.wanted_sft is None or not bool(self.wanted_sft[layer][parents].any())
 
     def __call__(self, layer: int, parents: slice, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss of the slice, its share of the whole, diagnostics [6]: loss, ratio, clipped, edges, kl, sft sums).
+        """(loss of a slice of window nodes, its share of the whole; diagnostics, see `measured`).
 
-        The loss's sum counts edges: a node's regression loss counts once for each of its edges.
+        The loss is the mean over edges: a node's matching loss counts once for each of its edges.
         """
         forest, objective, b = self.forest, self.objective, self.forest.branching
-        new = score_edges(forest, layer, parents, v)
-        reference = None
+        new, reference = score_edges(forest, layer, parents, v), None
         if objective.needs_reference:
-            with torch.no_grad(), self.velocity.reference():
-                reference = self.velocity(
-                    forest.states[layer][parents], forest.sigma(layer)[0], forest.rows(layer)[parents]
-                )
-        if objective.loss == "regression":
-            goal = regression_targets(objective, forest, self.leaf, layer, parents, reference)
-            each = b * ((v - goal) ** 2).flatten(1).mean(1)
+            reference = self._reference(
+                forest.states[layer][parents], forest.sigma(layer)[0], forest.rows(layer)[parents]
+            )
+        if objective.loss in MATCHING:
+            each, clipped = self._matched(layer, parents, v, reference)
             ratio = torch.exp(new.log_prob.detach() - children_of(forest.log_probs[layer], parents, b))
-            clipped = torch.zeros_like(ratio)
         else:
             each, ratio, clipped = self._surrogate(new, layer, parents)
-        loss = self.layer_weights[layer] * each.sum() / self.edges
+        loss = self.share * self.layer_weights[layer] * each.sum() / self.edges
         kl = sft = torch.zeros((), device=v.device)
         if objective.kl > 0:
             with torch.no_grad():
                 reference_mean = score_edges(forest, layer, parents, reference).mean
-            kl = gaussian_kl(new.mean, reference_mean, new.std).sum()
-            loss = loss + objective.kl * kl / self.edges
+            kl = self.share * gaussian_kl(new.mean, reference_mean, new.std).sum() / self.edges
+            loss = loss + objective.kl * kl
         if self.wanted_sft is not None:
             if layer not in self.targets:
                 self.targets[layer] = sft_targets(objective, forest, self.leaf, layer, self.images)
             distance = ((v - self.targets[layer][parents]) ** 2).flatten(1).mean(1)
-            sft = (self.wanted_sft[layer][parents].to(distance) * distance).sum()
-            loss = loss + objective.sft * sft / self.nodes
-        return loss, torch.stack(
-            [
-                each.detach().sum(),
-                ratio.sum(),
-                clipped.to(ratio).sum(),
-                torch.ones_like(ratio).sum(),
-                kl.detach().to(ratio),
-                sft.detach().to(ratio),
-            ]
-        )
+            sft = (self.wanted_sft[layer][parents].to(distance) * distance).sum() / self.nodes
+            loss = loss + objective.sft * sft
+        return loss, measured(self.share * each.sum() / self.edges, ratio, clipped, kl, sft)
+
+    def of_renoised(self, chosen: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of re-noised images [n], the mean over all of them. Their KL is mean (v - v_base)^2, and their ratio
+        that of AWM's log-probability with weight 1, as DiffusionNFT's and AWM's public codes have it.
+        """
+        forest, objective, states = self.forest, self.objective, self.renoised
+        x, sigma, reference = states.x[chosen], states.sigmas[chosen], None
+        if objective.needs_reference:
+            reference = self._reference(x, sigma, states.rows[chosen])
+        old, level = states.remember(chosen, v), sigma.to(v)
+        goal = ((x - forest.leaves[states.leaves[chosen]]) / level.view(-1, *[1] * (x.dim() - 1))).unsqueeze(1)
+        advantage = self.leaf[states.leaves[chosen]].to(v).unsqueeze(1)
+        each, clipped = matched(objective, v, old, goal, advantage, level, reference)
+        each = self._told(each, states.leaves[chosen] // forest.leaves_per_prompt)
+        old_error, error = ((u.detach().unsqueeze(1) - goal).square().flatten(1).mean(1) for u in (old, v))
+        loss = value = self.share * each.sum() / self.states
+        kl = torch.zeros((), device=v.device)
+        if objective.kl > 0:
+            kl = self.share * (v - reference).square().flatten(1).mean(1).sum() / self.states
+            loss = loss + objective.kl * kl
+        return loss, measured(value, torch.exp(old_error - error), clipped, kl, torch.zeros_like(kl))
+
+    def wanted_states(self) -> Tensor:
+        """The re-noised images that there is something to learn from [n]: groups without spread cost nothing."""
+        prompts = self.renoised.leaves // self.forest.leaves_per_prompt
+        return torch.arange(len(prompts))[self.told[prompts] | self.objective.needs_reference]
+
+    def _reference(self, x: Tensor, sigma, rows: Tensor) -> Tensor:
+        with torch.no_grad(), self.velocity.reference():
+            return self.velocity(x, sigma, rows)
+
+    def _told(self, each: Tensor, prompts: Tensor) -> Tensor:
+        """Losses of states of these prompts [n], 0 where the prompt's images are all alike, unless the base model pulls
+        at them: as in a slice of their own, which then costs nothing.
+        """
+        if self.objective.loss == "regression" and self.objective.needs_reference:
+            return each
+        return torch.where(self.told[prompts].to(each.device), each, 0.0)
+
+    def _matched(self, layer: int, parents: slice, v: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The matching loss of every node and how much of it was clipped, once for each of its edges: each [n]."""
+        forest, objective = self.forest, self.objective
+        if objective.loss == "regression":
+            target = regression_targets(objective, forest, self.leaf, layer, parents, reference)
+            each = ((v - target) ** 2).flatten(1).mean(1)
+            clipped = torch.zeros_like(each)
+        else:
+            rows, x = forest.leaves_below(layer, parents), forest.states[layer][parents]
+            sigma = x.new_full((len(x),), forest.sigma(layer)[0])
+            goal = (x.unsqueeze(1) - forest.leaves[rows].unflatten(0, (len(x), -1))) / forest.sigma(layer)[0]
+            advantage = self.leaf[rows].view(len(x), -1).to(v)
+            each, clipped = matched(objective, v, forest.velocities[layer][parents], goal, advantage, sigma, reference)
+        per_prompt = len(forest.states[layer]) // len(self.told)
+        each = self._told(each, torch.arange(parents.start, parents.stop) // per_prompt)
+        return forest.branching * each, forest.branching * clipped
 
     def _surrogate(self, new: Step, layer: int, parents: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """GRPO's clipped surrogate per edge, the ratios, and which edges were clipped: each [E]."""
+        """The loss of every edge, the ratios, and which edges were clipped: each [E]."""
         forest, objective, b = self.forest, self.objective, self.forest.branching
         old_mean = None
-        if objective.ratio == "guard":
+        if objective.ratio == "guard" or objective.loss == "dppo":
             with torch.no_grad():
                 old_mean = score_edges(forest, layer, parents, forest.velocities[layer][parents]).mean
         old_log_prob = children_of(forest.log_probs[layer], parents, b)
-        low, high = clip_ranges(objective, children_of(self.shares[layer + 1], parents, b).to(new.log_prob.device))
+        ratio = log_ratio(objective.ratio, new, old_log_prob, old_mean)
+        if objective.loss == "softmax_tb":
+            return self._softmax_tb(new, ratio, layer, parents)
         advantage = children_of(self.advantages[layer], parents, b).to(new.log_prob)
-        return clipped_surrogate(log_ratio(objective.ratio, new, old_log_prob, old_mean), advantage, low, high)
+        if objective.loss == "dppo":
+            return dppo(ratio, advantage, gaussian_kl(new.mean, old_mean, new.std), objective.trust_range)
+        low, high = clip_ranges(objective, children_of(self.shares[layer + 1], parents, b).to(new.log_prob.device))
+        return clipped_surrogate(ratio, advantage, low, high)
+
+    def _softmax_tb(self, new: Step, ratio: Tensor, layer: int, parents: slice) -> tuple[Tensor, Tensor, Tensor]:
+        objective, b = self.objective, self.forest.branching
+        share, onward = (children_of(values[layer], parents, b).to(new.log_prob) for values in self.tb_shares)
+        each, ratio, clipped = softmax_tb(
+            ratio,
+            softmax_tb_advantage(new.log_prob, share, onward, b),
+            b,
+            objective.trust_range,
+            objective.reference,
+        )
+        learned = self.learned(layer, parents).repeat_interleave(b).to(each.device)
+        return torch.where(learned, each, 0.0), ratio, clipped & learned
+
+
+def measured(loss: Tensor, ratio: Tensor, clipped: Tensor, kl: Tensor, sft: Tensor) -> Tensor:
+    """A slice's diagnostics [6]: its parts of the loss, KL and supervised term, and the sums of the ratios, of those
+    clipped, and of how many there are.
+    """
+    count = torch.ones_like(ratio).sum()
+    return torch.stack([value.detach().to(ratio) for value in (loss, ratio.sum(), clipped.sum(), count, kl, sft)])
 
 
 def policy_gradient(
@@ -172,17 +271,21 @@ def policy_gradient(
     micro_batch: MicroBatch | None = None,
     allowed: Tensor | None = None,
     images: Tensor | None = None,
+    renoised: Renoised | None = None,
     shared: bool = True,
     check: Callable[[], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Add the gradient of the loss over all window edges to the parameters; returns the loss and its diagnostics.
+    """Add the gradient of the loss over all window edges, and over all re-noised images where the objective learns from
+    them, to the parameters; returns the loss and its diagnostics.
 
     advantages: per layer, [P * trees * branching^(layer+1)]; the last layer's are also the leaves' values for clip
     ranges and LayerTuning-RL. With the rollout's micro_batch the slices are the rollout's own, so that a bf16 model
     scores with the batch shapes it sampled with. Slices with nothing to learn are skipped. Graphs the rollout retained
     are used up.
     allowed: prompts whose best leaf may be imitated [P], default all. images: [P, C, H, W], for target "images".
+    renoised: of matching.renoise, where the objective learns from them; the same of all inner updates, for it keeps the
+    velocities of the first.
     shared: one forward per parent; False forwards every edge on its own, `branching` times the cost for the same
     gradient: for comparison only, and not with LayerTuning-RL. check: called before each slice; may raise.
     ranks: the processes that have the prompts' other trees. The loss is of all edges of all of them; this one adds its
@@ -193,55 +296,88 @@ def policy_gradient(
     copies = 1 if shared else forest.branching
     if allowed is None:
         allowed = torch.ones(len(forest.prompts), dtype=torch.bool)
-    edges = int(ranks.total(sum(a.numel() for a in advantages)))
-    loss_of = _Loss(velocity, forest, advantages, objective, allowed, images, edges) if forest.prompts else None
+    refuse_unusable(forest, objective, renoised)
+    edges = int(ranks.total(sum(a.numel() for a in advantages))) if objective.on_window else 0
+    states = int(ranks.total(len(renoised.x) if renoised is not None else 0)) if objective.on_renoised else 0
+    loss_of = None
+    if forest.prompts:
+        loss_of = _Loss(velocity, forest, advantages, objective, allowed, images, edges, renoised, states)
     totals = []  # diagnostics per slice, on the device until the end
 
-    def learn(layer: int, first: int, last: int) -> None:
-        parents = slice(first, last)
-        kept = forest.graphs.pop((layer, first), None)
-        if first == last or loss_of.is_empty(layer, parents):
-            if ranks.lockstep:
-                _idle(velocity, forest, objective, parameters)
-            return
+    def idle() -> None:
+        if ranks.lockstep:
+            _idle(velocity, forest, objective, parameters)
+
+    def learn(loss: Callable[[], tuple[Tensor, Tensor]]) -> None:
         if check is not None:
             check()
         with velocity.grad():
-            if kept is None or len(kept) != last - first:
-                kept = velocity(
-                    forest.states[layer][parents].repeat_interleave(copies, 0),
-                    forest.sigma(layer)[0],
-                    forest.rows(layer)[parents].repeat_interleave(copies),
-                )
-            loss, diagnostics = loss_of(layer, parents, kept)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            value, diagnostics = loss()
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients):  # only now: a slice that failed has left nothing behind
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         totals.append(diagnostics)
 
+    def nodes(layer: int, first: int, last: int) -> None:
+        parents = slice(first, last)
+        kept = forest.graphs.pop((layer, first), None)
+        if loss_of.is_empty(layer, parents):
+            return idle()
+
+        def loss() -> tuple[Tensor, Tensor]:
+            v = kept
+            if v is None or len(v) != last - first:
+                v = velocity(
+                    forest.states[layer][parents].repeat_interleave(copies, 0),
+                    forest.sigma(layer)[0],
+                    forest.rows(layer)[parents].repeat_interleave(copies),
+                )
+            return loss_of(layer, parents, v)
+
+        learn(loss)
+
+    def noisy_images(chosen: Tensor) -> None:
+        def loss() -> tuple[Tensor, Tensor]:
+            v = velocity(renoised.x[chosen], renoised.sigmas[chosen], renoised.rows[chosen])
+            return loss_of.of_renoised(chosen, v)
+
+        learn(loss)
+
     batch = micro_batch or MicroBatch()
+
+    def each(count: int, work: Callable[[int, int], None]) -> None:
+        calls = -(-count // (batch.size or max(count, 1)))
+        missing = ranks.most(calls) - calls if ranks.lockstep else 0
+        batch.run(count, work)
+        for _ in range(missing):  # as many model calls as the process with the most
+            idle()
+
     with ranks.together():
-        for layer in range(forest.depth):
-            count = len(forest.states[layer])
-            calls = -(-count // (batch.size or max(count, 1)))
-            missing = ranks.most(calls) - calls if ranks.lockstep else 0
-            batch.run(count, lambda first, last: learn(layer, first, last))
-            for _ in range(missing):  # as many model calls as the process with the most nodes
-                learn(layer, 0, 0)
+        for layer in range(forest.depth) if objective.on_window else ():
+            each(len(forest.states[layer]), partial(nodes, layer))
+        if objective.on_renoised:
+            wanted = loss_of.wanted_states() if loss_of is not None else torch.zeros(0, dtype=torch.long)
+            each(len(wanted), lambda first, last: noisy_images(wanted[first:last]))
     forest.graphs.clear()
     own = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 6
-    total, ratio, clipped, scored, kl, sft = map(sum, zip(*ranks.gather(own)))
-    nodes = edges // forest.branching
+    loss, ratio, clipped, scored, kl, sft = map(sum, zip(*ranks.gather(own)))
     return {
-        "loss": total / edges,
+        "loss": loss,
         "ratio_mean": ratio / scored if scored else 1.0,
         "clip_frac": clipped / scored if scored else 0.0,
-        "kl": kl / edges,
-        "sft_loss": sft / nodes,
-        "edges": edges,
+        "kl": kl,
+        "sft_loss": sft,
+        "edges": edges + states,
         "edges_trained": int(scored),
     }
+
+
+def refuse_unusable(forest: Forest, objective: Objective, renoised: Renoised | None) -> None:
+    if forest.graphs and not objective.on_window:
+        raise ValueError(NOTHING_TO_RETAIN)
+    if forest.prompts and (renoised is not None) != objective.on_renoised:
+        raise ValueError("Re-noised images (matching.renoise) are given to objectives that learn from them, and only.")
 
 
 def _idle(velocity, forest: Forest, objective: Objective, parameters: list) -> None:

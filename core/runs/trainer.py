@@ -30,6 +30,7 @@ from ..method.objective import Objective
 from ..method.ranks import ALONE, Ranks
 from ..method.rollout import grow
 from ..method.tree import Forest, TreeShape
+from ..method.update import NOTHING_TO_RETAIN
 from ..pictures.distance import SIDE, diversity, small
 from ..rewards.combine import parts, scores
 from ..rewards.self_test import doubts
@@ -60,6 +61,8 @@ class Settings:
     estimator: str = "treegrpo"  # see core.method.advantage
     weights: str = "mean-logprob"  # of siblings: mean-logprob | uniform | sum-logprob
     advantage_clip: float = 5.0  # largest advantage of a single image
+    shaping: str = "z-score"  # rewards become advantages by their group's z-score | slas (our reading of SLAS)
+    gamma: float = 0.5  # slas: advantages grow like distance^(1 + gamma); higher = outliers count more
     only_good: bool = True  # LayerTuning-RL: imitate only a best image as good as the best ones were on average
     micro_batch: int = 0  # latents per model call; 0 = all at once
     retain_share: float = 0.0  # share of the free memory for graphs kept from sampling; 0 = none
@@ -120,6 +123,8 @@ class Trainer:
         self.objective, self.reward, self.settings, self.judge, self.images = objective, reward, settings, judge, images
         self.check, self.progress, self.ranks = check or (lambda: None), progress, ranks
         self.micro_batch = MicroBatch(settings.micro_batch, fixed=ranks.lockstep)
+        if settings.retain_share and not objective.on_window:
+            raise ValueError(NOTHING_TO_RETAIN)
         refuse_split(ranks, shape, objective, reward, settings, len(prompts.train))
         settings.shape, settings.schedule, settings.objective = asdict(shape), asdict(schedule), asdict(objective)
         self.changes = run.change_settings(asdict(settings))
@@ -221,6 +226,8 @@ class Trainer:
                 estimator=settings.estimator,
                 weights=settings.weights,
                 clip=settings.advantage_clip,
+                shaping=settings.shaping,
+                gamma=settings.gamma,
                 ranks=ranks,
             )
             goals = self.images(velocity, forest) if self.images is not None else None
