@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
