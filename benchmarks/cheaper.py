@@ -201,10 +201,12 @@ def contrasts(lab: Lab, policy, prompts: int = 4, tail: float = 0.3) -> dict[str
             "treegrpo", [p.cpu() for p in drawn.log_probs], leaf, drawn.branching, prompts
         )
         core.update.policy_gradient(policy.velocity, drawn, layers, objective)
-        ends = int(kept.sum())
-        forwards = prompts * nodes * lab.unit + ends * taken  # graphs are retained: a node's forward is in its unit
-        forwards += prompts * looked - ends if looked else 0  # the first step of the leaves that are kept is their look
-        found[name] = take_gradient(policy), forwards, ends + prompts * looked
+        finished = int(kept.sum())
+        forwards = prompts * nodes * lab.unit + finished * taken  # graphs are retained: a node's forward is in its unit
+        forwards += (
+            prompts * looked - finished if looked else 0
+        )  # the first step of the leaves that are kept is their look
+        found[name] = take_gradient(policy), forwards, finished + prompts * looked
     policy.iteration += 1
     return found
 

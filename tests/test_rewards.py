@@ -56,6 +56,19 @@ def test_the_crop_is_torchvisions_or_transformers_own(height, width, rounded):
     torch.testing.assert_close(ours, official, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.uint8])
+def test_whole_colours_are_the_same_with_and_without_a_gradient(dtype):
+    images = (torch.linspace(-0.5, 1.5, 4000).view(1, 25, 160) * (255 if dtype == torch.uint8 else 1)).to(dtype)
+    before = images.clone()
+    plain, tracked = pixels.quantise(images), images.float().requires_grad_()
+    assert torch.equal(plain, plain.round()) and plain.min() == 0 and plain.max() == 255 and not plain.requires_grad
+    found = pixels.quantise(tracked)
+    assert torch.equal(found, plain) and torch.equal(images, before)
+    found.sum().backward()
+    inside = (tracked >= 0) & (tracked <= 1)
+    assert torch.equal(tracked.grad, 255.0 * inside)
+
+
 @pytest.mark.parametrize("height, width", SIZES)
 def test_the_differentiable_resize_is_within_a_step_of_pillow(height, width):
     image = (picture(height, width) * 255).round()
