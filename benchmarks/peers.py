@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 
 import host
-from learning_report import at
+from learning_report import at, cost_to_reach, read
 
 RESULTS = Path(__file__).resolve().parent / "results" / "peers.json"
 NAMES = {
@@ -72,9 +72,10 @@ def run_one(world, name: str, folder: Path | None, seed: int, options) -> dict:
     return {"learning_rate": rate, **meter.result()}
 
 
-def learn(world, folders: dict[str, Path], options) -> dict:
-    """All methods, seed by seed, so that what is there can be compared at any time."""
-    results = {
+def learn(world, folders: dict[str, Path], options, results: dict) -> None:
+    """All methods, seed by seed, so that what is there can be compared at any time; fills `results`."""
+    results |= {
+        "seeds": options.seeds,
         "budget": options.budget,
         "limit": options.seconds,
         "unit": world.unit,
@@ -94,11 +95,18 @@ def learn(world, folders: dict[str, Path], options) -> dict:
                 flush=True,
             )
             host.save(results, options.json)
-    return results
 
 
 def mean(runs: list[dict], value) -> float:
     return statistics.mean(value(run) for run in runs)
+
+
+def first_at(runs: list[dict], axis: str, reward: float) -> float | None:
+    """Units ("cost") or seconds at which the mean curve of these runs first has this reward; None if it never has."""
+    last = min(run[axis][-1] for run in runs)
+    grid = [last * i / 100 for i in range(101)]
+    means = [mean(runs, lambda run, x=x: at(run[axis], run["reward"], x)) for x in grid]
+    return cost_to_reach({"cost": grid, "mean": means}, reward)
 
 
 def summarise(results: dict) -> None:
@@ -106,12 +114,15 @@ def summarise(results: dict) -> None:
     every = [run for runs in results["methods"].values() for run in runs]
     cost, seconds = (min(run[key][-1] for run in every) for key in ("cost", "seconds"))
     results |= {"equal_cost": cost, "equal_seconds": seconds, "summary": {}}
+    ours = results["methods"].get("regression", [])
     for name, runs in results["methods"].items():
+        final = mean(runs, lambda run: run["reward"][-1])
         results["summary"][name] = {
+            **{f"regression_there_at_{axis}": first_at(ours, axis, final) for axis in ("cost", "seconds") if ours},
             "start": mean(runs, lambda run: run["reward"][0]),
             "at_equal_cost": mean(runs, lambda run: at(run["cost"], run["reward"], cost)),
             "at_equal_seconds": mean(runs, lambda run: at(run["seconds"], run["reward"], seconds)),
-            "final": mean(runs, lambda run: run["reward"][-1]),
+            "final": final,
             **{key: mean(runs, lambda run, key=key: run[key][-1]) for key in JUDGED},
             "cost": mean(runs, lambda run: run["cost"][-1]),
             "seconds": mean(runs, lambda run: run["seconds"][-1]),
@@ -190,21 +201,20 @@ def main():
     from peer_check import check
     from peer_world import World
 
-    world = World()
-    agreement = {}
+    world, results = World(), read(options.json)
     try:
         if options.part != "learn":
-            agreement = check(world, folders)
-            for name, found in agreement.items():
+            results["agreement"] = check(world, folders)
+            for name, found in results["agreement"].items():
                 print(f"{name}: {found}", flush=True)
-        results = learn(world, folders, options) if options.part != "check" else {}
+        if options.part != "check":
+            learn(world, folders, options, results)
     except ValueError as error:
         sys.exit(str(error))
-    if results:
-        results["seeds"] = options.seeds
+    if options.part != "check":
         summarise(results)
         table(results)
-    host.save({**results, "agreement": agreement}, options.json)
+    host.save(results, options.json)
 
 
 if __name__ == "__main__":
