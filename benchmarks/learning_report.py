@@ -222,7 +222,7 @@ def plot(panels: list[dict], path: Path) -> None:
             draw.text((place(cost, low)[0], bottom + 6), f"{cost:.0f}", fill="black", font=font, anchor="mt")
         draw.text(((left + right) / 2, bottom + 24), "cost (forwards)", fill="black", font=font, anchor="mt")
         for i, (name, curve) in enumerate(curves.items()):
-            colour = colours[name]
+            colour = colours.get(name, (60, 60, 70))
             upper = [place(x, m + s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
             lower = [place(x, m - s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
             draw.polygon(upper + lower[::-1], fill=(*colour, 40))
