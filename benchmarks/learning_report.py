@@ -81,7 +81,8 @@ def ratio_range(runs: list[dict], tree_runs: list[dict], budget: float, draws: i
 
 
 def baseline(methods: dict) -> str:
-    return next(name for name in methods if name.startswith("window"))
+    """The first of the window methods, or of all where there is none."""
+    return next((name for name in methods if name.startswith("window")), next(iter(methods)))
 
 
 def compare(results: dict, snr: dict) -> None:
@@ -106,8 +107,8 @@ def compare(results: dict, snr: dict) -> None:
         row["judged"] = {key: statistics.mean(run[key][-1] for run in row["runs"]) for key in JUDGED}
         row["snr_per_cost"] = snr.get("methods", {}).get(name, {}).get("snr_per_cost")
         row["cost_ratio"] = {tree: ratio(row["runs"], found[tree]["runs"], budget) for tree in found if "_b" in tree}
-        tree = DEFAULT if DEFAULT in found else next(name for name in found if "_b" in name)  # as in tree_b4w2
-        row["cost_ratio_to_tree"] = row["cost_ratio"][tree]
+        tree = DEFAULT if DEFAULT in found else next(iter(row["cost_ratio"]), baseline(found))  # as in tree_b4w2
+        row["cost_ratio_to_tree"] = ratio(row["runs"], found[tree]["runs"], budget)
         row["cost_ratio_5_to_95"] = ratio_range(row["runs"], found[tree]["runs"], budget)
 
 
