@@ -9,9 +9,10 @@ decodes in bfloat16 and chunks of 4, 3x faster on a CPU: one image would otherwi
 """
 
 import copy
+import importlib
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import host
 from iteration import network_passes
@@ -34,6 +35,7 @@ class Method:
     noise: dict = field(default_factory=dict)  # NoiseSchedule settings
     objective: dict = field(default_factory=dict)  # Objective settings
     estimator: str = "treegrpo"
+    weights: str = "mean-logprob"
     inner: int = 1
     learning_rate: float = 1e-3
 
@@ -53,9 +55,15 @@ def methods() -> dict[str, Method]:
     times as many iterations; tree_b8w1_1prompt, eight siblings that part at the first step, costs 36. early_*: the
     templates' trees, whose window starts early more often, by policy gradient and by tree regression, and what is left
     of the latter without a tree: as many independent images of the same windows and tails (flat_regression).
+
+    The field's own: flat_nft and flat_awm, DiffusionNFT and AWM as they are published but for flat_regression's images,
+    with as many re-noised states per image as its window has; all_steps, GRPO on every step of independent images but
+    the last two, as Flow-GRPO and DanceGRPO have it; treegrpo_code, what TreeGRPO's public code does (published.py),
+    its clip range scaled from 512x512 latents to these.
     """
     tree = {"tail": 0.4}
     early = {"tail": 0.3, "ratio": 0.3}
+    flat = {**early, "branching": 1, "depth": 2, "trees": 16}
     regression = {"loss": "regression", "anchor": 0.05, "step_weight": "layer"}
     return {
         "independent": Method(2, {"branching": 1, "depth": STEPS - 2, "trees": 7}, retain=False),
@@ -68,11 +76,29 @@ def methods() -> dict[str, Method]:
         "tree_b3w3_1prompt": Method(1, {**tree, "branching": 3, "depth": 3}),
         "early_b4w2": Method(4, {**early, "branching": 4, "depth": 2}),
         "early_b4w2_regression": Method(4, {**early, "branching": 4, "depth": 2}, objective=regression),
-        "flat_regression": Method(
-            4, {**early, "branching": 1, "depth": 2, "trees": 16}, retain=False, objective=regression
-        ),
+        "flat_regression": Method(4, flat, retain=False, objective=regression),
+        "flat_nft": Method(4, flat, retain=False, objective={"loss": "nft", "per_image": 2}),
+        "flat_awm": Method(4, flat, retain=False, objective={"loss": "awm", "per_image": 2}),
+        "all_steps": Method(1, {"branching": 1, "depth": STEPS - 2, "trees": 16}, retain=False),
+        "treegrpo_code": published("treegrpo_code", prompts=2),
         "tree_b8w1_1prompt": Method(1, {**tree, "branching": 8, "depth": 1, "window": "fixed", "fixed": 0}),
     }
+
+
+def published(name: str, prompts: int) -> Method:
+    """A preset of core/method/published.py on latents of 8x8, whose clip range is that of 64x64 by 1/sqrt(elements)."""
+    found = importlib.import_module("treerpo_pack.core.method.published").PRESETS[name]
+    settings, objective = found["settings"], found["objective"]
+    return Method(
+        prompts,
+        asdict(found["shape"]),
+        retain=False,
+        noise={"kind": found["noise"].kind, "level": found["noise"].level},
+        objective={"clip_low": 8 * objective.clip_low, "clip_high": 8 * objective.clip_high},
+        estimator=settings["estimator"],
+        weights=settings["weights"],
+        inner=settings.get("inner_updates", 1),
+    )
 
 
 class Lab:
@@ -255,12 +281,14 @@ class Policy:
             rewards, prompts = self.lab.score(self.velocity, forest.leaves, rows), len(forest.prompts)
             leaf, _ = core.method.advantage.leaf_advantages({"reward": rewards}, prompts)
             layers = core.method.advantage.edge_advantages(
-                method.estimator, [p.cpu() for p in forest.log_probs], leaf, forest.branching, prompts
+                method.estimator, [p.cpu() for p in forest.log_probs], leaf, forest.branching, prompts, method.weights
             )
             best = rewards.view(prompts, -1).amax(1)
-            allowed = best >= self.best
+            options = {"allowed": best >= self.best}
+            if objective.on_renoised:
+                options["renoised"] = core.method.matching.renoise(forest, objective.per_image, self.seed)
             if gradient_only:
-                metrics = core.method.update.policy_gradient(self.velocity, forest, layers, objective, allowed=allowed)
+                metrics = core.method.update.policy_gradient(self.velocity, forest, layers, objective, **options)
             else:
                 self.optimizer = self.optimizer or torch.optim.AdamW(
                     self.velocity.parameters(), lr=method.learning_rate, weight_decay=0.0
@@ -272,7 +300,7 @@ class Policy:
                     self.optimizer,
                     objective,
                     inner_updates=method.inner,
-                    allowed=allowed,
+                    **options,
                 )
         self.best = float(best.mean()) if self.best == -math.inf else 0.9 * self.best + 0.1 * float(best.mean())
         cost = count.forwards - count.backwards + count.backwards * self.lab.unit

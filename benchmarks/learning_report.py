@@ -81,7 +81,8 @@ def ratio_range(runs: list[dict], tree_runs: list[dict], budget: float, draws: i
 
 
 def baseline(methods: dict) -> str:
-    return next(name for name in methods if name.startswith("window"))
+    """The first of the window methods, or of all where there is none."""
+    return next((name for name in methods if name.startswith("window")), next(iter(methods)))
 
 
 def compare(results: dict, snr: dict) -> None:
@@ -106,8 +107,8 @@ def compare(results: dict, snr: dict) -> None:
         row["judged"] = {key: statistics.mean(run[key][-1] for run in row["runs"]) for key in JUDGED}
         row["snr_per_cost"] = snr.get("methods", {}).get(name, {}).get("snr_per_cost")
         row["cost_ratio"] = {tree: ratio(row["runs"], found[tree]["runs"], budget) for tree in found if "_b" in tree}
-        tree = DEFAULT if DEFAULT in found else next(name for name in found if "_b" in name)  # as in tree_b4w2
-        row["cost_ratio_to_tree"] = row["cost_ratio"][tree]
+        tree = DEFAULT if DEFAULT in found else next(iter(row["cost_ratio"]), baseline(found))  # as in tree_b4w2
+        row["cost_ratio_to_tree"] = ratio(row["runs"], found[tree]["runs"], budget)
         row["cost_ratio_5_to_95"] = ratio_range(row["runs"], found[tree]["runs"], budget)
 
 
@@ -222,7 +223,7 @@ def plot(panels: list[dict], path: Path) -> None:
             draw.text((place(cost, low)[0], bottom + 6), f"{cost:.0f}", fill="black", font=font, anchor="mt")
         draw.text(((left + right) / 2, bottom + 24), "cost (forwards)", fill="black", font=font, anchor="mt")
         for i, (name, curve) in enumerate(curves.items()):
-            colour = colours[name]
+            colour = colours.get(name, (60, 60, 70))
             upper = [place(x, m + s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
             lower = [place(x, m - s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
             draw.polygon(upper + lower[::-1], fill=(*colour, 40))

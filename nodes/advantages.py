@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from comfy_api.latest import io, ui
 
-from ..core.method.advantage import ESTIMATORS, WEIGHTS, check_rewards, total_reward
+from ..core.method.advantage import ESTIMATORS, SHAPINGS, WEIGHTS, check_rewards, total_reward
 from ..core.method.iteration import Credit, credit, score
 from ..core.pictures import plot
 from ..core.pictures.theme import DARK
@@ -33,6 +33,30 @@ ESTIMATOR = expert(
         "layer. trajectory: as plain GRPO.",
     )
 )
+
+SHAPING = [  # also the Trainer's
+    expert(
+        io.Combo.Input(
+            "shaping",
+            options=list(SHAPINGS),
+            default="z-score",
+            optional=True,
+            tooltip="How rewards become advantages. z-score: every prompt counts alike. slas: what stands out counts "
+            "more, and so do prompts whose images differ more (SLAS, arXiv 2605.10937, our reading of its summary).",
+        )
+    ),
+    expert(
+        io.Float.Input(
+            "gamma",
+            default=0.5,
+            min=0.0,
+            max=5.0,
+            step=0.1,
+            optional=True,
+            tooltip="slas only. Higher = the images that stand out count more. 0 = linear.",
+        )
+    ),
+]
 
 
 class AdvantagesNode(io.ComfyNode):
@@ -70,12 +94,13 @@ class AdvantagesNode(io.ComfyNode):
                         tooltip="Largest advantage of a single image. Lower = outliers count less.",
                     )
                 ),
+                *SHAPING,
             ],
             outputs=[AdvantagesSocket.Output(display_name="advantages"), io.Image.Output(display_name="picture")],
         )
 
     @classmethod
-    def execute(cls, tree, rewards, estimator="treegrpo", weights="mean-logprob", clip=5.0) -> io.NodeOutput:
+    def execute(cls, tree, rewards, estimator="treegrpo", weights="mean-logprob", clip=5.0, **shaping) -> io.NodeOutput:
         forest = tree.forest
         with torch.inference_mode(False), torch.no_grad():
             for name, values in rewards.values.items():
@@ -88,7 +113,7 @@ class AdvantagesNode(io.ComfyNode):
             # a person is looking: a reward that says nothing at all is an error here
             check_rewards(rewards.values, len(forest.prompts))
             found = score(rewards, forest)
-            earned = credit(tree.sampled, found, estimator=estimator, weights=weights, clip=clip)
+            earned = credit(tree.sampled, found, estimator=estimator, weights=weights, clip=clip, **shaping)
             total = total_reward(found.values, found.weights)
             layers = earned.edges(forest)
             picture = partial(plot.tree_picture, forest, layers, total, rewards.images, rewards.prompts)

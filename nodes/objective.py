@@ -1,8 +1,19 @@
 """What the Trainer makes more likely."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
-from ..core.method.objective import LEAF_WEIGHTS, RATIOS, STEP_WEIGHTS, TARGETS, Objective
+from ..core.method.objective import (
+    LEAF_WEIGHTS,
+    MATCHING,
+    RATIOS,
+    STATES,
+    STEP_WEIGHTS,
+    TARGETS,
+    WEIGHTINGS,
+    Objective,
+)
 from .schema import ObjectiveSocket, expert, schema
 
 CLIPPING = [  # of both GRPO updates and Training Objective
@@ -100,7 +111,90 @@ LEAF_WEIGHT = expert(
         "of the same branch (node).",
     )
 )
-METHODS = ("GRPO", "LayerTuning-RL", "Tree Regression")
+TRUST = expert(
+    io.Float.Input(
+        "trust",
+        default=0.0,
+        min=0.0,
+        max=10.0,
+        step=1e-6,
+        round=False,
+        optional=True,
+        tooltip="How far one update may go, higher = further. Softmax-TB and AWM: clip range of the ratio (published "
+        "0.2 and 1). Flow-DPPO: KL per latent element from which on a branch no longer pulls (published 1e-5). 0 = as "
+        "published.",
+    )
+)
+BETA = expert(
+    io.Float.Input(
+        "beta",
+        default=0.0,
+        min=0.0,
+        max=1000.0,
+        step=0.1,
+        optional=True,
+        tooltip="Softmax-TB: how sharply the better images are preferred, higher = only the best count (published 15). "
+        "DiffusionNFT: higher = closer to the old policy, lower = further from it (published 1, or 0.1). 0 = as "
+        "published.",
+    )
+)
+REFERENCE = expert(
+    io.Float.Input(
+        "reference",
+        default=0.1,
+        min=0.0,
+        max=1000.0,
+        step=0.01,
+        optional=True,
+        tooltip="Softmax-TB: holds an update to the policy that drew the tree, as TMPO's public code does. Higher = "
+        "stays closer. Only matters with several inner updates.",
+    )
+)
+MATCHED = [  # how DiffusionNFT, AWM and tree regression learn
+    expert(
+        io.Combo.Input(
+            "states",
+            options=list(STATES),
+            default="auto",
+            optional=True,
+            tooltip="DiffusionNFT, AWM, Tree Regression, RAM: what they learn from. window = the tree's branching "
+            "points; renoised = finished images with fresh noise, as DiffusionNFT and AWM are published; both. auto = "
+            "renoised for these two, window for the others.",
+        )
+    ),
+    expert(
+        io.Int.Input(
+            "per_image",
+            default=1,
+            min=1,
+            max=64,
+            optional=True,
+            tooltip="States renoised: how often each image is learned from, at a random step each time. Higher = "
+            "steadier, and costs a forward and backward more per image. Published: 9 of 10 steps (DiffusionNFT), 6 of "
+            "14 (AWM).",
+        )
+    ),
+    expert(
+        io.Combo.Input(
+            "weighting",
+            options=list(WEIGHTINGS),
+            default="ghuber",
+            optional=True,
+            tooltip="AWM: how errors count. ghuber = as in its published runs, large ones less; uniform = squared; t = "
+            "squared, more for noisier states.",
+        )
+    ),
+]
+METHODS = {  # the method's name -> its loss
+    "GRPO": "grpo",
+    "LayerTuning-RL": "grpo",
+    "Tree Regression": "regression",
+    "RAM": "regression",
+    "DiffusionNFT": "nft",
+    "AWM": "awm",
+    "Softmax-TB": "softmax_tb",
+    "Flow-DPPO": "dppo",
+}
 
 
 class ObjectiveNode(io.ComfyNode):
@@ -111,7 +205,16 @@ class ObjectiveNode(io.ComfyNode):
             "Training Objective",
             description="What the Trainer makes more likely, and how carefully. Without this node it is GRPO with the "
             "usual settings.",
-            search_aliases=["grpo", "layertuning-rl", "tree regression", "diffusionnft", "clip range", "kl", "loss"],
+            search_aliases=[
+                "grpo",
+                "layertuning-rl",
+                "tree regression",
+                "ram",
+                "tmpo",
+                "softmax-tb",
+                "flow-dppo",
+                "loss",
+            ],
             inputs=[
                 io.Combo.Input(
                     "method",
@@ -119,7 +222,10 @@ class ObjectiveNode(io.ComfyNode):
                     default="GRPO",
                     tooltip="LayerTuning-RL adds Dynamic-TreeRPO's supervised term towards each prompt's best image "
                     "(its weights' formula is our reading). Tree Regression (ours) learns where the better images are "
-                    "instead of which branch led there: faster on the tiny models.",
+                    "instead of which branch led there: faster on the tiny models. RAM is the same from the base "
+                    "model's velocity, anchor 1 (arXiv 2605.10759, inferred from its summary). DiffusionNFT (arXiv "
+                    "2509.16117) and AWM (2509.25050) learn from the finished images with fresh noise. Softmax-TB is "
+                    "TMPO's, split over the branches. Flow-DPPO is GRPO with a KL limit in place of the clip.",
                 ),
                 io.Float.Input(
                     "kl",
@@ -163,6 +269,10 @@ class ObjectiveNode(io.ComfyNode):
                 ANCHOR,
                 ETA,
                 LEAF_WEIGHT,
+                TRUST,
+                BETA,
+                REFERENCE,
+                *MATCHED,
             ],
             outputs=[ObjectiveSocket.Output(display_name="objective")],
         )
@@ -182,12 +292,27 @@ class ObjectiveNode(io.ComfyNode):
         anchor=0.05,
         eta=1.0,
         leaf_weights="group",
+        trust=0.0,
+        beta=0.0,
+        reference=0.1,
+        states="auto",
+        per_image=1,
+        weighting="ghuber",
         **named,
     ) -> io.NodeOutput:
         sft = named.get("lambda", 0.001) if method == "LayerTuning-RL" else 0.0
-        goal = Objective(clip_low, clip_high, sensitivity, ratio, step_weight, kl, sft, target)
-        if method == "Tree Regression":
-            goal = Objective(step_weight=step_weight, kl=kl, **regression(anchor, eta, leaf_weights))
+        loss, own = METHODS[method], {}
+        if loss == "grpo":
+            own = {"clip_low": clip_low, "clip_high": clip_high, "sensitivity": sensitivity}
+        elif loss == "regression":
+            own = regression(1.0 if method == "RAM" else anchor, eta, leaf_weights)
+        else:
+            own = {"trust": trust, "beta": beta, "reference": reference}
+        if loss in MATCHING:
+            own |= {"states": states, "per_image": per_image, "weighting": weighting}
+        goal = Objective(**{"loss": loss, "ratio": ratio, "step_weight": step_weight, "kl": kl, **own})
+        if sft:
+            goal = replace(goal, sft=sft, target=target)
         return io.NodeOutput((goal, only_good and sft > 0))
 
 

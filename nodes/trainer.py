@@ -14,6 +14,7 @@ from ..core.method.tree import TreeShape
 from ..core.pictures import plot
 from ..core.pictures.theme import DARK
 from ..core.runs.trainer import Settings, Trainer, refuse_unheld
+from .advantages import SHAPING
 from .export import export
 from .live import Live
 from .policy import LivePolicy
@@ -385,4 +386,5 @@ def _advanced() -> list[io.Input]:
             optional=True,
             tooltip="Also write the metrics for TensorBoard, into the run's folder. Needs the package tensorboard.",
         ),
+        *SHAPING,
     ]

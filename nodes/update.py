@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import asdict
 
 import comfy.model_management
 import torch
@@ -17,7 +18,7 @@ from ..core.pictures.theme import DARK
 from ..core.runs.health import course
 from .objective import ANCHOR, CLIPPING, ETA, LEAF_WEIGHT, STEP_WEIGHT, regression
 from .policy import LivePolicy
-from .schema import AdvantagesSocket, PolicySocket, TreeSocket, expert, micro_batch_input, schema
+from .schema import AdvantagesSocket, ObjectiveSocket, PolicySocket, TreeSocket, expert, micro_batch_input, schema
 
 KEEP_EVERY = 5  # iterations between two looks at whether best/ is due
 
@@ -108,12 +109,30 @@ class UpdateNode(io.ComfyNode):
             f"again for the next iteration; Run (Instant) trains on and on. {_SAVED}",
             search_aliases=["grpo", "rlhf", "train", "optimizer"],
             is_output_node=True,
-            inputs=[*_WIRES, _RATE, *_EXPERT],
+            inputs=[
+                *_WIRES,
+                _RATE,
+                *_EXPERT,
+                ObjectiveSocket.Input(
+                    "objective",
+                    optional=True,
+                    tooltip="From Training Objective: another loss than GRPO, in place of the clip ranges, ratio, "
+                    "step_weight and kl of this node.",
+                ),
+            ],
             outputs=_OUTPUTS,
         )
 
     @classmethod
-    def execute(cls, policy, tree, advantages, learning_rate, **settings) -> io.NodeOutput:
+    def execute(cls, policy, tree, advantages, learning_rate, objective=None, **settings) -> io.NodeOutput:
+        if objective is not None:
+            goal, settings["only_good"] = objective
+            if goal.sft and goal.target == "images":
+                raise ValueError(
+                    "An objective with the target 'images' needs your own images: use LayerTuning-RL Update, or "
+                    "another target."
+                )
+            settings |= asdict(goal)
         return update_policy(cls, policy, tree, advantages, learning_rate, **settings)
 
 

@@ -420,6 +420,42 @@ def test_every_option_of_the_regression_node_and_the_trainer_learns_the_same(gra
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(method="DiffusionNFT", per_image=2, inner_updates=2),
+        dict(method="AWM", states="both", kl=0.1),
+        dict(method="Softmax-TB", inner_updates=2),
+        dict(method="RAM"),
+    ],
+    ids=lambda settings: settings["method"],
+)
+def test_an_objective_at_the_update_node_learns_what_the_trainer_learns(graph, settings):
+    goal = {"kl": 0.0, **settings}
+    inner = goal.pop("inner_updates", 1)
+    objective = graph.call("Objective", **goal)[0]
+    policy = graph.policy(run_name="nodes")
+    with network_forwards(graph.model) as count:
+        row = graph.iteration(policy, update=dict(objective=objective, inner_updates=inner))
+    assert row["grad_norm"] > 0 and row["skipped"] == 0 and row["ratio_first"] == pytest.approx(1, abs=1e-4)
+    shape, cost = graph.shape(), graph.pack.core.method.cost
+    assert row["update_forwards"] == 2 * cost.learning_forwards(shape, objective[0], inner)
+    assert row["forwards"] == count.total
+    theirs = graph.policy(run_name="trainer")
+    graph.train(theirs, 1, objective=objective, inner_updates=inner)
+    for mine, other in zip(policy.run.adapters.parameters(), theirs.run.adapters.parameters()):
+        assert torch.equal(mine, other)
+
+
+def test_what_re_noised_images_cannot_use_is_refused(graph):
+    objective = graph.call("Objective", method="DiffusionNFT", kl=0.0)[0]
+    with pytest.raises(ValueError, match="turn retain_graphs off"):
+        graph.train(graph.policy(), 1, objective=objective, retain_graphs=True)
+    own = graph.call("Objective", method="LayerTuning-RL", kl=0.0, target="images")[0]
+    with pytest.raises(ValueError, match="use LayerTuning-RL Update"):
+        graph.call("Update", policy=None, tree=None, advantages=None, learning_rate=1e-3, objective=own)
+
+
 def test_combined_rewards_are_compared_each_on_its_own_scale(graph):
     policy = graph.policy()
     positive, prompts = graph.prompts()

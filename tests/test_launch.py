@@ -19,6 +19,7 @@ pytest.importorskip("peft")
 from graph import Graph, timeless
 
 from core.method import ranks as parallel
+from core.method.published import PRESETS
 from core.rewards.contract import Reward
 from core.runs import config as configs
 from core.runs.config import Config, RewardConfig, dump, load, parse
@@ -129,6 +130,17 @@ def test_a_file_that_is_written_reads_back_the_same(tmp_path):
     again.home = config.home
     assert again == config
     assert "# prompts per iteration; 0 = all" in dump(config)
+
+
+def test_a_preset_sets_what_the_file_does_not():
+    config = parse({**GOOD, "preset": "treegrpo_code", "shape": {"interval": 7}})
+    shape, settings = config.shape, config.settings
+    assert (shape.branching, shape.depth, shape.window, shape.interval) == (2, 4, "sliding", 7)
+    assert (settings.weights, settings.inner_updates) == ("uniform", 2) and config.sampling.cfg == 4.5
+    assert parse(GOOD).shape == Config().shape and parse({**GOOD, "preset": "treegrpo_paper"}).shape.branching == 3
+    assert PRESETS["treegrpo_code"]["shape"].interval == 50, "the preset itself is not changed"
+    with pytest.raises(ValueError, match="there is no 'x': choose one of treegrpo_paper, treegrpo_code"):
+        parse({**GOOD, "preset": "x"})
 
 
 def test_every_field_has_its_comment():

@@ -208,6 +208,24 @@ def test_later_inner_updates_know_the_first_ones_velocities_on_any_split(loss):
     torch.testing.assert_close(found[2], found[0])
 
 
+def test_a_model_call_has_states_of_one_level_alone():
+    """Conditioning that begins or ends at a level is ComfyUI's for a whole batch."""
+    forest, velocity, advantages = case(shape=FLAT)
+    seen, call = [], type(velocity).__call__
+
+    class Watched(type(velocity)):
+        def __call__(self, x, sigma, rows):
+            seen.append((sigma, len(x)))
+            return call(self, x, sigma, rows)
+
+    velocity.__class__ = Watched
+    objective = Objective(loss="nft", per_image=3)
+    policy_gradient(velocity, forest, advantages, objective, renoised=noisy(objective, forest))
+    levels = [sigma for sigma, _ in seen]
+    assert all(isinstance(sigma, float) for sigma in levels) and len(set(levels)) == len(levels)
+    assert sum(count for _, count in seen) == 2 * 5 * 3
+
+
 def test_what_does_not_go_together_is_refused_in_one_sentence():
     for loss in ("grpo", "dppo", "softmax_tb"):
         with pytest.raises(ValueError, match=f"'{loss}' needs a tree's branches.*set states to window"):

@@ -107,9 +107,9 @@ def total(objective, forest, velocity, advantages, renoised=None):
     for layer in range(forest.depth) if objective.on_window else ():
         v = velocity(forest.states[layer], forest.sigma(layer)[0], forest.rows(layer))
         value = value + loss_of(layer, slice(0, len(v)), v)[0]
-    if renoised:
-        chosen = loss_of.wanted_states()
-        v = velocity(renoised.x[chosen], renoised.sigmas[chosen], renoised.rows[chosen])
+    for level in forest.sigmas[:-1] if renoised else ():
+        chosen = torch.arange(states)[renoised.sigmas == level]
+        v = velocity(renoised.x[chosen], level, renoised.rows[chosen])
         value = value + loss_of.of_renoised(chosen, v)[0]
     return value
 

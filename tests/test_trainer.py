@@ -64,9 +64,17 @@ def test_two_runs_with_one_seed_are_identical_apart_from_times(flux):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, dict(save_every=2, ema=0.5), dict(inner_updates=2, evaluate_every=2, keep_every=2)]
+    "settings",
+    [
+        {},
+        dict(save_every=2, ema=0.5),
+        dict(inner_updates=2, evaluate_every=2, keep_every=2),
+        dict(objective="DiffusionNFT", inner_updates=2, shaping="slas"),
+    ],
 )
 def test_stopped_and_resumed_equals_never_stopped(flux, settings):
+    if "objective" in settings:
+        settings = {**settings, "objective": flux.call("Objective", method=settings["objective"], kl=0.0)[0]}
     through = flux.policy("through")
     flux.train(through, 5, held_out=1 if "evaluate_every" in settings else 0, **settings)
     for until in (1, 2, 3, 5):

@@ -46,7 +46,7 @@ def step(
 
     kinds: `ode` Euler; `flow_sde` Flow-GRPO (arXiv 2505.05470); `dance_sde` DanceGRPO (2505.07818), where
     noise_level is eta; `cps` coefficient-preserving sampling (2509.05952); `exact` the exact transition of
-    flow_sde for a frozen x0h (derived in docs/method.md).
+    flow_sde for a frozen x0h (derived in docs/method.md; since published as PRECISE, arXiv 2605.23522).
     """
     if kind not in KINDS:
         raise ValueError(f"Unknown step kind '{kind}': choose one of {', '.join(KINDS)}.")

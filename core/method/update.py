@@ -337,10 +337,9 @@ def policy_gradient(
 
         learn(loss)
 
-    def noisy_images(chosen: Tensor) -> None:
+    def noisy_images(sigma: float, chosen: Tensor) -> None:
         def loss() -> tuple[Tensor, Tensor]:
-            v = velocity(renoised.x[chosen], renoised.sigmas[chosen], renoised.rows[chosen])
-            return loss_of.of_renoised(chosen, v)
+            return loss_of.of_renoised(chosen, velocity(renoised.x[chosen], sigma, renoised.rows[chosen]))
 
         learn(loss)
 
@@ -358,7 +357,9 @@ def policy_gradient(
             each(len(forest.states[layer]), partial(nodes, layer))
         if objective.on_renoised:
             wanted = loss_of.wanted_states() if loss_of is not None else torch.zeros(0, dtype=torch.long)
-            each(len(wanted), lambda first, last: noisy_images(wanted[first:last]))
+            for level in forest.sigmas[:-1]:  # one at a time: conditioning may begin or end at one
+                own = wanted[renoised.sigmas[wanted] == level] if len(wanted) else wanted
+                each(len(own), lambda first, last: noisy_images(float(level), own[first:last]))
     forest.graphs.clear()
     own = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 6
     loss, ratio, clipped, scored, kl, sft = map(sum, zip(*ranks.gather(own)))

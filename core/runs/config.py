@@ -3,10 +3,12 @@ mistake, and written with its comments.
 
     model, adapter, prompts, sampling, shape, noise, objective, settings, rewards, judge, run, processes
 
+A line `preset: NAME` (core.method.published) sets what the file itself does not, as a published trainer has it.
 Every section is a dataclass; its fields' comments are the comments in the file. Paths are relative to the file's
 folder.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from ..method.noise import NoiseSchedule
 from ..method.objective import Objective
+from ..method.published import PRESETS
 from ..method.tree import TreeShape
 from .prompts import PromptList, PromptText, collect, read, split
 from .trainer import Settings
@@ -166,9 +169,12 @@ def load(path: Path | str) -> Config:
 
 def parse(found: dict) -> Config:
     """What YAML gave, checked."""
-    known(found, list(SECTIONS), "run.yaml")
-    defaults, sections = Config(), {}
+    known(found, ["preset", *SECTIONS], "run.yaml")
+    defaults = preset(found.get("preset", ""))
+    sections = {name: getattr(defaults, name) for name in SECTIONS}
     for name, value in found.items():
+        if name == "preset":
+            continue
         before = getattr(defaults, name)
         if name in ("rewards", "judge"):
             listed = [] if value is None else value if isinstance(value, list) else [value]
@@ -180,6 +186,20 @@ def parse(found: dict) -> Config:
     config = Config(**sections)
     refuse_incomplete(config)
     return config
+
+
+def preset(name: str) -> Config:
+    """The defaults of a run.yaml with this preset, one of core.method.published; "" = none."""
+    if not name:
+        return Config()
+    if name not in list(PRESETS):
+        raise ValueError(f"preset: there is no '{shown(name)}': choose one of {', '.join(PRESETS)}.")
+    found = PRESETS[name]
+    return Config(
+        sampling=SamplingConfig(**found["sampling"]),
+        settings=Settings(**found["settings"]),
+        **{part: copy.deepcopy(found[part]) for part in ("shape", "noise", "objective")},
+    )
 
 
 def known(found, keys: list[str], where: str) -> None:
