@@ -1,8 +1,8 @@
 """Reward against cost: independent GRPO, a window, and two trees, each with the same cost per iteration.
 
-Parts: tune (learning rate per method, on seeds of its own), snr (gradient signal-to-noise per cost), main (learning
-curves), tail (what shortening the tail does to the leaves), ablations, report (tables and plots from the files of the
-other parts). Run one by one:
+Parts: tune (learning rate and prompts per iteration of each method, on seeds of its own), snr (gradient signal-to-noise
+per cost), main (learning curves), tail (what shortening the tail does to the leaves), ablations, report (tables and
+plots from the files of the other parts). Run one by one:
 
     python3 run.py bench learning --part tune|snr|main|tail|ablations|report [--model flux|sd3]
                                   [--reward size|taste|rare|follow|demo]
@@ -25,13 +25,14 @@ RATES = (1e-3, 3e-3, 3e-4)
 TUNING_SEEDS = (1000, 1001)
 
 
-def tuned(model: str) -> dict:
-    """The methods with their learning rates from part `tune`, where it was run."""
-    found = read(RESULTS / f"learning_rates_{model}.json")
-    return {
-        name: method.but(learning_rate=found[name]["best"]) if name in found else method
-        for name, method in methods().items()
-    }
+def tuned_file(options) -> Path:
+    return RESULTS / f"learning_tuned_{options.model}_{options.reward}.json"
+
+
+def tuned(options) -> dict:
+    """The methods with the learning rate and the prompts per iteration from part `tune`, where it was run."""
+    found = read(tuned_file(options))
+    return {name: method.but(**found.get(name, {}).get("best", {})) for name, method in methods().items()}
 
 
 def chosen(rows: dict[str, Method], options) -> dict[str, Method]:
@@ -39,19 +40,27 @@ def chosen(rows: dict[str, Method], options) -> dict[str, Method]:
 
 
 def tune(lab: Lab, options) -> None:
-    """Mean final reward of two seeds per learning rate, on the size reward."""
-    path = options.json or RESULTS / f"learning_rates_{options.model}.json"
+    """Mean final reward of two seeds per learning rate and number of prompts per iteration; the best of each method is
+    what `main` takes.
+    """
+    path = options.json or tuned_file(options)
     results = read(path)
-    for rate in options.rates:
-        for name, method in chosen(methods(), options).items():
-            row = results.setdefault(name, {"rates": {}})
-            row["rates"][f"{rate:g}"] = statistics.mean(
-                train(lab, method.but(learning_rate=rate), seed, options.budget, evaluations=1)["reward"][-1]
-                for seed in TUNING_SEEDS
-            )
-            row["best"] = float(max(row["rates"], key=row["rates"].get))
-            print(f"{options.model} {name}: learning rate {rate:g} -> {row['rates'][f'{rate:g}']:.4f}", flush=True)
-            host.save(results, path)
+    for name, method in chosen(methods(), options).items():
+        row = results.setdefault(name, {"tried": []})
+        for prompts in options.prompts or [method.prompts]:
+            for rate in options.rates:
+                tried = {"learning_rate": rate, "prompts": prompts}
+                if any(tried.items() <= old.items() for old in row["tried"]):
+                    continue
+                rewards = [
+                    train(lab, method.but(**tried), seed, options.budget, evaluations=1)["reward"][-1]
+                    for seed in TUNING_SEEDS
+                ]
+                row["tried"].append({**tried, "reward": statistics.mean(rewards)})
+                best = max(row["tried"], key=lambda one: one["reward"])
+                row["best"] = {key: best[key] for key in tried}
+                print(f"{options.model} {options.reward} {name}: {row['tried'][-1]}", flush=True)
+                host.save(results, path)
 
 
 def ratio_of(gradients, groups=None) -> float:
@@ -155,10 +164,10 @@ def main_part(lab: Lab, options) -> None:
     }
     found = results.setdefault("methods", {})
     for seed in range(options.seeds):
-        for name, method in chosen(tuned(options.model), options).items():
+        for name, method in chosen(tuned(options), options).items():
             if options.rate:
                 method = method.but(learning_rate=options.rate)
-            row = found.setdefault(name, {"learning_rate": method.learning_rate, "runs": []})
+            row = found.setdefault(name, {"learning_rate": method.learning_rate, "prompts": method.prompts, "runs": []})
             if len(row["runs"]) > seed:
                 continue
             run = train(lab, method, seed, options.budget, evaluations=6 if method.prompts == 1 else 3)
@@ -266,7 +275,7 @@ def ablations(lab: Lab, options) -> None:
     path = options.json or RESULTS / "ablations.json"
     runs: dict[str, list[float]] = {}
     for seed in range(options.seeds):
-        for name, method in variants(tuned(options.model)[DEFAULT]).items():
+        for name, method in variants(tuned(options)[DEFAULT]).items():
             runs.setdefault(name, []).append(train(lab, method, seed, options.budget, evaluations=1)["reward"][-1])
             print(f"seed {seed} {name}: {runs[name][-1]:.4f}", flush=True)
             rows = {
@@ -307,6 +316,9 @@ def main():
         "--rate", type=float, default=0.0, help="main: this learning rate for all methods in place of the tuned ones"
     )
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tune: the learning rates")
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", help="tune: prompts per iteration (default: each method's own)"
+    )
     parser.add_argument("--only", default="", help="tune, snr, main: only these methods, separated by commas")
     parser.add_argument("--json", type=Path, help="write the results there (default: benchmarks/results/)")
     options = parser.parse_args()
