@@ -6,6 +6,7 @@ in place. A session gets exact gradients out of it all the same and leaves the n
 
 import hashlib
 import math
+import re
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import comfy.conds
@@ -36,6 +37,10 @@ FUSED = tuple(
     f"{op}{half}{one}" for op in ("apply_rope", "rms_rope") for half in ("", "_split_half") for one in ("", "1")
 )
 WHOLE_RUN = ("outer_sample", "prepare_sampling", "sampler_sample")  # wrappers that need a KSampler's whole run
+# Activations in units of tokens times a block's width; counted with a LoRA of rank 32 on the attention, see activations
+SAMPLING, KEPT, BACKWARD = 31.0, 20.5, 20.0  # of a forward; of what one block keeps; of a block's backward beside that
+TEXT = 256  # tokens of a prompt where it is not known yet: FLUX's T5 gives as many at least
+MODULATION = re.compile(r"(^|[._])(mod|modulation|adaln)", re.IGNORECASE)
 ROWS = "treerpo_rows"  # option of an entry of Tree Prompts' CONDITIONING: the numbers of its prompts
 
 
@@ -79,25 +84,28 @@ class ComfyPolicy:
     def architecture(self) -> Architecture:
         return architecture_of(self.model)
 
-    def memory(self, shape, batch: int, patcher=None, references: float = 0.0) -> dict[str, float]:
-        """Bytes, estimated from shapes and not measured: `weights`; `adapters` with gradients and AdamW's two moments;
-        activations of a call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while
-        `sampling` and while `learning`; and `graph`, what one latent keeps until its backward pass. references: size
-        of the reference latents that go with each latent, in latents.
+    def memory(self, shape, batch: int, patcher=None, references: float = 0.0, text: int = TEXT) -> dict[str, float]:
+        """Bytes, estimated from shapes: `weights`; `adapters` with gradients and AdamW's two moments; activations of a
+        call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while `sampling` and while
+        `learning`; and `graph`, what one latent keeps until its backward pass. references: size of the reference
+        latents that go with each latent, in latents. text: tokens of the prompt.
         """
         patcher = patcher or self.model
-        forward, one = ((1 + references) * patcher.model.memory_required([count, *shape]) for count in (batch, 1))
-        # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass;
-        # checkpointed, the blocks' inputs and one whole block.
-        blocks = len(_blocks(patcher.model.diffusion_model))
-        kept = 2 + blocks / 20 if self.checkpointing else max(2, blocks)
-        casts = 0 if self.checkpointing else cast_bytes(patcher)
+        network = patcher.model.diffusion_model
+        computed = getattr(patcher.model, "manual_cast_dtype", None)
+        tokens = (1 + references) * math.prod(shape[1:]) / patch(self.model) ** 2 + text
+        item = (computed or patcher.model_dtype()).itemsize
+        how = dict(cast=computed is not None, timed=any(map(MODULATION.search, self.adapters.names)))
+        one = activations(network, tokens, item, self.checkpointing, **how)
+        many = activations(network, tokens * batch, item, self.checkpointing, **how)
+        # ComfyUI's own rule, made for its samplers, knows what is special in a family
+        usual = (1 + references) * patcher.model.memory_required([batch, *shape])
         return {
             "weights": patcher.model_size(),
             "adapters": 4 * sum(p.numel() * p.element_size() for p in self.adapters.parameters()),
-            "sampling": forward,
-            "learning": forward * kept + casts,
-            "graph": one * kept + casts,
+            "sampling": max(usual, many["sampling"]),
+            "learning": max(usual, many["learning"]),
+            "graph": one["graph"],
         }
 
     @contextmanager
@@ -244,7 +252,9 @@ class ComfyVelocity(Velocity):
         overridden = bool(self._options["transformer_options"].get("wrappers", {}).get("predict_noise"))
         passes = 2 if "negative" in self._conds and (overridden or not math.isclose(self.cfg, 1.0)) else 1
         references = _references(self._patcher.model, self._conds["positive"]) / math.prod(self.shape[1:])
-        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher, references)
+        contexts = [entry.get("cross_attn") for entries in self._conds.values() for entry in entries]
+        text = max((context.shape[1] for context in contexts if context is not None), default=TEXT)
+        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher, references, text)
         return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
 
     def _inject(self, patcher) -> None:
@@ -252,11 +262,7 @@ class ComfyVelocity(Velocity):
         network = patcher.model.diffusion_model
         self.policy.adapters.inject(network)
         if self.policy.architecture.in_place:
-            self._norms = [
-                layer.register_forward_pre_hook(_own_input)
-                for layer in network.modules()
-                if isinstance(layer, nn.LayerNorm)
-            ]
+            self._norms = adapted_norms(network)
 
     def _eject(self, patcher) -> None:
         self.policy.adapters.eject()
@@ -467,6 +473,13 @@ def _references(model, entries: list) -> int:
     return max((sum(math.prod(found[key][2:]) for key in keys if key in found) for found in shapes), default=0)
 
 
+def adapted_norms(network: nn.Module) -> list:
+    """Hooks that give every LayerNorm a copy of its own."""
+    return [
+        layer.register_forward_pre_hook(_own_input) for layer in network.modules() if isinstance(layer, nn.LayerNorm)
+    ]
+
+
 def _own_input(layer, args):
     """FLUX adds to the very tensor a LayerNorm has just saved for its backward: give the norm a copy of its own."""
     return (args[0].clone(), *args[1:]) if torch.is_grad_enabled() else None
@@ -603,12 +616,58 @@ def refuse_wrappers(wrappers: dict) -> None:
                 )
 
 
-def cast_bytes(patcher) -> float:
-    """At most what a call's graph keeps of weights that are cast to compute with (fp8 ones, above all): autograd holds
-    on to the cast copies.
+def patch(model) -> int:
+    """Latents per token, in each direction: sides that are no multiple of it the network pads, and draws less well."""
+    network = model.model.diffusion_model
+    sizes = (getattr(network, name, None) for name in ("patch_size", "patch", "patch_spatial"))
+    size = next((size for size in sizes if size is not None), 1)
+    return int(size if isinstance(size, int) else size[-1])
+
+
+def activations(
+    network: nn.Module, tokens: float, item: int, checkpointing: bool, cast: bool, timed: bool = False
+) -> dict[str, float]:
+    """Bytes beside the weights: of a forward ("sampling"), of what its graph keeps ("graph"), and of a forward with its
+    backward ("learning").
+
+    tokens: of images and texts, of all latents of the call. item: bytes of an activation. cast: whether weights are
+    cast to compute with (fp8 ones, above all): autograd holds on to the cast copies. timed: a gradient also goes
+    through layers that work on the time alone. In units of tokens times the blocks' width; the numbers were counted on
+    networks of true size (benchmarks/allocations.py).
     """
-    computed = getattr(patcher.model, "manual_cast_dtype", None)
-    return 0.0 if computed is None else patcher.model_size() * computed.itemsize / patcher.model_dtype().itemsize
+    blocks = _blocks(network)
+    widths = [_width(block) for block in blocks] or [1]
+    unit = tokens * item
+    layers = [_cast_weights(block, timed) if cast else [] for block in blocks]
+    copies = [item * sum(layer) for layer in layers] or [0]
+    within = KEPT * max(widths) * unit + max(copies)  # of one block
+    if checkpointing:
+        every = (sum(widths) + max(widths)) * unit
+    else:
+        whole = item * sum(_cast_weights(network, timed)) if cast and timed else sum(copies)
+        every = KEPT * sum(widths) * unit + whole
+    return {
+        "sampling": SAMPLING * max(widths) * unit + item * max(map(max, filter(None, layers)), default=0),
+        "graph": every,
+        "learning": every + BACKWARD * max(widths) * unit + (within if checkpointing else 0),
+    }
+
+
+def _width(block: nn.Module) -> int:
+    """Features per token: what most of a block's Linear layers take."""
+    sizes = [layer.in_features for layer in block.modules() if isinstance(getattr(layer, "in_features", None), int)]
+    return max(set(sizes), key=lambda size: (sizes.count(size), -size)) if sizes else 0
+
+
+def _cast_weights(module: nn.Module, timed: bool) -> list[int]:
+    """Numbers in each Linear layer in there; those that work on the time alone only where timed."""
+    return [
+        layer.in_features * layer.out_features
+        for name, layer in module.named_modules()
+        if isinstance(getattr(layer, "in_features", None), int)
+        and isinstance(getattr(layer, "out_features", None), int)
+        and (timed or not MODULATION.search(name))
+    ]
 
 
 def refuse_wrong_latent(model, shape) -> None:
