@@ -2,6 +2,7 @@
 that have shapes and no numbers, and every allocation is counted.
 
     python3 run.py bench allocations [--model flux|sd35_medium|sd35_large] [--dtype fp8] [--size 512] [--batch 1]
+    python3 run.py bench allocations --fit [--size 512]     (what VRAM Preflight advises for cards of 8 to 24 GB)
 
 Beside it: what ComfyPolicy, and so VRAM Preflight, estimates. Weights and what comes with the adapters (gradients,
 AdamW) are not counted in either. Not counted at all: the allocator's rounding, workspaces of cuBLAS and attention.
@@ -9,8 +10,10 @@ AdamW) are not counted in either. Not counted at all: the allocator's rounding, 
 
 import argparse
 import contextlib
+import math
 import sys
 import weakref
+from types import SimpleNamespace
 
 import host
 from engines import GB, MODELS, build, network_config
@@ -121,6 +124,45 @@ def measure(
     return {"counted": counted, "estimated": estimated}
 
 
+def advice(model: str, size: int, rank: int) -> list[str]:
+    """VRAM Preflight's advice per card, for a base model in bfloat16 and a template's tree, 3 x 3, at micro_batch 4."""
+    import comfy.latent_formats
+    import comfy.ops
+    import comfy.supported_models
+    import torch
+
+    look = sys.modules["treerpo_pack"].nodes.preflight
+    core = sys.modules["treerpo_pack"].core
+    with torch.device("meta"):
+        network = build(model, network_config(model), dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+        adapters = core.lora.adapters.Adapters.create(
+            network, rank, 2.0 * rank, "attention", presets=architecture(model).presets()
+        )
+    config = comfy.supported_models.Flux if model == "flux" else comfy.supported_models.SD3
+    base = SimpleNamespace(
+        diffusion_model=network,
+        manual_cast_dtype=None,
+        memory_required=lambda shape: shape[0] * math.prod(shape[2:]) * 0.02 * config.memory_usage_factor * 2**20,
+    )
+    patcher = SimpleNamespace(
+        model=base,
+        model_size=lambda: sum(tensor.nbytes for tensor in network.state_dict().values()),
+        model_dtype=lambda: torch.bfloat16,
+    )
+    policy = object.__new__(core.hosts.comfy.ComfyPolicy)
+    policy.model, policy.adapters, policy.checkpointing = patcher, adapters, True
+    shape = core.method.tree.TreeShape(branching=3, depth=3)
+    cfg = architecture(model).cfg
+    run = look.Foreseen(policy, (16, size // 8, size // 8), shape, 1, cfg, None, None, False, look.Plan(4))
+    lines = []
+    for name, room in look.CARDS.items():
+        plan = run.fitting(room)
+        said = look.advice(run, plan, room) if plan and plan != run.plan else "as it is" if plan else "does not fit"
+        needed = max(run.phase(phase, plan) for phase in run.widest) / GB if plan else math.nan
+        lines.append(f"{name}: {said} ({needed:.1f} GB)")
+    return lines
+
+
 def architecture(model: str):
     from core.hosts.architectures import ARCHITECTURES
 
@@ -156,7 +198,14 @@ def main() -> None:
     for name, default, text in (("size", 512, "pixels"), ("batch", 1, "latents"), ("rank", 32, "of the LoRA"),
                                 ("tokens", 256, "of text")):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--fit", action="store_true", help="what VRAM Preflight advises, per card and model")
     options = vars(parser.parse_args())
+    if options.pop("fit"):
+        host.load_pack()
+        sys.path.append(str(host.ROOT))
+        for model in MODELS:
+            print("\n".join([f"{model}, {options['size']} px", *advice(model, options["size"], options["rank"])]))
+        return
     host.load_comfyui()
     sys.path.append(str(host.ROOT))  # after ComfyUI, whose nodes.py the pack's nodes would hide
     for checkpointing in (True, False):

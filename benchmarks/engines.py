@@ -237,25 +237,16 @@ class Comfy:
         from core.method.tree import TreeShape
 
         try:
-            report = host.load_pack().nodes.preflight.report
+            preflight = host.load_pack().nodes.preflight
         except ImportError as error:
             return f"VRAM Preflight's report needs all of ComfyUI's requirements: {error}."
         finally:
             sys.path.append(str(host.ROOT))
         room = self.options.memory * GB or comfy.model_management.get_total_memory(self.device)
-        return report(
-            self.policy,
-            latent_shape(self.options),
-            TreeShape(tail=0.4),
-            1,
-            self.options.micro_batch,
-            1.0,
-            self.vae,
-            None,
-            False,
-            room,
-            str(self.device),
-        )
+        plan = preflight.Plan(self.options.micro_batch, self.policy.checkpointing)
+        shape = TreeShape(tail=0.4)
+        run = preflight.Foreseen(self.policy, latent_shape(self.options), shape, 1, 1.0, self.vae, None, False, plan)
+        return preflight.report(run, room, str(self.device))
 
     def baseline(self):
         """(name, work): KSampler's own loop, euler."""

@@ -84,20 +84,31 @@ class ComfyPolicy:
     def architecture(self) -> Architecture:
         return architecture_of(self.model)
 
-    def memory(self, shape, batch: int, patcher=None, references: float = 0.0, text: int = TEXT) -> dict[str, float]:
+    def memory(
+        self,
+        shape,
+        batch: int,
+        patcher=None,
+        references: float = 0.0,
+        text: int = TEXT,
+        cast: bool | None = None,
+        checkpointing: bool | None = None,
+    ) -> dict[str, float]:
         """Bytes, estimated from shapes: `weights`; `adapters` with gradients and AdamW's two moments; activations of a
         call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while `sampling` and while
         `learning`; and `graph`, what one latent keeps until its backward pass. references: size of the reference
-        latents that go with each latent, in latents. text: tokens of the prompt.
+        latents that go with each latent, in latents. text: tokens of the prompt. cast: whether weights are cast to
+        compute with; None = as this MODEL does. checkpointing: None = as this policy does.
         """
         patcher = patcher or self.model
         network = patcher.model.diffusion_model
         computed = getattr(patcher.model, "manual_cast_dtype", None)
         tokens = (1 + references) * math.prod(shape[1:]) / patch(self.model) ** 2 + text
         item = (computed or patcher.model_dtype()).itemsize
-        how = dict(cast=computed is not None, timed=any(map(MODULATION.search, self.adapters.names)))
-        one = activations(network, tokens, item, self.checkpointing, **how)
-        many = activations(network, tokens * batch, item, self.checkpointing, **how)
+        casts = computed is not None if cast is None else cast
+        how = dict(cast=casts, timed=any(map(MODULATION.search, self.adapters.names)))
+        how["checkpointing"] = self.checkpointing if checkpointing is None else checkpointing
+        one, many = (activations(network, tokens * count, item, **how) for count in (1, batch))
         # ComfyUI's own rule, made for its samplers, knows what is special in a family
         usual = (1 + references) * patcher.model.memory_required([batch, *shape])
         return {
