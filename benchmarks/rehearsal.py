@@ -146,6 +146,7 @@ def after(graph: dict, options) -> dict:
         parts[f"draw_{name}"] = {**parts["draw"], "inputs": {**parts["draw"]["inputs"], "model": [name, 0]}}
     parts["patches"] = probe("Patches", model=["merged", 0], file=f"{LORA}.safetensors")
     parts["latents"] = probe("Latents", base=["draw", 0], merged=["draw_merged", 0], bypass=["draw_bypass", 0])
+    parts["apart"] = probe("Latents", base=["draw_bypass", 0], merged=["draw_merged", 0])
     return parts
 
 
@@ -161,6 +162,7 @@ def write_files(models: Path, options) -> float:
     began = time.monotonic()
     code = "import sys, pathlib, rehearsal_files as r; r.write_all(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
     command = [sys.executable, "-c", code, str(models), options.model, options.layout, options.reward]
+    command.append(str(options.blocks))
     subprocess.run(command, cwd=Path(__file__).parent, check=True, env={**os.environ, "PYTHONPATH": str(REPO)})
     return time.monotonic() - began
 
@@ -189,8 +191,8 @@ def rehearse(options, base: Path) -> dict:
             "loaded": checksum(graph, "before"),
             "before": drawing(graph, options),
             "training": graph,
+            "trained": checksum(graph, "after"),
             "after": after(graph, options),
-            "last": checksum(graph, "after"),
         }
         for name, made in stages.items():
             began = time.monotonic()
@@ -205,7 +207,7 @@ def rehearse(options, base: Path) -> dict:
     ]
     preflight = "".join(found["training"][find_node(graph, "Preflight")]["text"])
     say(preflight)
-    first, second = answer(found["loaded"], "checksum"), answer(found["last"], "checksum")
+    first, second = answer(found["loaded"], "checksum"), answer(found["trained"], "checksum")
     drawn = {when: answer(found[when], "latents") for when in ("before", "after")}
     return {
         "weights_unchanged": first["sum"] == second["sum"],
@@ -213,22 +215,22 @@ def rehearse(options, base: Path) -> dict:
         "left_on_the_model": second["hooks"] + second["swapped_forwards"] + second["trainable"],
         "checksums": [first, second],
         "conditioning": answer(found["before"], "shapes"),
-        "drawn": drawn,
-        "lora": answer(found["after"], "patches") | {"unmatched": len(unmatched), **in_diffusers(base, options.model)},
+        "drawn": drawn | {"merged_from_bypass": answer(found["after"], "apart")["merged"]},
+        "lora": answer(found["after"], "patches") | {"unmatched": len(unmatched), **in_diffusers(base, options)},
         "iterations": metrics,
         "phases": summary(rows),
-        "memory": compared(rows, preflight, options),
+        "memory": compared(rows, preflight),
     }
 
 
-def in_diffusers(base: Path, model: str) -> dict:
+def in_diffusers(base: Path, options) -> dict:
     """How many of the LoRA's layers diffusers' own network of true size has, with the same widths."""
     source, target = base / "models" / "loras" / f"{LORA}.safetensors", base / "diffusers.safetensors"
     convert = [sys.executable, "-m", "standalone.launch", "convert", source, target, "--to", "diffusers"]
     subprocess.run(list(map(str, convert)), cwd=REPO, check=True)
-    code = "import sys, pathlib, rehearsal_diffusers as r; r.check(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    code = "import sys, pathlib, rehearsal_diffusers as r; r.check(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(target), model],
+        [sys.executable, "-c", code, str(target), options.model],
         cwd=Path(__file__).parent,
         check=True,
         capture_output=True,
@@ -250,19 +252,18 @@ def summary(rows: list[dict]) -> dict:
     return found
 
 
-def compared(rows: list[dict], preflight: str, options) -> dict:
-    """Preflight's numbers beside what was measured, GB. On a CPU nothing leaves the memory between phases, so that a
-    phase's own part is measured, and the weights are what their loader added.
+def compared(rows: list[dict], preflight: str) -> dict:
+    """Preflight's numbers beside what was measured, GB: the weights at work and what the phase took beyond its start.
+
+    On a CPU nothing leaves the memory between phases; on a GPU the other models would.
     """
     said = {name: float(value) for name, value in re.findall(r"^(\w+): about ([\d.]+) GB", preflight, re.MULTILINE)}
-    said["model"] = float(re.search(r"Model ([\d.]+) GB", preflight)[1])
-    said["adapters"] = float(re.search(r"optimizer ([\d.]+) GB", preflight)[1])
-    phases = summary(rows)
-    found = {}
+    found = {"model": float(re.search(r"Model ([\d.]+) GB", preflight)[1])}
     for name, phase in (("sampling", "rollout"), ("learning", "update"), ("decoding", "decode"), ("scoring", "reward")):
-        if name in said and phase in phases:
-            found[name] = {"estimated": said[name], "measured_above_weights": phases[phase]["above"] / 1e9}
-    return {"estimated": said, **found}
+        own = [(row["weights"] + row["peak"] - row["before"]) / 1e9 for row in rows if row["phase"] == phase]
+        if name in said and own:
+            found[name] = {"estimated": said[name], "measured": max(own), "ratio": said[name] / max(own)}
+    return found
 
 
 def show(report: dict) -> None:
@@ -301,6 +302,7 @@ def arguments() -> argparse.Namespace:
         ("depth", 1, "of the tree"),
         ("prompts", 2, "1 = a short one, 2 = a long one beside it"),
         ("words", 100, "of the long prompt"),
+        ("blocks", 0, "of the network, to try the rehearsal itself; 0 = all"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--lengths", default="100", help="words of further prompts that are only encoded")
@@ -311,6 +313,8 @@ def arguments() -> argparse.Namespace:
     options.lengths = [int(words) for words in options.lengths.split(",") if words]
     if options.layout == "checkpoint" and options.model != "flux":
         parser.error("--layout checkpoint is FLUX's one file; the other models have one layout")
+    if options.blocks and options.model != "flux":
+        parser.error("--blocks is for FLUX: ComfyUI reads the number of SD3.5's blocks off its width")
     if options.size % 16 or options.prompts not in (1, 2) or options.depth >= options.steps:
         parser.error("the size must be a multiple of 16, prompts 1 or 2, and depth less than steps")
     return options

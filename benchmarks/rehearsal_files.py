@@ -84,11 +84,11 @@ def text_file(kind: str) -> dict:
     }
 
 
-def files(model: str, layout: str) -> dict[str, dict[str, tuple]]:
+def files(model: str, layout: str, blocks: int = 0) -> dict[str, dict[str, tuple]]:
     """{path below models/: its tensors}. layout: "files" = as the shipped template loads them, "checkpoint" = all of
-    FLUX in one fp8 file.
+    FLUX in one fp8 file. blocks: of FLUX's network, of either kind; 0 = all.
     """
-    network = network_file(model, MODELS[model])
+    network = network_file(model, MODELS[model] | ({"blocks": blocks, "single": blocks} if blocks else {}))
     clip_l, t5 = text_file("clip_l"), text_file("t5xxl")
     clip_alone = {name: tensor for name, tensor in clip_l.items() if name != "text_projection.weight"}
     t5_alone = t5 | {"encoder.embed_tokens.weight": t5["shared.weight"]}  # the published file has it twice
@@ -117,11 +117,11 @@ def files(model: str, layout: str) -> dict[str, dict[str, tuple]]:
     }
 
 
-def write_all(models: Path, model: str, layout: str, reward: str) -> None:
+def write_all(models: Path, model: str, layout: str, reward: str, blocks: str) -> None:
     """All files of a rehearsal below models/; a process of its own, whose memory ends with it."""
     host.load_comfyui()
     writer = Writer()
-    for path, tensors in files(model, layout).items():
+    for path, tensors in files(model, layout, int(blocks)).items():
         print(f"{path}: {writer.write(models / path, tensors) / 1e9:.2f} GB, {len(tensors)} tensors", flush=True)
     if reward != "none":
         import rewards

@@ -82,13 +82,15 @@ WATCH = Watch()
 
 
 @contextlib.contextmanager
-def phase(name: str):
+def phase(name: str, weights: int = 0):
+    """weights: bytes of the model at work, which are there before and after."""
     before, began = WATCH.begin(), time.perf_counter()
     try:
         yield
     finally:
         seconds, peak, after = time.perf_counter() - began, WATCH.peak(), memory()
-        write(phase=name, seconds=seconds, before=before["own"], peak=peak, after=after["own"], mapped=after["mapped"])
+        row = {"phase": name, "seconds": seconds, "weights": weights, "before": before["own"], "peak": peak}
+        write(**row, after=after["own"], mapped=after["mapped"])
 
 
 def write(**row) -> None:
@@ -96,13 +98,13 @@ def write(**row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def watched(owner, attribute: str, name: str) -> None:
-    """owner.attribute, each call a phase."""
+def watched(owner, attribute: str, name: str, weights=lambda *args: 0) -> None:
+    """owner.attribute, each call a phase. weights: of the call's first argument."""
     plain = getattr(owner, attribute)
 
     @functools.wraps(plain)
     def wrapped(*args, **kwargs):
-        with phase(name):
+        with phase(name, weights(*args[:1])):
             return plain(*args, **kwargs)
 
     setattr(owner, attribute, wrapped)
@@ -115,11 +117,11 @@ def watch_all() -> None:
             if "execute" not in vars(kind):  # a V3 node is locked
                 watched(kind, kind.FUNCTION, name)
     trainer, comfy_host = pack("core.runs.trainer"), pack("core.hosts.comfy_host").ComfyHost
-    watched(trainer, "sample", "rollout")
-    watched(trainer, "scores", "reward")
-    watched(trainer, "learn", "update")
+    watched(trainer, "sample", "rollout", lambda velocity: velocity.policy.model.model_size())
+    watched(trainer, "learn", "update", lambda velocity: velocity.policy.model.model_size())
+    watched(trainer, "scores", "reward", lambda reward: reward.patcher.model_size())
     watched(comfy_host, "encode", "encode")
-    watched(comfy_host, "decode", "decode")
+    watched(comfy_host, "decode", "decode", lambda host: host.vae.patcher.model_size())
     watched(pack("core.runs.run").Run, "save", "save")
 
 

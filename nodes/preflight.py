@@ -151,8 +151,8 @@ class Foreseen:
         """Bytes of "sampling" or "learning"."""
         found = self.parts(plan, min(plan.micro_batch or self.widest[name], self.widest[name]))
         kept = 0.0
-        if self.retain and not plan.checkpointing and name == "sampling":
-            kept = found["graph"] * self.prompts * self.shape.trees
+        if self.retain and name == "sampling":
+            kept = found["graph"] * (1 if self.cfg == 1 else 2) * self.prompts * self.shape.trees
             kept *= sum(self.shape.branching**k for k in range(self.shape.depth))
         return found["weights"] + found["adapters"] + found[name] + kept
 

@@ -562,9 +562,10 @@ def test_tensorboard_gets_every_metric_and_is_asked_for_only_when_wanted(flux, m
         flux.pack.nodes.live._tensorboard(flux.folder)
 
 
-def test_retained_graphs_save_forwards_and_change_nothing(flux):
-    flux.train(plain := flux.policy("plain", checkpointing=False), 2)
-    flux.train(kept := flux.policy("kept", checkpointing=False), 2, retain_graphs=True)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_retained_graphs_save_forwards_and_change_nothing(flux, checkpointing):
+    flux.train(plain := flux.policy("plain", checkpointing=checkpointing), 2)
+    flux.train(kept := flux.policy("kept", checkpointing=checkpointing), 2, retain_graphs=True)
     assert [row["update_forwards"] for row in plain.run.metrics] == [6, 6] and [
         row["update_forwards"] for row in kept.run.metrics
     ] == [0, 0]

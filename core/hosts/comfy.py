@@ -260,13 +260,22 @@ class ComfyVelocity(Velocity):
 
     def _memory(self) -> float:
         """Bytes beside the weights, for ComfyUI to make room."""
+        estimate = self._estimate(self._batch)
+        return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
+
+    def graph_bytes(self) -> float | None:
+        """A checkpointed block's inputs are kept where autograd's hooks do not see them."""
+        return self._estimate(1)["graph"] if self.policy.checkpointing else None
+
+    def _estimate(self, latents: int) -> dict[str, float]:
+        """ComfyPolicy.memory of a call with so many latents, CFG included."""
         overridden = bool(self._options["transformer_options"].get("wrappers", {}).get("predict_noise"))
         passes = 2 if "negative" in self._conds and (overridden or not math.isclose(self.cfg, 1.0)) else 1
         references = _references(self._patcher.model, self._conds["positive"]) / math.prod(self.shape[1:])
         contexts = [entry.get("cross_attn") for entries in self._conds.values() for entry in entries]
         text = max((context.shape[1] for context in contexts if context is not None), default=TEXT)
-        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher, references, text)
-        return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
+        found = self.policy.memory(self.shape, latents * passes, self._patcher, references, text)
+        return found | {"graph": passes * found["graph"]}
 
     def _inject(self, patcher) -> None:
         self._eject(patcher)
