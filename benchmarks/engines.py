@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -36,14 +37,21 @@ def sizes(options) -> dict:
     return found
 
 
+def spread(name: str, shape) -> tuple[float, float]:
+    """(mean, standard deviation) of random weights: N(0, 1/fan_in), modulations half of that, norms 1, biases 0."""
+    if len(shape) < 2:
+        norm = ("norm" in name or ".ln_" in name) and not name.endswith("bias")
+        return (1.0 if norm else 0.0), 0.0
+    if "pos_embed" in name and "proj" not in name:
+        return 0.0, 0.1
+    modulates = re.search(r"_mod\.|modulation|norm", name)
+    return 0.0, (0.5 if modulates else 1.0) / math.sqrt(math.prod(shape[1:]))
+
+
 def fill(name: str, tensor) -> None:
-    """Random weights in place: N(0, 1/fan_in), modulations half of that, norms 1, biases 0."""
-    if tensor.dim() < 2:
-        tensor.fill_(1.0 if ("norm" in name or ".ln_" in name) and not name.endswith("bias") else 0.0)
-    elif "pos_embed" in name and "proj" not in name:
-        tensor.normal_(0, 0.1)
-    else:
-        tensor.normal_(0, (0.5 if "mod" in name or "norm" in name else 1.0) / math.sqrt(tensor[0].numel()))
+    """Random weights in place."""
+    mean, std = spread(name, tensor.shape)
+    tensor.normal_(mean, std) if std else tensor.fill_(mean)
 
 
 def fill_adapters(adapters) -> None:
@@ -63,6 +71,90 @@ def text_features(size: dict, device):
     return torch.randn(1, size["tokens"], CONTEXT, generator=draw).to(device), torch.randn(
         1, size["pooled"], generator=draw
     ).to(device)
+
+
+def network_config(model: str, size: dict | None = None) -> dict:
+    """Arguments of ComfyUI's class for this network, of published size or another one."""
+    size = size or MODELS[model]
+    if model == "flux":
+        return dict(
+            image_model="flux",
+            in_channels=16,
+            out_channels=16,
+            vec_in_dim=size["pooled"],
+            context_in_dim=CONTEXT,
+            hidden_size=size["width"],
+            mlp_ratio=4.0,
+            num_heads=size["width"] // 128,
+            depth=size["blocks"],
+            depth_single_blocks=size["single"],
+            axes_dim=[16, 56, 56],
+            theta=10000,
+            patch_size=2,
+            qkv_bias=True,
+            guidance_embed=True,
+            txt_ids_dims=[],
+        )
+    text = {"target": "torch.nn.Linear", "params": {"in_features": CONTEXT, "out_features": size["width"]}}
+    return dict(
+        input_size=None,
+        in_channels=16,
+        patch_size=2,
+        depth=size["blocks"],
+        adm_in_channels=size["pooled"],
+        qk_norm="rms",
+        num_patches=size["positions"] ** 2,
+        pos_embed_max_size=size["positions"],
+        x_block_self_attn_layers=list(range(size["dual"])),
+        context_embedder_config=text,
+    )
+
+
+def build(model: str, config: dict, **how):
+    """ComfyUI's network. how: dtype and operations."""
+    from comfy.ldm.flux.model import Flux
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+    return (Flux if model == "flux" else OpenAISignatureMMDITWrapper)(**config, **how)
+
+
+def network_file(model: str, size: dict) -> dict:
+    """What a file of this network holds, by ComfyUI's own class: tensors on "meta", under the published names."""
+    import comfy.ops
+    import torch
+
+    with torch.device("meta"):
+        network = build(
+            model, network_config(model, size), dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init
+        )
+    return {key.replace("_norm.weight", "_norm.scale"): tensor for key, tensor in network.state_dict().items()}
+
+
+def vae_file() -> dict:
+    """What a file of FLUX's or SD3's VAE holds, on "meta"."""
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+
+    config = dict(
+        double_z=True,
+        z_channels=16,
+        resolution=256,
+        in_channels=3,
+        out_ch=3,
+        ch=128,
+        ch_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_resolutions=[],
+        dropout=0.0,
+    )
+    parts = "comfy.ldm.modules.diffusionmodules.model"
+    with torch.device("meta"):
+        net = AutoencodingEngine(
+            regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+            encoder_config={"target": f"{parts}.Encoder", "params": config},
+            decoder_config={"target": f"{parts}.Decoder", "params": config},
+        )
+    return net.state_dict()
 
 
 class Comfy:
@@ -104,80 +196,20 @@ class Comfy:
         """The weights in the form of a FLUX or SD3.5 file, in main memory; made on the GPU, where a random number costs
         little.
         """
-        import comfy.ops
         import torch
-        from comfy.ldm.flux.model import Flux
-        from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 
-        size, common = self.size, dict(dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
-        with torch.device("meta"):
-            if self.options.model == "flux":
-                network = Flux(
-                    image_model="flux",
-                    in_channels=16,
-                    out_channels=16,
-                    vec_in_dim=size["pooled"],
-                    context_in_dim=CONTEXT,
-                    hidden_size=size["width"],
-                    mlp_ratio=4.0,
-                    num_heads=size["width"] // 128,
-                    depth=size["blocks"],
-                    depth_single_blocks=size["single"],
-                    axes_dim=[16, 56, 56],
-                    theta=10000,
-                    patch_size=2,
-                    qkv_bias=True,
-                    guidance_embed=True,
-                    txt_ids_dims=[],
-                    **common,
-                )
-            else:
-                text = {"target": "torch.nn.Linear", "params": {"in_features": CONTEXT, "out_features": size["width"]}}
-                network = OpenAISignatureMMDITWrapper(
-                    input_size=None,
-                    in_channels=16,
-                    patch_size=2,
-                    depth=size["blocks"],
-                    adm_in_channels=size["pooled"],
-                    qk_norm="rms",
-                    num_patches=size["positions"] ** 2,
-                    pos_embed_max_size=size["positions"],
-                    x_block_self_attn_layers=list(range(size["dual"])),
-                    context_embedder_config=text,
-                    **common,
-                )
         return {
-            key.replace("_norm.weight", "_norm.scale"): made(key, tensor.shape, self.device, torch.bfloat16).cpu()
-            for key, tensor in network.state_dict().items()
+            key: made(key, tensor.shape, self.device, torch.bfloat16).cpu()
+            for key, tensor in network_file(self.options.model, self.size).items()
         }
 
     def random_vae(self):
         import comfy.sd
         import torch
-        from comfy.ldm.models.autoencoder import AutoencodingEngine
 
-        config = dict(
-            double_z=True,
-            z_channels=16,
-            resolution=256,
-            in_channels=3,
-            out_ch=3,
-            ch=128,
-            ch_mult=[1, 2, 4, 4],
-            num_res_blocks=2,
-            attn_resolutions=[],
-            dropout=0.0,
-        )
-        parts = "comfy.ldm.modules.diffusionmodules.model"
-        with torch.device("meta"):
-            net = AutoencodingEngine(
-                regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
-                encoder_config={"target": f"{parts}.Encoder", "params": config},
-                decoder_config={"target": f"{parts}.Decoder", "params": config},
-            )
         with torch.inference_mode():
             return comfy.sd.VAE(
-                sd={key: made(key, tensor.shape, "cpu", torch.float32) for key, tensor in net.state_dict().items()}
+                sd={key: made(key, tensor.shape, "cpu", torch.float32) for key, tensor in vae_file().items()}
             )
 
     def session(self, micro_batch: int):
@@ -205,25 +237,16 @@ class Comfy:
         from core.method.tree import TreeShape
 
         try:
-            report = host.load_pack().nodes.preflight.report
+            preflight = host.load_pack().nodes.preflight
         except ImportError as error:
             return f"VRAM Preflight's report needs all of ComfyUI's requirements: {error}."
         finally:
             sys.path.append(str(host.ROOT))
         room = self.options.memory * GB or comfy.model_management.get_total_memory(self.device)
-        return report(
-            self.policy,
-            latent_shape(self.options),
-            TreeShape(tail=0.4),
-            1,
-            self.options.micro_batch,
-            1.0,
-            self.vae,
-            None,
-            False,
-            room,
-            str(self.device),
-        )
+        plan = preflight.Plan(self.options.micro_batch, self.policy.checkpointing)
+        shape = TreeShape(tail=0.4)
+        run = preflight.Foreseen(self.policy, latent_shape(self.options), shape, 1, 1.0, self.vae, None, False, plan)
+        return preflight.report(run, room, str(self.device))
 
     def baseline(self):
         """(name, work): KSampler's own loop, euler."""

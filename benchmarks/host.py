@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_pack():
-    """The pack, with ComfyUI from COMFYUI_PATH (run.py sets it). Exits with one sentence where there is none."""
+def load_comfyui() -> None:
+    """ComfyUI from COMFYUI_PATH (run.py sets it), on the path. Exits with one sentence where there is none."""
     comfyui = os.environ.get("COMFYUI_PATH")
     if not comfyui:
         sys.exit("This benchmark measures inside ComfyUI, and none was found: set COMFYUI_PATH.")
@@ -26,6 +26,11 @@ def load_pack():
     from comfy.cli_args import args
 
     args.cpu = args.cpu or not torch.accelerator.is_available()
+
+
+def load_pack():
+    """The pack as ComfyUI loads it."""
+    load_comfyui()
     spec = importlib.util.spec_from_file_location(
         "treerpo_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )

@@ -43,6 +43,10 @@ class Velocity(Protocol):
         """Changes when any weight has been moved, replaced or trained: graphs recorded before are then of no use."""
         return hash(tuple((p.data_ptr(), p._version) for p in self.weights()))
 
+    def graph_bytes(self) -> float | None:
+        """Bytes that the graph of one latent keeps where that cannot be measured (checkpointing); None = measure it."""
+        return None
+
     def free_memory(self) -> float:
         """Bytes that may still be used on the device; 0 where that is not known."""
 

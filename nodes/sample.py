@@ -101,8 +101,8 @@ class TreeSamplerNode(io.ComfyNode):
                         default=False,
                         optional=True,
                         tooltip="Keep what the update needs while sampling, so that it skips its own forward passes: "
-                        "the same result, faster. Needs much memory and checkpointing off in Tree Policy; where it "
-                        "does not fit, the update recomputes.",
+                        "the same result, faster. Needs memory: least with checkpointing on in Tree Policy; where "
+                        "it does not fit, the update recomputes.",
                     )
                 ),
             ],
@@ -132,7 +132,7 @@ class TreeSamplerNode(io.ComfyNode):
             check_sigmas(sigmas)
             samples = start_latent(policy.policy.model, latent_image)
             batch = MicroBatch(micro_batch)
-            retain = RETAIN_SHARE if retain_graphs and not policy.policy.checkpointing else 0.0
+            retain = RETAIN_SHARE if retain_graphs else 0.0
             with policy.policy.session(
                 positive, negative, cfg, shape=samples.shape[1:], sigmas=sigmas, memory_batch=micro_batch or None
             ) as velocity:

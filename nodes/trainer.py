@@ -238,7 +238,7 @@ def train(
             seed=seed,
             learning_rate=learning_rate,
             only_good=only_good,
-            retain_share=RETAIN_SHARE if retain_graphs and not policy.policy.checkpointing else 0.0,
+            retain_share=RETAIN_SHARE if retain_graphs else 0.0,
             **more,
         )
         host = ComfyHost(policy.policy, clip, vae, sigmas, latent_image, cfg, negative, free_others)
@@ -330,8 +330,8 @@ def _advanced() -> list[io.Input]:
             "retain_graphs",
             default=False,
             optional=True,
-            tooltip="Keep what the update needs while sampling: the same result, faster. Needs much memory and "
-            "checkpointing off in Tree Policy.",
+            tooltip="Keep what the update needs while sampling: the same result, faster. Needs memory, least with "
+            "checkpointing on in Tree Policy; where it does not fit, nothing is kept.",
         ),
         io.Boolean.Input(
             "free_others",

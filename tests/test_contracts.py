@@ -18,7 +18,7 @@ PLAYERS = [
     (Host, "comfy_host", "ComfyHost"),
     (Host, "diffusers_models", "DiffusersHost"),
 ]
-GIVEN = {"fingerprint", "refuse", "trial"}  # what a Protocol has an answer for itself
+GIVEN = {"fingerprint", "graph_bytes", "refuse", "trial"}  # what a Protocol has an answer for itself
 REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "hpsv3.HPSv3",
            "human.HumanReward", "image_reward.ImageReward", "judge.Judge", "measure.Measure", "measure.Similarity",
            "ocr.Ocr", "server.ServerReward", "taste.MyTaste", "teaching.Teaching"]  # fmt: skip

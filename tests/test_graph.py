@@ -335,10 +335,11 @@ def test_prompts_move_on_with_the_iterations(graph):
     assert graph.prompts(text)[1] == text
 
 
-def test_retained_graphs_give_the_same_update_without_its_forwards(graph):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_retained_graphs_give_the_same_update_without_its_forwards(graph, checkpointing):
     states, rows = [], []
     for name, keep in (("recomputed", False), ("retained", True)):
-        policy = graph.policy(name)
+        policy = graph.policy(name, checkpointing=checkpointing)
         graph.iteration(policy)
         rows.append(graph.iteration(policy, sampling=dict(retain_graphs=keep)))
         states.append(state_bits(policy))

@@ -291,3 +291,37 @@ def test_a_pattern_is_searched_in_every_name():
     names = ["double_blocks.0.img_attn.qkv", "double_blocks.1.img_attn.qkv", "single_blocks.0.linear1"]
     assert list(choose_layers(named(names), r"double_blocks\.[01]\.|linear")) == names
     assert list(choose_layers(named(names), r"1$|blocks\.1")) == names[1:]
+
+
+def test_of_a_half_precision_network_its_input_is_kept_and_no_copy_of_it():
+    """The gradient is as of the plain formula, bit for bit; the input in float32 is not among what is kept."""
+    generator = torch.Generator().manual_seed(0)
+    lora = LoRA(64, 48, rank=4, alpha=6.0, dtype=torch.float32, generator=generator)
+    lora.up.data.normal_(generator=generator)
+    given = torch.randn(2, 9, 64, generator=generator).bfloat16()
+    seen = []
+
+    def ran(work):
+        x = given.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+            y = work(x)
+        return y, *torch.autograd.grad(y.float().square().sum(), (x, lora.down, lora.up))
+
+    found = ran(lora)
+    assert not [t for t in seen if t.numel() == given.numel() and t.dtype == torch.float32]
+    linear = nn.functional.linear
+    expected = ran(lambda x: linear(linear(x.float(), lora.down) * lora.scale, lora.up).to(x.dtype))
+    assert [t for t in seen if t.numel() == given.numel() and t.dtype == torch.float32], "the plain formula keeps it"
+    assert all(torch.equal(mine, plain) for mine, plain in zip(found, expected))
+    with torch.no_grad():
+        assert torch.equal(lora(given), found[0])
+
+
+def test_the_same_sum_with_and_without_gradients_in_half_precision():
+    generator = torch.Generator().manual_seed(0)
+    lora = LoRA(64, 48, rank=4, alpha=6.0, dtype=torch.float32, generator=generator)
+    lora.up.data.normal_(generator=generator)
+    x, output = (torch.randn(5, n, generator=generator).bfloat16() for n in (64, 48))
+    kept = lora.added_to(output.clone(), x)
+    with torch.no_grad():
+        assert torch.equal(lora.added_to(output.clone(), x), kept) and not torch.equal(kept, output)

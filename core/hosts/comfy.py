@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..lora.adapters import Adapters, choose_layers
 from ..model import Velocity, by_kind
 from .architectures import Architecture, architecture_of
-from .comfy_gradients import blocks_of, checkpointed, own_input, training_kernels, use_differentiable_attention
+from .comfy_gradients import adapted_norms, checkpointed, training_kernels, use_differentiable_attention
+from .comfy_memory import MODULATION, TEXT, activations, patch
 from .comfy_refusals import refuse_other_than_flow, refuse_wrappers, refuse_wrong_conditioning, refuse_wrong_latent
-from .comfy_weights import cast_bytes, map_tensors, thaw, thaw_weights
+from .comfy_weights import map_tensors, thaw, thaw_weights
 
 INJECTION = "treerpo"
 
@@ -66,25 +67,39 @@ class ComfyPolicy:
     def architecture(self) -> Architecture:
         return architecture_of(self.model)
 
-    def memory(self, shape, batch: int, patcher=None, references: float = 0.0) -> dict[str, float]:
-        """Bytes, estimated from shapes and not measured: `weights`; `adapters` with gradients and AdamW's two moments;
-        activations of a call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while
-        `sampling` and while `learning`; and `graph`, what one latent keeps until its backward pass. references: size
-        of the reference latents that go with each latent, in latents.
+    def memory(
+        self,
+        shape,
+        batch: int,
+        patcher=None,
+        references: float = 0.0,
+        text: int = TEXT,
+        cast: bool | None = None,
+        checkpointing: bool | None = None,
+    ) -> dict[str, float]:
+        """Bytes, estimated from shapes: `weights`; `adapters` with gradients and AdamW's two moments; activations of a
+        call with `batch` latents of `shape` (as in `session`), twice as many with CFG, while `sampling` and while
+        `learning`; and `graph`, what one latent keeps until its backward pass. references: size of the reference
+        latents that go with each latent, in latents. text: tokens of the prompt. cast: whether weights are cast to
+        compute with; None = as this MODEL does. checkpointing: None = as this policy does.
         """
         patcher = patcher or self.model
-        forward, one = ((1 + references) * patcher.model.memory_required([count, *shape]) for count in (batch, 1))
-        # In units of ComfyUI's estimate of one forward, FLUX keeps about one per block for the backward pass;
-        # checkpointed, the blocks' inputs and one whole block.
-        blocks = len(blocks_of(patcher.model.diffusion_model))
-        kept = 2 + blocks / 20 if self.checkpointing else max(2, blocks)
-        casts = 0 if self.checkpointing else cast_bytes(patcher)
+        network = patcher.model.diffusion_model
+        computed = getattr(patcher.model, "manual_cast_dtype", None)
+        tokens = (1 + references) * math.prod(shape[1:]) / patch(self.model) ** 2 + text
+        item = (computed or patcher.model_dtype()).itemsize
+        casts = computed is not None if cast is None else cast
+        how = dict(cast=casts, timed=any(map(MODULATION.search, self.adapters.names)))
+        how["checkpointing"] = self.checkpointing if checkpointing is None else checkpointing
+        one, many = (activations(network, tokens * count, item, **how) for count in (1, batch))
+        # ComfyUI's own rule, made for its samplers, knows what is special in a family
+        usual = (1 + references) * patcher.model.memory_required([batch, *shape])
         return {
             "weights": patcher.model_size(),
             "adapters": 4 * sum(p.numel() * p.element_size() for p in self.adapters.parameters()),
-            "sampling": forward,
-            "learning": forward * kept + casts,
-            "graph": one * kept + casts,
+            "sampling": max(usual, many["sampling"]),
+            "learning": max(usual, many["learning"]),
+            "graph": one["graph"],
         }
 
     @contextmanager
@@ -228,22 +243,29 @@ class ComfyVelocity(Velocity):
 
     def _memory(self) -> float:
         """Bytes beside the weights, for ComfyUI to make room."""
+        estimate = self._estimate(self._batch)
+        return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
+
+    def graph_bytes(self) -> float | None:
+        """A checkpointed block's inputs are kept where autograd's hooks do not see them."""
+        return self._estimate(1)["graph"] if self.policy.checkpointing else None
+
+    def _estimate(self, latents: int) -> dict[str, float]:
+        """ComfyPolicy.memory of a call with so many latents, CFG included."""
         overridden = bool(self._options["transformer_options"].get("wrappers", {}).get("predict_noise"))
         passes = 2 if "negative" in self._conds and (overridden or not math.isclose(self.cfg, 1.0)) else 1
         references = _references(self._patcher.model, self._conds["positive"]) / math.prod(self.shape[1:])
-        estimate = self.policy.memory(self.shape, self._batch * passes, self._patcher, references)
-        return estimate["learning" if self._in_training else "sampling"] + estimate["adapters"]
+        contexts = [entry.get("cross_attn") for entries in self._conds.values() for entry in entries]
+        text = max((context.shape[1] for context in contexts if context is not None), default=TEXT)
+        found = self.policy.memory(self.shape, latents * passes, self._patcher, references, text)
+        return found | {"graph": passes * found["graph"]}
 
     def _inject(self, patcher) -> None:
         self._eject(patcher)
         network = patcher.model.diffusion_model
         self.policy.adapters.inject(network)
         if self.policy.architecture.in_place:
-            self._norms = [
-                layer.register_forward_pre_hook(own_input)
-                for layer in network.modules()
-                if isinstance(layer, nn.LayerNorm)
-            ]
+            self._norms = adapted_norms(network)
 
     def _eject(self, patcher) -> None:
         self.policy.adapters.eject()

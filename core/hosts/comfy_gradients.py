@@ -20,6 +20,13 @@ FUSED = tuple(
 )
 
 
+def adapted_norms(network: nn.Module) -> list:
+    """Hooks that give every LayerNorm a copy of its own."""
+    return [
+        layer.register_forward_pre_hook(own_input) for layer in network.modules() if isinstance(layer, nn.LayerNorm)
+    ]
+
+
 def own_input(layer, args):
     """FLUX adds to the very tensor a LayerNorm has just saved for its backward: give the norm a copy of its own."""
     return (args[0].clone(), *args[1:]) if torch.is_grad_enabled() else None

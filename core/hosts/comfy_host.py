@@ -10,6 +10,7 @@ from ..method.noise import noised
 from ..method.rollout import check_sigmas
 from ..model import DECODED_AT_ONCE, Host
 from ..references import reference_of
+from .comfy_memory import patch
 from .comfy_references import refuse_references, text_node, with_reference
 from .comfy_refusals import ROWS, refuse_wrong_latent
 from .comfy_weights import thaw
@@ -145,14 +146,6 @@ def start_latent(model, latent_image: dict) -> torch.Tensor:
 def downscale(model) -> int:
     """Pixels per latent, in each direction."""
     return getattr(model.model.latent_format, "spacial_downscale_ratio", 8)  # not in 0.3.64, where it was always 8
-
-
-def patch(model) -> int:
-    """Latents per token, in each direction: sides that are no multiple of it the network pads, and draws less well."""
-    network = model.model.diffusion_model
-    sizes = (getattr(network, name, None) for name in ("patch_size", "patch", "patch_spatial"))
-    size = next((size for size in sizes if size is not None), 1)
-    return int(size if isinstance(size, int) else size[-1])
 
 
 def empty_latent(model, pixels: int) -> dict:

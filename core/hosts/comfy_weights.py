@@ -69,14 +69,6 @@ def _normal(tensor: Tensor) -> Tensor:
     return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def cast_bytes(patcher) -> float:
-    """At most what a call's graph keeps of weights that are cast to compute with (fp8 ones, above all): autograd holds
-    on to the cast copies.
-    """
-    computed = getattr(patcher.model, "manual_cast_dtype", None)
-    return 0.0 if computed is None else patcher.model_size() * computed.itemsize / patcher.model_dtype().itemsize
-
-
 def patched(model) -> str:
     """What a MODEL's weights are patched with, such as LoRAs: 'none', or how many weights and a digest of the patches.
 

@@ -4,6 +4,7 @@ The networks are in diffusers_networks.py. diffusers, transformers and open_clip
 in this file touches ComfyUI.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -150,6 +151,10 @@ class DiffusersVelocity(Velocity):
             total = total + self._guided(blank, blank.new_full((1,), 0.5), [self._lengths.index(lengths)]).sum()
         self.forwards = counted
         return total
+
+    def graph_bytes(self) -> float | None:
+        """Nobody knows what a checkpointed network keeps; too much, then: no graphs are kept."""
+        return math.inf if getattr(self.transformer, "is_gradient_checkpointing", False) else None
 
     def free_memory(self) -> float:
         """Bytes that may still be used on the device; 0 where that is not known."""

@@ -53,12 +53,12 @@ class Retained:
     """The graphs a rollout keeps for its update, by (layer, first node of the slice), while they fit into `budget`
     bytes.
 
-    The first graph is measured; if as many as the window needs would not fit, none is kept and the update recomputes.
+    The first graph is measured unless bytes_per_node is known; if as many as the window needs would not fit, none is
+    kept and the update recomputes.
     """
 
-    def __init__(self, budget: float, nodes: int, weights: list[Tensor]):
-        self.budget, self.nodes, self.weights = budget, nodes, weights
-        self.bytes_per_node: float | None = None
+    def __init__(self, budget: float, nodes: int, weights: list[Tensor], bytes_per_node: float | None = None):
+        self.budget, self.nodes, self.weights, self.bytes_per_node = budget, nodes, weights, bytes_per_node
         self.graphs: dict[tuple[int, int], Tensor] = {}
 
     @property

@@ -109,7 +109,12 @@ def grow(
     total = len(prompts) * forwards(steps, start, shape.depth, shape.branching, shape.trees, shape.tail)[0]
     budget = math.inf if retain is True else retain
     retained = (
-        Retained(budget, len(prompts) * shape.trees * nodes(shape.depth, shape.branching), velocity.weights())
+        Retained(
+            budget,
+            len(prompts) * shape.trees * nodes(shape.depth, shape.branching),
+            velocity.weights(),
+            velocity.graph_bytes(),
+        )
         if budget
         else None
     )
