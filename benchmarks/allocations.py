@@ -60,7 +60,7 @@ def network_calls(network, adapters, call, checkpointing: bool) -> dict[str, int
     """
     import torch
 
-    from core.hosts.comfy import _checkpointed
+    from core.hosts.comfy_gradients import checkpointed
 
     known = [*network.parameters(), *network.buffers(), *adapters.parameters()]
     with torch.no_grad(), Allocations(known) as counted:
@@ -69,7 +69,7 @@ def network_calls(network, adapters, call, checkpointing: bool) -> dict[str, int
     with (
         torch.enable_grad(),
         Allocations(known) as counted,
-        _checkpointed(network) if checkpointing else contextlib.nullcontext(),
+        checkpointed(network) if checkpointing else contextlib.nullcontext(),
     ):
         output = call()
         found["graph"] = counted.live
