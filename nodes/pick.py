@@ -1,5 +1,6 @@
 """A person as the reward: asked in the browser while a run waits, or between two runs by what stands in a widget."""
 
+import asyncio
 import json
 import threading
 import time
@@ -36,6 +37,7 @@ from .reward import Scored, one_line, table
 from .schema import PolicySocket, RewardSocket, ScoresSocket, expert, schema
 
 POLL = 0.1  # seconds between two looks for an interrupt
+TAKEN = 0.01  # and for an answer that is being written down
 LARGEST = 16_384  # bytes of an answer sent to us
 TEMPORARY = "treerpo_pick"  # subfolder of ComfyUI's temp folder
 KEPT = 1024  # images of earlier questions that stay there
@@ -45,6 +47,7 @@ KEPT = 1024  # images of earlier questions that stay there
 class Pending:
     """A question that waits for its answer."""
 
+    asked: Question
     question: dict  # as the browser gets it, without seconds_left
     deadline: float | None  # time.monotonic(); None = no time-out
     text: str | None = None
@@ -69,9 +72,8 @@ class Broker:
                 "A person can only be asked while ComfyUI's server runs: connect a fallback reward, or queue the "
                 "graph in ComfyUI."
             )
-        pending = Pending(
-            shown_to_browser(question, node_id, live=True), time.monotonic() + seconds if seconds else None
-        )
+        shown = shown_to_browser(question, node_id, live=True)
+        pending = Pending(question, shown, time.monotonic() + seconds if seconds else None)
         with self._lock:
             self._pending[question.id] = pending
         browser.send("treerpo.pick", pending.public())
@@ -97,20 +99,27 @@ class Broker:
         with self._lock:
             return [pending.public() for pending in self._pending.values()]
 
-    def answer(self, name: str, text: str) -> None:
-        """Raises LookupError if no such question waits, ValueError if the answer cannot be read; one sentence each."""
+    def answer(self, name: str, text: str) -> Question:
+        """The question that this answers; once it is `settled`, `kept` says whether the answer counts.
+
+        Raises LookupError if no such question waits, ValueError if the answer cannot be read; one sentence each.
+        """
         with self._lock:
             pending = self._pending.get(name)
             if pending is None or pending.answered.is_set():
-                raise LookupError(
-                    f"No question with the id '{name[:20]}' is waiting: it was answered, its time ran out, or the run "
-                    "was stopped."
-                )
+                raise LookupError(nobody_waits(name))
             text = text.strip().lower()
             if not (text == UNDO and pending.question["undo"]):
                 parse(text, pending.question["count"])
             pending.text = text
             pending.answered.set()
+        return pending.asked
+
+
+def nobody_waits(name: str) -> str:
+    return (
+        f"No question with the id '{name[:20]}' is waiting: it was answered, its time ran out, or the run was stopped."
+    )
 
 
 BROKER = Broker()
@@ -172,12 +181,14 @@ def add_routes(instance) -> None:
         if not (isinstance(name, str) and isinstance(text, str)):
             return refused(400, 'Send the pick as JSON with two texts, such as {"id": "a1b2c3d4e5", "answer": "3"}.')
         try:
-            BROKER.answer(name, text)
+            asked = BROKER.answer(name, text)
         except LookupError as error:
             return refused(404, error.args[0])
         except ValueError as error:
             return refused(400, str(error))
-        return web.json_response({"ok": True})
+        while not asked.settled.is_set():  # a pick that is said to be taken is in the book: no kill loses it
+            await asyncio.sleep(TAKEN)
+        return web.json_response({"ok": True}) if asked.kept else refused(404, nobody_waits(name))
 
 
 if browser.server() is not None:

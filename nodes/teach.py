@@ -183,6 +183,7 @@ class TeachNode(TrainsSimply):
             go_on="Raise questions to be asked more.",
         )  # fmt: skip
         teaching = made[0]
+        teaching.keep(teaching.person.picks.folder)  # a kill may have come between the last answer and its head
         model, path, picture, status = outputs.args
         said = f"{teaching.told()} {status}"
         return io.NodeOutput(model, teaching.learned(), path, picture, said, ui={**outputs.ui, "text": (said,)})

@@ -88,16 +88,41 @@ def test_three_queue_runs_are_a_run_of_three_iterations(server, model, pack, tmp
     }
 
 
-def test_a_killed_server_loses_nothing(comfyui, tmp_path):
-    for number, kill in ((1, True), (2, False)):
+def taught(client, picks: int, to_the_end: bool) -> list[str]:
+    """Teach My Taste, answered `picks` times; the ids it asked about, once the last answer is said to be taken."""
+    graph, asked = run.load_graph(GRAPHS / "teach_my_taste.json"), []
+    settings = {"lora_name": "taught", "questions": 3, "settle": 0, "prompts": TRAIN.splitlines()[0]}
+    for field, value in settings.items():
+        run.set_input(graph, "Teach", field, value)
+    prompt, until = client.queue(graph), time.monotonic() + 180
+    while len(asked) < picks and time.monotonic() < until:
+        new = [one["id"] for one in client.get("/treerpo/pick")["questions"] if one["id"] not in asked]
+        for name in new:
+            client.request("/treerpo/pick", {"id": name, "answer": "2"})
+        asked += new
+        time.sleep(0 if new else 0.02)
+    if to_the_end:
+        client.wait(prompt)
+    return asked
+
+
+def test_a_killed_server_loses_nothing_and_no_pick(comfyui, tmp_path):
+    asked = []
+    for picks, kill in ((2, True), (1, False)):
         with run.Server(comfyui, sys.executable, base=tmp_path / "killed") as server:
             run.Client(server.url).run(first_steps("again"))
+            asked += taught(run.Client(server.url), picks, to_the_end=not kill)
             if kill:
-                os.kill(server.process.pid, signal.SIGKILL)
+                os.kill(server.process.pid, signal.SIGKILL)  # the second pick was just said to be taken
                 server.process.wait()
     with run.Server(comfyui, sys.executable, base=tmp_path / "through") as through:
         for _ in range(2):
             run.Client(through.url).run(first_steps("again"))
+        assert asked == taught(run.Client(through.url), 3, to_the_end=True), (
+            "the third question is the first one after the kill"
+        )
+    lines = (server.base / "output/treerpo/taught/picks.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == asked
     assert timeless(metrics(server, "again")) == timeless(metrics(through, "again"))
     first, second = (load_file(s.base / "output/treerpo/again/adapter.safetensors") for s in (server, through))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

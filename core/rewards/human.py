@@ -13,9 +13,10 @@ other.
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -154,6 +155,8 @@ class Question:
     counted: str = "prompt"  # what group and groups count
     undo: bool = False  # whether the answer before can be taken back
     note: str = ""  # what else the person is told, in our own words
+    kept: bool = False  # whether the answer counts, and is in the book if the disk took it
+    settled: threading.Event = field(default_factory=threading.Event)  # from here on `kept` is final
 
 
 class NobodyThere(ValueError):
@@ -251,27 +254,36 @@ class HumanReward(Reward):
         known = self.picks.find(about) if self.picks is not None and self.replay and not again else None
         if known is not None:
             return self._read(known["answer"], about)[1]
-        began = time.monotonic()
+        question = Question(about["id"], prompt, self.how, images, about["iteration"], **shown)
         try:
-            text = self.ask(Question(about["id"], prompt, self.how, images, about["iteration"], **shown))
+            return self._asked(question, about)
         except NobodyThere as error:
             if self.fallback is None:
                 raise
             log.warning("%s The fallback reward decides.", error)
             return None
-        if text == UNDO and shown.get("undo"):
+        finally:
+            question.settled.set()
+
+    def _asked(self, question: Question, about: dict) -> Answer | None:
+        """The person's answer, once it is in the book. Raises Undone."""
+        began = time.monotonic()
+        text = self.ask(question)
+        if text == UNDO and question.undo:
+            question.kept = True
             raise Undone
         text, answer = self._read(text, about)
         if self.picks is not None:
             self.picks.add(
                 about,
-                images,
+                question.images,
                 how=self.how,
                 answer=text,
                 levels=answer.levels if answer else (),
                 seconds=time.monotonic() - began,
                 by="time-out" if text is None else "skip" if answer is None else "person",
             )
+        question.kept = True
         return answer
 
     def _read(self, text: str | None, about: dict) -> tuple[str | None, Answer | None]:

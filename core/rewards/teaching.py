@@ -158,7 +158,7 @@ class Teaching(Reward):
         return head.said() if head is not None else "No pick yet."
 
     def keep(self, folder: Path) -> None:
-        """The head as it is, in the run's folder, for the My Taste node."""
-        if self.head is not None:
-            ids = [row["id"] for row in self.answers()]
-            save(self.head, folder / FILE, self.known.features, ids)
+        """The head of all answers, in the run's folder, for the My Taste node."""
+        head = self.fitted()
+        if head is not None:
+            save(head, folder / FILE, self.known.features, [row["id"] for row in self.answers()])
