@@ -34,7 +34,7 @@ from core.rewards.picks import Picks  # noqa: E402
 from core.rewards.teaching import Teaching  # noqa: E402
 from core.runs.run import Run  # noqa: E402
 from embedded import shapes  # noqa: E402
-from embedded.judge import judge  # noqa: E402
+from embedded.judge import expected_quality, judge  # noqa: E402
 from standalone.demo import Demo  # noqa: E402
 from standalone.figures import in_turn  # noqa: E402
 
@@ -105,20 +105,9 @@ class Session:
             "wins": float(((gain > CLEAR).float() + 0.5 * (gain.abs() <= CLEAR).float()).mean()),
             "utility": [float(first.mean()), float(last.mean())],
             "quality": [float(one.mean()) for one in quality],
-            "quality_of_its_styles": float((quality[1] - expected(self.before, now)).mean()),
+            "quality_of_its_styles": float((quality[1] - expected_quality(self.before, now)).mean()),
             "changed": float((now - self.before).abs().mean()),
         }
-
-
-def expected(before, now) -> torch.Tensor:
-    """How well the base model draws the styles that pictures [B, 64, 64, 3] have (faces worse than others): least
-    squares over its own pictures.
-    """
-    styles = [
-        torch.stack([*(found[name].float() for name in shapes.STYLES), torch.ones(len(found["quality"]))], 1)
-        for found in (judge(before), judge(now))
-    ]
-    return styles[1] @ torch.linalg.lstsq(styles[0], judge(before)["quality"][:, None]).solution[:, 0]
 
 
 def teach(options, seed: int) -> dict:

@@ -125,3 +125,15 @@ def figures(images: Tensor, prompts: list[str], wish: dict[str, str]) -> dict[st
         "quality": float(found["quality"].mean()),
         "diversity": float(entropy.mean()),
     }
+
+
+def expected_quality(before: Tensor, now: Tensor) -> Tensor:
+    """How well the untuned model, whose pictures `before` are, draws the styles that the pictures `now` have (faces
+    worse than others) [B]: least squares over its own pictures. Both [B, 3, 64, 64] or [B, 64, 64, 3].
+    """
+    drawn, shown = judge(before), judge(now)
+    rows = [
+        torch.stack([*(found[name].float() for name in shapes.STYLES), torch.ones(len(found["quality"]))], 1)
+        for found in (drawn, shown)
+    ]
+    return rows[1] @ torch.linalg.lstsq(rows[0], drawn["quality"][:, None]).solution[:, 0]

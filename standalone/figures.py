@@ -15,7 +15,7 @@ from torch import Tensor
 from core.pictures.reading import read_picture
 from core.runs.prompts import lines
 from embedded import shapes
-from embedded.judge import figures
+from embedded.judge import expected_quality, figures
 
 GRAPHS = Path(__file__).resolve().parent.parent / "workflows" / "api"
 PICTURES = 48  # before, and after
@@ -29,10 +29,13 @@ def graph(name: str) -> dict[str, dict]:
 
 def seen(before: Tensor, after: Tensor, prompts: list[str], wish: dict[str, str]) -> dict[str, dict[str, float]]:
     """taste, follows, quality and diversity (embedded/judge.py), each before and after, of pictures [B, H, W, 3] that
-    show the prompts in turn.
+    show the prompts in turn; `like for like`: how well the untuned model draws the styles that are shown after, and
+    how well they are drawn after.
     """
     both = [figures(images, in_turn(prompts, len(images)), wish) for images in (before, after)]
-    return {name: {"before": both[0][name], "after": both[1][name]} for name in both[0]}
+    found = {name: {"before": both[0][name], "after": both[1][name]} for name in both[0]}
+    likely = float(expected_quality(before, after).mean())
+    return found | {"like for like": {"before": likely, "after": both[1]["quality"]}}
 
 
 def in_turn(prompts: list[str], count: int) -> list[str]:

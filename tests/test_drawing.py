@@ -163,3 +163,14 @@ def test_what_is_exported_loads_the_same():
         again = load(kind, path, **options)
         assert type(again) is type(reward) and again.name == reward.name and again.origin == reward.origin
     assert drawing.CRITIC == load("drawing").origin[1]
+
+
+def test_quality_like_for_like_is_that_of_the_styles_alone():
+    """Pictures of one style, drawn as the others of that style, are as good as expected; blurred ones are worse."""
+    numbers = torch.arange(48) * 2
+    styles = shapes.random_styles(48, torch.Generator().manual_seed(3))
+    images = shapes.draw(numbers, torch.Generator().manual_seed(4), styles=styles)
+    likely = judge.expected_quality(images, images)
+    assert likely.mean() == pytest.approx(float(judge.judge(images)["quality"].mean()), abs=1e-4)
+    blurred = torch.nn.functional.avg_pool2d(images, 5, 1, 2)
+    assert judge.judge(blurred)["quality"].mean() < judge.expected_quality(images, blurred).mean() - 0.02
