@@ -210,11 +210,10 @@ def main() -> None:
         save({"model": options.model, "seed": options.seed, "arms": found}, options.json)
         if kind != arms[0]:
             last, first = found[kind][-1], found[arms[0]]
-            faster = reached(first, last["held_out"]) / last["seconds"]
             each = first[-1]["seconds"] / last["seconds"]
-            print(
-                f"{kind}: an iteration {each:.2f} times as fast as {arms[0]}'s, to its last reward {faster:.2f} times"
-            )
+            equal = reached(first, last["held_out"]) / last["seconds"]
+            said = f"{equal:.2f}" if equal < float("inf") else f"more than {each:.2f}"
+            print(f"{kind}: an iteration {each:.2f} times as fast as {arms[0]}'s, to its last reward {said} times")
 
 
 if __name__ == "__main__":
