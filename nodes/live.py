@@ -116,7 +116,7 @@ class Live:
             back = way_back(self.run, watch.rollback) if watch.rollback is not None else None
             to = "A new name begins again from the base model."
             if back:
-                to = f"Go back to {back[0]}: begin_from … @ {back[1]} in Tree Policy, with a new run_name."
+                to = f"Go back to {back[0]}: begin_from … @ {back[1]} (advanced), with a new name."
             return " ".join(filter(None, [COMPARE if watch.finished else "", to, "Run goes on all the same."]))
         if self.run.iteration < self.iterations:
             return f"Run goes on. {COMPARE}"

@@ -15,6 +15,7 @@ from ..core.method.objective import Objective
 from ..core.method.tree import TreeShape
 from ..core.runs.prompts import collect, split
 from .policy import PolicyNode
+from .runs import NOTHING, known_checkpoints
 from .save import SaveTreeLoraNode, merging
 from .schema import RewardSocket, expert, schema
 from .trainer import ALIASES, train
@@ -161,6 +162,16 @@ class SimpleTrainerNode(TrainsSimply):
                         "its base model's. Other than 1 = twice the cost.",
                     )
                 ),
+                expert(
+                    io.Combo.Input(
+                        "begin_from",
+                        options=[NOTHING, *known_checkpoints()],
+                        default=NOTHING,
+                        optional=True,
+                        tooltip="For a new lora_name: begin from an older checkpoint of this or another run, optimizer "
+                        "and history included. The old run stays as it is.",
+                    )
+                ),
             ],
             outputs=[
                 TUNED,
@@ -170,6 +181,10 @@ class SimpleTrainerNode(TrainsSimply):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, lora_name, begin_from=NOTHING):
+        return super().validate_inputs(lora_name)  # a checkpoint that is gone is explained when the node runs
 
     @classmethod
     def execute(
@@ -186,6 +201,7 @@ class SimpleTrainerNode(TrainsSimply):
         size=0,
         judge=None,
         cfg=0.0,
+        begin_from=NOTHING,
     ) -> io.NodeOutput:
         return train_simply(
             cls,
@@ -200,11 +216,25 @@ class SimpleTrainerNode(TrainsSimply):
             size=size,
             judge=judge,
             cfg=cfg,
+            begin_from=begin_from,
         )
 
 
 def train_simply(
-    node, model, clip, vae, prompts, lora_name, preset, wanted, *, size=0, cfg=0.0, go_on="Run learns on.", **more
+    node,
+    model,
+    clip,
+    vae,
+    prompts,
+    lora_name,
+    preset,
+    wanted,
+    *,
+    size=0,
+    cfg=0.0,
+    begin_from=NOTHING,
+    go_on="Run learns on.",
+    **more,
 ):
     """What a node that chooses everything by itself does: the policy, the training, the LoRA; saved also on Stop.
 
@@ -223,6 +253,7 @@ def train_simply(
         2.0 * fitting.rank,
         fitting.targets,
         checkpointing=fitting.checkpointing,
+        begin_from=begin_from,
     ).args[0]
     with torch.inference_mode(False), torch.no_grad():
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", fitting.steps)

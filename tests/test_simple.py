@@ -51,6 +51,15 @@ def test_a_model_prompts_and_a_reward_become_a_lora(graph, tmp_path):
     assert status.startswith("3 iterations done. This Run went on at iteration 3. Saved as style.safetensors.")
 
 
+def test_a_new_name_begins_from_an_older_checkpoint(flux, tmp_path):
+    simple(flux, iterations=1)
+    simple(flux, "again", iterations=1, begin_from="style @ newest")
+    whole = rows(tmp_path, "again")
+    assert len(whole) == 2 and whole[0] == rows(tmp_path)[0] and len(rows(tmp_path)) == 1
+    with pytest.raises(ValueError, match="^There is no checkpoint 'style @ 7': choose another one under begin_from"):
+        simple(flux, "third", iterations=1, begin_from="style @ 7")
+
+
 def settings(tmp_path, name):
     return json.loads((tmp_path / "output/treerpo" / name / "config.json").read_text())["trainer"]
 

@@ -658,8 +658,6 @@ def test_a_run_with_nothing_left_to_learn_ends_and_names_its_best(flux):
     policy.run.extra["watch"] = watch(settled=2).to_dict()
     status = flux.train(policy, 9, reward=Peaks(), text=text, held_out=2, evaluate_every=1)[-1]
     assert status.startswith("Finished early after iteration 3.") and "nothing is left to learn" in status
-    assert status.endswith(
-        "Go back to 1: begin_from … @ best in Tree Policy, with a new run_name. Run goes on all the same."
-    )
+    assert status.endswith("Go back to 1: begin_from … @ best (advanced), with a new name. Run goes on all the same.")
     assert flux.pack.nodes.live.COMPARE in status
     assert flux.policy("back", begin_from="test @ best").run.iteration == 1
