@@ -138,15 +138,18 @@ def drawing(graph: dict, options) -> dict:
 
 
 def after(graph: dict, options) -> dict:
-    """The same picture with the LoRA merged by ComfyUI's loader, and bypassed by its other one."""
+    """The same picture with the LoRA bypassed by one of ComfyUI's loaders, and merged by its other one.
+
+    Merging copies the weights first: for the whole of FLUX 9 GB more, so there it is loaded and not drawn.
+    """
     parts = drawing(graph, options)
-    for name, kind in (("merged", "LoraLoaderModelOnly"), ("bypass", "LoraLoaderBypassModelOnly")):
+    for name, kind in (("bypass", "LoraLoaderBypassModelOnly"), ("merged", "LoraLoaderModelOnly")):
         lora = {"model": ["1", 0], "lora_name": f"{LORA}.safetensors", "strength_model": 1.0}
         parts[name] = {"class_type": kind, "_meta": {"title": name}, "inputs": lora}
-        parts[f"draw_{name}"] = {**parts["draw"], "inputs": {**parts["draw"]["inputs"], "model": [name, 0]}}
+        if name == "bypass" or options.model != "flux" or options.blocks:
+            parts[f"draw_{name}"] = {**parts["draw"], "inputs": {**parts["draw"]["inputs"], "model": [name, 0]}}
+            parts["latents"]["inputs"][name] = [f"draw_{name}", 0]
     parts["patches"] = probe("Patches", model=["merged", 0], file=f"{LORA}.safetensors")
-    parts["latents"] = probe("Latents", base=["draw", 0], merged=["draw_merged", 0], bypass=["draw_bypass", 0])
-    parts["apart"] = probe("Latents", base=["draw_bypass", 0], merged=["draw_merged", 0])
     return parts
 
 
@@ -215,7 +218,7 @@ def rehearse(options, base: Path) -> dict:
         "left_on_the_model": second["hooks"] + second["swapped_forwards"] + second["trainable"],
         "checksums": [first, second],
         "conditioning": answer(found["before"], "shapes"),
-        "drawn": drawn | {"merged_from_bypass": answer(found["after"], "apart")["merged"]},
+        "drawn": drawn,
         "lora": answer(found["after"], "patches") | {"unmatched": len(unmatched), **in_diffusers(base, options)},
         "iterations": metrics,
         "phases": summary(rows),
@@ -315,8 +318,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--layout checkpoint is FLUX's one file; the other models have one layout")
     if options.blocks and options.model != "flux":
         parser.error("--blocks is for FLUX: ComfyUI reads the number of SD3.5's blocks off its width")
-    if options.size % 16 or options.prompts not in (1, 2) or options.depth >= options.steps:
-        parser.error("the size must be a multiple of 16, prompts 1 or 2, and depth less than steps")
+    if options.size % 16 or options.prompts not in (1, 2) or options.steps < max(3, options.depth + 1):
+        parser.error("the size must be a multiple of 16, prompts 1 or 2, steps at least 3 and more than depth")
     return options
 
 
