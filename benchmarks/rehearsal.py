@@ -229,6 +229,7 @@ def rehearse(options, base: Path) -> dict:
 def in_diffusers(base: Path, options) -> dict:
     """How many of the LoRA's layers diffusers' own network of true size has, with the same widths."""
     source, target = base / "models" / "loras" / f"{LORA}.safetensors", base / "diffusers.safetensors"
+    target.unlink(missing_ok=True)  # of an earlier rehearsal in a folder that was kept
     convert = [sys.executable, "-m", "standalone.launch", "convert", source, target, "--to", "diffusers"]
     subprocess.run(list(map(str, convert)), cwd=REPO, check=True)
     code = "import sys, pathlib, rehearsal_diffusers as r; r.check(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
