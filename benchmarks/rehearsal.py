@@ -177,6 +177,10 @@ def answer(outputs: dict, node: str):
 
 def rehearse(options, base: Path) -> dict:
     log = base / "phases.jsonl"
+    for old in (base / "output", base / "models" / "loras"):  # of an earlier rehearsal with --keep
+        shutil.rmtree(old, ignore_errors=True)
+    for old in (log, base / "diffusers.safetensors"):
+        old.unlink(missing_ok=True)
     os.environ |= {
         "TREERPO_REHEARSAL_LOG": str(log),
         "TREERPO_REHEARSAL_AS_GPU": str(int(options.dtype == "gpu")),
