@@ -177,6 +177,10 @@ def answer(outputs: dict, node: str):
 
 def rehearse(options, base: Path) -> dict:
     log = base / "phases.jsonl"
+    for old in (base / "output", base / "models" / "loras"):  # of an earlier rehearsal with --keep
+        shutil.rmtree(old, ignore_errors=True)
+    for old in (log, base / "diffusers.safetensors"):
+        old.unlink(missing_ok=True)
     os.environ |= {
         "TREERPO_REHEARSAL_LOG": str(log),
         "TREERPO_REHEARSAL_AS_GPU": str(int(options.dtype == "gpu")),
@@ -229,7 +233,6 @@ def rehearse(options, base: Path) -> dict:
 def in_diffusers(base: Path, options) -> dict:
     """How many of the LoRA's layers diffusers' own network of true size has, with the same widths."""
     source, target = base / "models" / "loras" / f"{LORA}.safetensors", base / "diffusers.safetensors"
-    target.unlink(missing_ok=True)  # of an earlier rehearsal in a folder that was kept
     convert = [sys.executable, "-m", "standalone.launch", "convert", source, target, "--to", "diffusers"]
     subprocess.run(list(map(str, convert)), cwd=REPO, check=True)
     code = "import sys, pathlib, rehearsal_diffusers as r; r.check(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
