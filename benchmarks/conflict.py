@@ -25,7 +25,7 @@ class Wishes:
     """
 
     def __init__(self, lab: Lab, base):
-        self.lab, self.wishes, self.each = lab, (), "mean"
+        self.lab, self.critic, self.wishes, self.each = lab, lab.scorer.critic, (), "mean"
         self.scale = {}
         for name in ("small ink", "small shape"):
             found = self.raw(name, base)
@@ -42,10 +42,9 @@ class Wishes:
         if name in self.scale:
             middle, spread = self.scale[name]
             return torch.sigmoid((middle - self.raw(name, images)) / spread * 2)
-        critic = self.lab.scorer_critic
         with torch.inference_mode(False), torch.no_grad():
-            logits = critic(images.movedim(-1, 1).float().clone())[HEADS[name]]
-        return logits.softmax(1)[:, critic.heads[HEADS[name]].index(name)]
+            logits = self.critic(images.movedim(-1, 1).float().clone())[HEADS[name]]
+        return logits.softmax(1)[:, self.critic.heads[HEADS[name]].index(name)]
 
     def score(self, images, prompts=None):
         import torch
@@ -98,7 +97,6 @@ def main() -> None:
     import torch
 
     lab = Lab(host.load_pack(), options.model, "taste")
-    lab.scorer_critic = lab.scorer.critic
     base = []
     with lab.open(0) as policy:
         for part in range(SAMPLES):

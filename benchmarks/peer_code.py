@@ -180,18 +180,25 @@ def flow_grpo_settings(script: types.ModuleType, folder: Path, seed: int, rate: 
     return config
 
 
+def put_together(config: Settings, meter: Meter) -> tuple:
+    """The pipeline, and what takes the place of a training script's own names: what Flow-GRPO's and DiffusionNFT's
+    share. The prompts are written, and named in the script's settings.
+    """
+    config.dataset = str(write_prompts(meter))
+    names = {
+        "FLAGS": SimpleNamespace(config=config),
+        "LoraConfig": lambda **_: lora_config(meter.transformer),
+        "encode_prompt": encode_prompt(meter),
+    }
+    return EmbeddedPipeline.of(meter.world, meter.transformer), names
+
+
 def train_flow_grpo(folder: Path, meter: Meter, seed: int, rate: float) -> None:
     """scripts/train_sd3.py's main, whole."""
     with loaded("flow_grpo", folder) as script, quiet():
         config = flow_grpo_settings(script, folder, seed, rate)
-        config.dataset = str(write_prompts(meter))
-        pipeline = EmbeddedPipeline.of(meter.world, meter.transformer)
-        names = {
-            "FLAGS": SimpleNamespace(config=config),
-            "LoraConfig": lambda **_: lora_config(meter.transformer),
-            "encode_prompt": encode_prompt(meter),
-            "eval": meter.check,
-        }
+        pipeline, names = put_together(config, meter)
+        names |= {"eval": meter.check}
         with put_in(script, meter, pipeline, **names), meter, contextlib.suppress(Done):
             with mock.patch.object(script.flow_grpo.rewards, "multi_score", many_scores(meter)):
                 script.main(None)
@@ -233,12 +240,8 @@ def train_nft(folder: Path, meter: Meter, seed: int, rate: float) -> None:
     """scripts/train_nft_sd3.py's main, whole."""
     with loaded("nft", folder) as script, quiet():
         config = nft_settings(folder, seed, rate)
-        config.dataset = str(write_prompts(meter))
-        pipeline = EmbeddedPipeline.of(meter.world, meter.transformer)
-        names = {
-            "FLAGS": SimpleNamespace(config=config),
-            "LoraConfig": lambda **_: lora_config(meter.transformer),
-            "encode_prompt": encode_prompt(meter),
+        pipeline, names = put_together(config, meter)
+        names |= {
             "eval_fn": meter.check,
             "save_ckpt": lambda *_: None,
             "torch": TorchOnCpu(),

@@ -2,8 +2,8 @@
 
     python3 run.py bench peers --treegrpo FOLDER --flow-grpo FOLDER --nft FOLDER
 
-Each folder is where that code lies: MAIR-Lab-HUST/TMPO at commit 3d8f618, its folder TreeGRPO-main · yifan123/flow_grpo
-(ac4c86e) · NVlabs/DiffusionNFT (24af555). What is not given is left out, and said so.
+Each folder is where that code lies: MAIR-Lab-HUST/TMPO at commit 3d8f618, its folder TreeGRPO-main, yifan123/flow_grpo
+(ac4c86e), NVlabs/DiffusionNFT (24af555). What is not given is left out, and said so.
 
 The model is the embedded SD3 under diffusers' own pipeline (peer_world.py), the reward the demo's, seen by the judge by
 rules; all start as the same untuned network and sample by the same scheduler of 10 steps. A run ends when it has spent

@@ -99,13 +99,14 @@ class Session:
         with self.run.ema.applied():
             now = self.draw()
         first, last = (self.user.utility(images, self.texts) for images in (self.before, now))
-        quality = [judge(images)["quality"] for images in (self.before, now)]
+        drawn, shown = judge(self.before), judge(now)
+        quality = [found["quality"] for found in (drawn, shown)]
         gain = last - first
         return {
             "wins": float(((gain > CLEAR).float() + 0.5 * (gain.abs() <= CLEAR).float()).mean()),
             "utility": [float(first.mean()), float(last.mean())],
             "quality": [float(one.mean()) for one in quality],
-            "quality_of_its_styles": float((quality[1] - expected_quality(self.before, now)).mean()),
+            "quality_of_its_styles": float((quality[1] - expected_quality(drawn, shown)).mean()),
             "changed": float((now - self.before).abs().mean()),
         }
 

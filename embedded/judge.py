@@ -104,14 +104,18 @@ def judge(images: Tensor) -> dict[str, Tensor]:
 
 
 def figures(images: Tensor, prompts: list[str], wish: dict[str, str]) -> dict[str, float]:
-    """What the judge sees in pictures [B, 3, 64, 64] (or [B, 64, 64, 3]) of these prompts [B], on average.
+    """`figures_of` what the judge sees in pictures [B, 3, 64, 64] (or [B, 64, 64, 3])."""
+    return figures_of(judge(images), prompts, wish)
+
+
+def figures_of(found: dict[str, Tensor], prompts: list[str], wish: dict[str, str]) -> dict[str, float]:
+    """What the judge has seen (`judge`) in pictures of these prompts [B], on average.
 
     taste: share with every wished style (0 where none is wished for); follows: share with the asked shape and colour;
     quality: how well they are drawn; diversity: mean entropy, in bits, of the styles that nobody wished for.
     """
-    found = judge(images)
     met = [found[name] == shapes.STYLES[name].index(value) for name, value in wish.items()]
-    met = torch.stack(met or [torch.zeros(len(images), dtype=torch.bool)])
+    met = torch.stack(met or [torch.zeros(len(prompts), dtype=torch.bool)])
     asked = [shapes.asked(prompt) for prompt in prompts]
     follows = torch.stack(
         [found[what] == torch.tensor([one.get(what, -1) for one in asked]) for what in ("shape", "colour")]
@@ -127,11 +131,10 @@ def figures(images: Tensor, prompts: list[str], wish: dict[str, str]) -> dict[st
     }
 
 
-def expected_quality(before: Tensor, now: Tensor) -> Tensor:
-    """How well the untuned model, whose pictures `before` are, draws the styles that the pictures `now` have (faces
-    worse than others) [B]: least squares over its own pictures. Both [B, 3, 64, 64] or [B, 64, 64, 3].
+def expected_quality(drawn: dict[str, Tensor], shown: dict[str, Tensor]) -> Tensor:
+    """How well the untuned model, in whose pictures the judge has seen `drawn`, draws the styles of the pictures
+    `shown` (faces worse than others) [B]: least squares over its own pictures.
     """
-    drawn, shown = judge(before), judge(now)
     rows = [
         torch.stack([*(found[name].float() for name in shapes.STYLES), torch.ones(len(found["quality"]))], 1)
         for found in (drawn, shown)

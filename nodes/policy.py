@@ -43,6 +43,20 @@ class TinyModelNode(io.ComfyNode):
 
 
 # Conditioning by text encoder and text: a prompt is encoded once, not once per iteration.
+def begin_from_input(named: str) -> io.Input:
+    """An older checkpoint to begin from. named: what a new run is called by, in the user's words."""
+    return expert(
+        io.Combo.Input(
+            "begin_from",
+            options=[NOTHING, *known_checkpoints()],
+            default=NOTHING,
+            optional=True,
+            tooltip=f"For a new {named}: begin from an older checkpoint of this or another run, optimizer and history "
+            "included. The old run stays as it is.",
+        )
+    )
+
+
 class PolicyNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -132,16 +146,7 @@ class PolicyNode(io.ComfyNode):
                         "node definitions (R) for new ones.",
                     )
                 ),
-                expert(
-                    io.Combo.Input(
-                        "begin_from",
-                        options=[NOTHING, *known_checkpoints()],
-                        default=NOTHING,
-                        optional=True,
-                        tooltip="For a new run name: begin from an older checkpoint of this or another run, optimizer "
-                        "and history included. The old run stays as it is.",
-                    )
-                ),
+                begin_from_input("run name"),
                 expert(
                     io.Boolean.Input(
                         "recover",

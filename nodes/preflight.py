@@ -1,5 +1,6 @@
 """Looking ahead: what a training run will need of the GPU's memory, and how it fits a smaller card."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 import comfy.model_management
@@ -174,12 +175,11 @@ class Foreseen:
 
     def batch(self, plan: Plan, room: float) -> int | None:
         """The largest micro-batch that fits, or None."""
-        fits = (
-            batch
-            for batch in range(max(self.widest.values()), 0, -1)
-            if max(self.phase(name, replace(plan, micro_batch=batch)) for name in self.widest) <= room
-        )
-        return next(fits, None)
+
+        def need(batch: int) -> float:  # grows with the batch
+            return max(self.phase(name, replace(plan, micro_batch=batch)) for name in self.widest)
+
+        return bisect_right(range(1, max(self.widest.values()) + 1), room, key=need) or None
 
     def fitting(self, room: float) -> Plan | None:
         """The plan that fits and changes least, the fastest change first; None where nothing does."""

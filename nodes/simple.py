@@ -14,8 +14,8 @@ from ..core.method.noise import NoiseSchedule
 from ..core.method.objective import Objective
 from ..core.method.tree import TreeShape
 from ..core.runs.prompts import collect, split
-from .policy import PolicyNode
-from .runs import NOTHING, known_checkpoints
+from .policy import PolicyNode, begin_from_input
+from .runs import NOTHING
 from .save import SaveTreeLoraNode, merging
 from .schema import RewardSocket, expert, schema
 from .trainer import ALIASES, train
@@ -162,16 +162,7 @@ class SimpleTrainerNode(TrainsSimply):
                         "its base model's. Other than 1 = twice the cost.",
                     )
                 ),
-                expert(
-                    io.Combo.Input(
-                        "begin_from",
-                        options=[NOTHING, *known_checkpoints()],
-                        default=NOTHING,
-                        optional=True,
-                        tooltip="For a new lora_name: begin from an older checkpoint of this or another run, optimizer "
-                        "and history included. The old run stays as it is.",
-                    )
-                ),
+                begin_from_input("lora_name"),
             ],
             outputs=[
                 TUNED,

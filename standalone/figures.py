@@ -15,7 +15,7 @@ from torch import Tensor
 from core.pictures.reading import read_picture
 from core.runs.prompts import lines
 from embedded import shapes
-from embedded.judge import expected_quality, figures
+from embedded.judge import expected_quality, figures_of, judge
 
 GRAPHS = Path(__file__).resolve().parent.parent / "workflows" / "api"
 PICTURES = 48  # before, and after
@@ -32,9 +32,10 @@ def seen(before: Tensor, after: Tensor, prompts: list[str], wish: dict[str, str]
     show the prompts in turn; `like for like`: how well the untuned model draws the styles that are shown after, and
     how well they are drawn after.
     """
-    both = [figures(images, in_turn(prompts, len(images)), wish) for images in (before, after)]
+    drawn, shown = judge(before), judge(after)
+    both = [figures_of(found, in_turn(prompts, len(found["quality"])), wish) for found in (drawn, shown)]
     found = {name: {"before": both[0][name], "after": both[1][name]} for name in both[0]}
-    likely = float(expected_quality(before, after).mean())
+    likely = float(expected_quality(drawn, shown).mean())
     return found | {"like for like": {"before": likely, "after": both[1]["quality"]}}
 
 

@@ -24,7 +24,7 @@ from .noise import NoiseSchedule
 from .objective import Objective
 from .ranks import ALONE, Ranks
 from .rollout import Progress, grow
-from .signal import snr
+from .signal import OVER, snr
 from .tree import Forest, TreeShape
 from .update import update
 
@@ -218,7 +218,7 @@ def learn(
         **metrics,
         "reward_best": float(credit.best[credit.best.isfinite()].mean()),
     }
-    if math.isfinite(ratio := snr([*history, row])):
+    if math.isfinite(ratio := snr([*history[-OVER:], row])):
         row["gradient_snr"] = ratio
     return {**row, "forwards": row["rollout_forwards"] + row["update_forwards"]}
 

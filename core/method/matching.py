@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .objective import Objective, clipped_surrogate
+from .objective import Objective, aim, clipped_surrogate
 from .tree import Forest
 
 ADVANTAGE = 5.0  # the advantage at which DiffusionNFT's r is 1, as in its public code
@@ -124,8 +124,5 @@ def matched(
         each = nft(v, old, goal, advantage, sigma, objective.sharpness).mean(1)
         return each, torch.zeros_like(each)
     pull = (advantage.view(*advantage.shape, *[1] * (v.dim() - 1)) * (goal - old.unsqueeze(1))).mean(1)
-    target = old + objective.eta * pull
-    if reference is not None:
-        target = target + objective.anchor * (reference - old)
-    each = (v - target).square().flatten(1).mean(1)
+    each = (v - aim(objective, old, pull, reference)).square().flatten(1).mean(1)
     return each, torch.zeros_like(each)

@@ -252,7 +252,12 @@ def regression_targets(
         weight = weight - weight.mean(1, keepdim=True)
     mean = weight.mean(1).view(-1, *[1] * (x.dim() - 1))
     goal = torch.einsum("nk,nk...->n...", weight, forest.leaves[rows].unflatten(0, weight.shape)) / weight.shape[1]
-    target = v_old + objective.eta * ((mean * x - goal) / forest.sigma(layer)[0] - mean * v_old)
+    return aim(objective, v_old, (mean * x - goal) / forest.sigma(layer)[0] - mean * v_old, reference)
+
+
+def aim(objective: Objective, v_old: Tensor, pull: Tensor, reference: Tensor | None) -> Tensor:
+    """v_old + eta pull, moved towards the base model's velocity by `anchor`: each [n, C, H, W]."""
+    target = v_old + objective.eta * pull
     return target if reference is None else target + objective.anchor * (reference - v_old)
 
 
