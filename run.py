@@ -191,7 +191,8 @@ def collect(base, name, out):
 
 
 def command_test(args, rest):
-    """pytest over tests/ in the environment; the last line says what was skipped and why."""
+    """pytest over tests/ in the environment; the last line says what was skipped and why. A whole suite runs in several
+    processes, a file of tests in one of them, unless the arguments choose (-n 0: one process)."""
     comfyui = find_comfyui()
     python = ensure_env(comfyui)
     older = []
@@ -202,7 +203,12 @@ def command_test(args, rest):
         except Problem as problem:
             say(f"Left out {path}: {problem}")
     extra = {} if "TREERPO_COMFYUI_OLDER" in os.environ else {"TREERPO_COMFYUI_OLDER": os.pathsep.join(older)}
-    paths = [] if any((REPO / word.split("::")[0]).exists() for word in rest if not word.startswith("-")) else ["tests"]
+    whole = not any((REPO / word.split("::")[0]).exists() for word in rest if not word.startswith("-"))
+    paths = ["tests"] if whole else []
+    if whole and not any(word.startswith(("-n", "--num", "--pdb", "--collect")) for word in rest):
+        processes = max(1, min(4, os.cpu_count() or 1))
+        paths += ["-n", str(processes), "--dist", "loadfile"]
+        extra.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         code = run_in_env(python, ["-m", "pytest", *paths, *rest, f"--junitxml={report}"], comfyui, **extra)

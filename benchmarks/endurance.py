@@ -1,6 +1,6 @@
 """Whether a long run survives, and stays as it is: killed at random moments, and 500 iterations in one go.
 
-    python3 run.py bench endurance [--part kills|long|all] [--kills 20] [--iterations 500] [--model flux|sd3]
+    python3 run.py bench endurance [--part kills|long|all] [--kills 20] [--between 20] [--iterations 500] [--model flux|sd3]
 
 kills: the Trainer runs in a process of its own, which is killed (SIGKILL) at random moments of its work, sampling,
 decoding, learning and writing alike, and started again until the run is done. The LoRA must then equal that of a run
@@ -47,16 +47,18 @@ def work(model: str, folder: Path, iterations: int) -> None:
     print("DONE", flush=True)
 
 
-def kills(model: str, count: int, seed: int = 0) -> dict:
-    """Kill the run `count` times, then let it end; whether it equals one that was never killed."""
+def kills(model: str, count: int, between: int, seed: int = 0) -> dict:
+    """Kill the run `count` times, within some `between` iterations each, then let it end; whether it equals one that was
+    never killed.
+    """
     chance = random.Random(seed)
-    iterations = 20 * count
+    iterations = between * count
     folders = [Path(tempfile.mkdtemp(prefix="treerpo-endurance-")) for _ in range(2)]
     started, resumed = time.perf_counter(), []
     for number in range(count):
         child = start(model, folders[0], iterations)
         at = int(child.stdout.readline().split()[1])
-        time.sleep(chance.uniform(0.1, 4.0))
+        time.sleep(chance.uniform(0.1, 0.2 * between))
         child.send_signal(signal.SIGKILL)
         child.wait()
         if child.returncode == 0:
@@ -144,6 +146,7 @@ def main() -> None:
         __doc__,
         part=("all", "kills, long or all"),
         kills=(20, "how often to kill"),
+        between=(20, "iterations per kill"),
         iterations=(500, "of the long run"),
         model=("flux", "flux or sd3"),
         worker=("", "internal"),
@@ -152,7 +155,7 @@ def main() -> None:
         return work(options.model, Path(options.worker), options.iterations)
     results = {"model": options.model, "device": device()}
     if options.part in ("kills", "all"):
-        results["kills"] = kills(options.model, options.kills)
+        results["kills"] = kills(options.model, options.kills, options.between)
         print(json.dumps(results["kills"]))
     if options.part in ("long", "all"):
         results["long"] = long(options.model, options.iterations)
