@@ -114,13 +114,13 @@ def free_port() -> int:
 
 def start(count: int, *files: Path, launcher=("torch.distributed.run",), **environment) -> subprocess.CompletedProcess:
     """This file in `count` processes."""
-    port = {
-        "torch.distributed.run": ("--nproc-per-node", str(count), "--master-port"),
-        "accelerate.commands.launch": ("--main_process_port",),
+    options = {  # standalone: the launcher itself takes a port that stays its own
+        "torch.distributed.run": ("--standalone", "--nproc-per-node", str(count)),
+        "accelerate.commands.launch": ("--main_process_port", str(free_port())),
     }[launcher[0]]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(
-        [sys.executable, "-m", *launcher, *port, str(free_port()), __file__, *map(str, files)],
+        [sys.executable, "-m", *launcher, *options, __file__, *map(str, files)],
         cwd=ROOT,
         env=env,
         capture_output=True,
