@@ -161,8 +161,9 @@ def test_old_images_go(graph, made, monkeypatch):
     assert len(list((Path(folder_paths.get_temp_directory()) / "treerpo_tree").glob("*.png"))) <= 20 + 16
 
 
-def test_script_is_small_and_uses_only_the_public_modules():
-    script = (WEB / "treerpo.js").read_text("utf-8")
+@pytest.mark.parametrize("name", sorted(path.name for path in WEB.glob("**/*.js")))
+def test_scripts_are_small_and_use_only_the_public_modules(name):
+    script = (WEB / name).read_text("utf-8")
     assert len(script.splitlines()) < 470
     assert re.findall(r"from\s+[\"']([^\"']+)", script) == [
         "../../scripts/app.js",
@@ -171,4 +172,3 @@ def test_script_is_small_and_uses_only_the_public_modules():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", script), (
         "prompts come from shared workflows"
     )
-    assert [path.name for path in WEB.glob("**/*.js")] == ["treerpo.js"]

@@ -409,21 +409,6 @@ function translateWidgets(node) {
   }
 }
 
-// ---------------------------------------------------------------- the templates in the order in which one should try them
-
-const TRY = ["start_here", "teach_my_taste", "first_steps", "trainer", "compare", "gamed_reward", "pick_the_winner", "best_of_n", "rank_images"];
-const turn = (name) => (TRY.includes(name) ? TRY.indexOf(name) : TRY.length);
-
-function sortTemplates() { // the server lists them in the order of its file system
-  const listed = api.getWorkflowTemplates;
-  api.getWorkflowTemplates = async function (...given) {
-    const all = await listed.apply(this, given);
-    for (const names of Object.values(all))
-      if (Array.isArray(names) && TRY.every((name) => names.includes(name))) names.sort((a, b) => turn(a) - turn(b) || a.localeCompare(b));
-    return all;
-  };
-}
-
 app.registerExtension({
   name: "TreeRPO",
   async init() { // before any node is made
@@ -435,7 +420,6 @@ app.registerExtension({
       for (const known of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) if (known) known[`TREERPO_${name}`] = colour;
   },
   async setup() {
-    sortTemplates();
     document.head.append(el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
       el("style", {}, `:root { ${Object.entries(SOCKETS).map(([name, colour]) => `--color-datatype-TREERPO_${name}: ${colour};`).join(" ")} }`)); // sockets of Nodes 2.0
     for (const recall of [recallTrees, recallQuestions]) recall().catch((error) => console.info("TreeRPO:", error.message)); // nothing depends on them
