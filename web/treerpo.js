@@ -40,7 +40,7 @@ export const picture = (image, alt) => el("img", { src: viewUrl(image), alt, dra
   onload: (event) => event.target.classList.toggle("treerpo-pixels", event.target.naturalWidth <= 128) });
 
 /** The node an execution id names; "4:12" is node 12 inside the subgraph node 4. */
-function findNode(id) {
+export function findNode(id) {
   let node = { subgraph: rootGraph() };
   for (const part of String(id).split(":")) node = node?.subgraph?.getNodeById(Number(part));
   return node;
