@@ -29,6 +29,7 @@ from .trainer import TrainerNode
 from .simple import SimpleTrainerNode
 from .teach import MyTasteNode, TeachNode
 from .tree_view import TreeViewNode
+from . import go_back as go_back  # its route
 
 NODES = [
     TinyModelNode,

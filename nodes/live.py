@@ -113,7 +113,7 @@ class Live:
     def next(self, watch: Watch, go_on: str) -> str:
         """What can be done after a Run that was not stopped."""
         if self.run.extra.get("paused"):
-            back = way_back(self.run, watch.rollback) if watch.rollback is not None else None
+            back = way_back(self.run.folder, watch.rollback) if watch.rollback is not None else None
             to = "A new name begins again from the base model."
             if back:
                 to = f"Go back to {back[0]}: begin_from … @ {back[1]} (advanced), with a new name."

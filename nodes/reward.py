@@ -168,7 +168,16 @@ class ScoreImagesNode(io.ComfyNode):
             "Score Images",
             description="Scores every image with a reward model, and ranks them. Works on any images, no training "
             "needed; for training, connect the decoded leaves of Tree Sampler.",
-            search_aliases=["reward", "aesthetic score", "rank images", "best of n", "clip score", "hps", "pickscore"],
+            search_aliases=[
+                "reward",
+                "aesthetic score",
+                "rank",
+                "rank images",
+                "best of n",
+                "clip score",
+                "hps",
+                "pickscore",
+            ],
             is_output_node=True,
             is_input_list=True,
             inputs=[

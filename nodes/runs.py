@@ -92,12 +92,12 @@ def known_checkpoints() -> list[str]:
     return found
 
 
-def way_back(run, iteration: int) -> tuple[int, str] | None:
-    """(iteration, its name behind the @ of begin_from) of what is kept of a run up to an iteration, the newest of it;
-    None where nothing is.
+def way_back(folder: Path, iteration: int) -> tuple[int, str] | None:
+    """(iteration, its name behind the @ of begin_from) of the newest that a run's folder keeps up to an iteration; None
+    where nothing is kept.
     """
-    best = describe(run.folder / "best")
-    kept = [(checkpoint.iteration, str(checkpoint.iteration)) for checkpoint in list_checkpoints(run.folder)]
+    best = describe(folder / "best")
+    kept = [(checkpoint.iteration, str(checkpoint.iteration)) for checkpoint in list_checkpoints(folder)]
     kept += [(best.iteration, "best")] if best else []
     return max((one for one in kept if one[0] <= iteration), default=None)
 

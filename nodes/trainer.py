@@ -45,6 +45,7 @@ ALIASES = [  # what artists look for when they want to train
     "style",
     "preference",
     "reinforcement learning",
+    "rl",
     "online rl",
     "rlhf",
     "grpo",

@@ -273,7 +273,7 @@ def test_the_run_pauses_when_the_judge_falls_while_the_reward_rises(flux, monkey
         known = max((n for n in kept | {best} if n <= at), default=None)
         names = {"best"} if known == best else set()
         names |= {str(known)} if known in kept else set()
-        assert back(policy.run, at) is None if known is None else back(policy.run, at)[1] in names, at
+        assert back(policy.run.folder, at) is None if known is None else back(policy.run.folder, at)[1] in names, at
     assert "the judge fell" in said[-1] and "own name" not in "".join(said), "the text under the node may be HTML"
     paused = policy.run.iteration
     assert paused < 40 and (policy.run.folder / "best" / "state.pt").exists()

@@ -166,3 +166,20 @@ def test_drawn_graphs_are_tidy(name):
     }
     assert all(place[source] <= place[target] for source, target in columns.values()), "wires go from left to right"
     assert (WORKFLOWS / f"{name}.jpg").stat().st_size < 300_000
+
+
+def test_the_page_knows_where_every_model_file_is_from():
+    """web/missing_files.js says it to who queues a graph without them."""
+    sources = json.loads((ROOT / "web/model_files.json").read_text("utf-8"))
+    named = {
+        value
+        for path in (ROOT / "workflows/api").glob("*.json")
+        for node in json.loads(path.read_text("utf-8")).values()
+        if "Loader" in node["class_type"] and "Lora" not in node["class_type"]
+        for value in node["inputs"].values()
+        if isinstance(value, str) and value.endswith(".safetensors")
+    }
+    assert named == sources.keys()
+    for name, (folder, size, address) in sources.items():
+        assert folder in ("diffusion_models", "checkpoints", "text_encoders", "vae", "clip_vision") and 0.1 < size < 50
+        assert address.startswith("https://huggingface.co/") and address.endswith(f"/{name}")

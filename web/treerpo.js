@@ -20,7 +20,7 @@ function made(node, attributes, children) {
   node.append(...children.filter((child) => child || child === 0)); // strings become text nodes
   return node;
 }
-const el = (tag, attributes = {}, ...children) => made(document.createElement(tag), attributes, children);
+export const el = (tag, attributes = {}, ...children) => made(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) => made(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 /** -1..1 -> orange .. grey .. blue, as core/pictures/plot.py shades. */
@@ -32,21 +32,21 @@ function shade(value) {
 const viewUrl = (image) => api.apiURL(`/view?${new URLSearchParams({ filename: image.filename, subfolder: image.subfolder, type: image.type })}`);
 const short = (value) => (value == null ? "no score" : Number(value.toFixed(Math.abs(value) < 10 ? 4 : 2)).toString());
 const signed = (value) => (value == null ? "-" : (value >= 0 ? "+" : "") + value.toFixed(2));
-const kind = (node) => node?.comfyClass ?? node?.type;
+export const kind = (node) => node?.comfyClass ?? node?.type;
 const rootGraph = () => app.rootGraph ?? app.graph;
 
 /** An <img>; tiny ones are shown with sharp pixels. */
-const picture = (image, alt) => el("img", { src: viewUrl(image), alt, draggable: "false",
+export const picture = (image, alt) => el("img", { src: viewUrl(image), alt, draggable: "false",
   onload: (event) => event.target.classList.toggle("treerpo-pixels", event.target.naturalWidth <= 128) });
 
 /** The node an execution id names; "4:12" is node 12 inside the subgraph node 4. */
-function findNode(id) {
+export function findNode(id) {
   let node = { subgraph: rootGraph() };
   for (const part of String(id).split(":")) node = node?.subgraph?.getNodeById(Number(part));
   return node;
 }
 
-function setWidget(node, name, value) {
+export function setWidget(node, name, value) {
   const widget = node?.widgets?.find((one) => one.name === name);
   if (!widget) return false;
   widget.value = value;
@@ -59,7 +59,7 @@ function setWidget(node, name, value) {
 
 let dialog = null; // {root, keys, closed, focused}
 
-function openDialog(label, keys, closed) {
+export function openDialog(label, keys, closed) {
   closeDialog();
   dialog = { root: el("div", { class: "treerpo-dialog", role: "dialog", "aria-label": label, tabindex: "-1" }), keys, closed, focused: document.activeElement };
   document.body.append(dialog.root);
@@ -67,7 +67,7 @@ function openDialog(label, keys, closed) {
   return dialog.root;
 }
 
-function closeDialog() {
+export function closeDialog() {
   const old = dialog;
   dialog = null;
   old?.root.remove();
@@ -88,7 +88,7 @@ window.addEventListener("keydown", (event) => {
 }, true);
 
 /** Beside the node where there is room, and always inside the window; without a node, in the middle. */
-function place(root, node) {
+export function place(root, node) {
   const box = root.getBoundingClientRect(), canvas = app.canvas?.canvas?.getBoundingClientRect?.();
   let left = (innerWidth - box.width) / 2, top = (innerHeight - box.height) / 2;
   if (node?.pos && canvas && node.graph === app.canvas.graph) {
@@ -395,6 +395,19 @@ api.addEventListener("treerpo.pick_done", (event) => forget(event.detail.id));
 api.addEventListener("execution_start", () => asking() && !pending.size && closeDialog()); // the user has queued the graph by other means
 setInterval(tick, 500);
 
+// ---------------------------------------------------------------- the picture of a run, once
+
+const live = new Set(); // ids of nodes with a live picture
+let once;
+
+/** Nodes 2.0 shows the live picture below the node's output, which is the same picture, also when the run is over. */
+api.addEventListener("b_preview_with_metadata", ({ detail }) => {
+  const node = findNode(detail.displayNodeId), body = `[data-node-id="${node?.id}"] [data-testid^="node-body"]:has(.image-preview) > img`;
+  if (!kind(node)?.startsWith("TreeRPO") || live.has(node.id)) return;
+  live.add(node.id);
+  once.append(`${body}, ${body} + * { display: none }`);
+});
+
 // ---------------------------------------------------------------- translations
 
 let words = {}; // locales/<language>/nodeDefs.json, by node
@@ -409,21 +422,6 @@ function translateWidgets(node) {
   }
 }
 
-// ---------------------------------------------------------------- the templates in the order in which one should try them
-
-const TRY = ["start_here", "teach_my_taste", "first_steps", "trainer", "compare", "gamed_reward", "pick_the_winner", "best_of_n", "rank_images"];
-const turn = (name) => (TRY.includes(name) ? TRY.indexOf(name) : TRY.length);
-
-function sortTemplates() { // the server lists them in the order of its file system
-  const listed = api.getWorkflowTemplates;
-  api.getWorkflowTemplates = async function (...given) {
-    const all = await listed.apply(this, given);
-    for (const names of Object.values(all))
-      if (Array.isArray(names) && TRY.every((name) => names.includes(name))) names.sort((a, b) => turn(a) - turn(b) || a.localeCompare(b));
-    return all;
-  };
-}
-
 app.registerExtension({
   name: "TreeRPO",
   async init() { // before any node is made
@@ -435,8 +433,7 @@ app.registerExtension({
       for (const known of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) if (known) known[`TREERPO_${name}`] = colour;
   },
   async setup() {
-    sortTemplates();
-    document.head.append(el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
+    document.head.append(once = el("style"), el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
       el("style", {}, `:root { ${Object.entries(SOCKETS).map(([name, colour]) => `--color-datatype-TREERPO_${name}: ${colour};`).join(" ")} }`)); // sockets of Nodes 2.0
     for (const recall of [recallTrees, recallQuestions]) recall().catch((error) => console.info("TreeRPO:", error.message)); // nothing depends on them
   },

@@ -23,10 +23,14 @@ def keep_strip(folder: Path, iteration: int, images: Tensor) -> None:
 
 def strips(folder: Path, now: int) -> list[tuple[int, Path]]:
     """At most MOST_STRIPS of a run's strips up to iteration `now`, evenly spread, the base model's first."""
-    known = sorted((folder / STRIPS).glob("[0-9]*.png"))
-    known = [(int(path.stem), path) for path in known if path.stem.isdigit() and int(path.stem) <= now]
+    known = [(iteration, path) for iteration, path in all_strips(folder) if iteration <= now]
     count = min(MOST_STRIPS, len(known))
     return [known[round(i * (len(known) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def all_strips(folder: Path) -> list[tuple[int, Path]]:
+    """Iteration and file of each of a run's strips, the base model's first."""
+    return sorted((int(path.stem), path) for path in (folder / STRIPS).glob("[0-9]*.png") if path.stem.isdigit())
 
 
 @dataclass

@@ -79,6 +79,12 @@ FAULTS = """() => {
     return faults;
 }"""
 
+# titles of the nodes that show a picture, one for each picture that is seen
+SHOWING = """() => app.graph._nodes.filter((node) => !node.flags?.collapsed).flatMap((node) => {
+    const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
+    const seen = drawn ? [...drawn.querySelectorAll("img")].filter((one) => one.checkVisibility()) : node.imgs ?? [];
+    return seen.map((one) => [node.title, one.src]);
+})"""
 
 AREA = """() => {
     const { scale, offset } = app.canvas.ds, room = app.canvas.canvas.getBoundingClientRect(), boxes = app.graph._groups.map((group) => [...group.pos, ...group.size]);
@@ -181,6 +187,11 @@ def check(page: Page, name: str, pictures: Path | None, cards: bool) -> list[str
         page.run()
         if not list((page.server.base / "output/treerpo/my taste").glob("metrics.jsonl")):
             return ["the pick was not learned from"]
+    shown = [tuple(one) for one in page.evaluate(SHOWING)]
+    if twice := {title for title, source in shown if shown.count((title, source)) > 1}:
+        return [f"{', '.join(twice)} shows its picture twice"]
+    if name == "compare" and [title for title, _ in shown] != ["Score before", "Score after"]:
+        return [f"pictures are seen in {shown}, not side by side"]
     if cards:
         thumbnail(page, name)
     if pictures:

@@ -23,7 +23,7 @@ ROOM = {
     "TreeRPOSimple": 300,
     "TreeRPOTeach": 300,
     "TreeRPOAdvantages": 180,
-    "TreeRPOScore": 160,
+    "TreeRPOScore": 200,
     "TreeRPOUpdate": 70,
     "TreeRPORegression": 70,
     "TreeRPONoise": 70,

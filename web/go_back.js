@@ -1,0 +1,55 @@
+/** "Go back to a picture": the trainers' held-out pictures over the iterations, and a click on one that prepares the run which goes on from there. */
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { closeDialog, el, kind, openDialog, picture, place, setWidget } from "./treerpo.js";
+
+const NAMES = { TreeRPOSimple: "lora_name", TreeRPOPolicy: "run_name" };
+const value = (node, name) => node?.widgets?.find((one) => one.name === name)?.value;
+
+/** The node that has the run's name and begin_from: a Simple Trainer itself, or the Tree Policy of a TreeRPO Trainer. */
+const keeper = (node) => (kind(node) === "TreeRPOTrainer" ? node.getInputNode?.(node.findInputSlot("policy")) : node);
+
+async function picturesOf(run) {
+  const reply = await api.fetchApi(`/treerpo/pictures?${new URLSearchParams({ run })}`), said = await reply.json();
+  if (!reply.ok) throw new Error(said.error);
+  return said.pictures;
+}
+
+async function ask(node) {
+  const root = openDialog("Go back to a picture", (key) => key === "Escape" && (closeDialog(), true));
+  const head = (hint) => el("header", {}, "Go back to a picture", el("span", { class: "hint" }, hint),
+    el("button", { class: "close", "aria-label": "Close", title: "Close (Esc)", onclick: closeDialog }, "✕"));
+  const show = (hint, ...rest) => { root.replaceChildren(head(hint), ...rest); place(root, node); };
+  const owner = keeper(node), named = NAMES[kind(owner)];
+  if (!named) return show("", "Connect a Tree Policy with a run_name first.");
+  try {
+    let run = value(owner, named), found = await picturesOf(run);
+    const begun = /^(.*) @ [^@]*$/.exec(value(owner, "begin_from") ?? "")?.[1];
+    if (!found.length && begun) found = await picturesOf(run = begun); // prepared by an earlier click, not run yet
+    if (!found.length) return show("", `"${run}" has no pictures of held-out prompts yet: they come with evaluate_every, in a Simple Trainer every ten iterations.`);
+    const said = el("div", { role: "status" });
+    show("the same prompts and noise all along", ...found.map((one) => el("button", { class: "strip", disabled: one.choice ? null : "", onclick: () => goBack(owner, named, one, said) },
+      el("b", {}, one.iteration ? `iteration ${one.iteration}` : "before"), picture(one.image, `Held-out pictures at iteration ${one.iteration}`),
+      one.back !== one.iteration && el("span", { class: "hint" }, one.choice ? `kept: ${one.back}` : "not kept any more"))), said);
+  } catch (error) {
+    show("", el("div", { class: "error", role: "alert" }, error.message));
+  }
+}
+
+function goBack(owner, named, one, said) {
+  const list = owner.widgets.find((widget) => widget.name === "begin_from")?.options?.values;
+  if (Array.isArray(list) && !list.includes(one.choice)) list.push(one.choice); // the page's list is as old as the page
+  setWidget(owner, "begin_from", one.choice);
+  setWidget(owner, named, one.name);
+  said.replaceChildren(`Run now begins "${one.name}" ${one.back ? `from iteration ${one.back}` : "from the base model"}; the old run stays as it is. `,
+    el("button", { class: "main", onclick: () => (closeDialog(), app.queuePrompt(0, 1)) }, "Run"));
+}
+
+app.registerExtension({
+  name: "TreeRPO.GoBack",
+  nodeCreated(node) {
+    if (!["TreeRPOSimple", "TreeRPOTrainer"].includes(kind(node))) return;
+    const button = node.addWidget("button", "go_back", null, () => ask(node), { serialize: false });
+    Object.assign(button, { label: "Go back to a picture", serialize: false });
+  },
+});
