@@ -1,15 +1,18 @@
 """GenEval's rules: prompts, the official code's verdicts, and detectors of ComfyUI and Impact Pack as their source."""
 
 import json
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import COMFYUI
 from golden import make_geneval, models
 from graph import Graph
 
+import run
 from core.rewards import load
 from core.rewards.geneval import COCO, Detection, GenEval, crop, judged, kept, rules, wanted
 
@@ -231,26 +234,59 @@ def test_the_list_of_names_is_comfyuis(graph):
     assert tuple(found.COCO_CLASSES) == COCO
 
 
-def test_rt_detrs_own_network_from_a_file_gives_boxes_to_the_rules(graph):
-    """Random weights of the real architecture: what its node finds is what the rules get."""
+@pytest.fixture(scope="module")
+def rt_detr(pack):
+    """Random weights of the real architecture."""
     network = network_of_rt_detr()
     import comfy.ops
-    import comfy.sd
-    from comfy_extras.nodes_rtdetr import RTDETR_detect
 
-    made, chance = network.RTv4(dtype=torch.float32, operations=comfy.ops.disable_weight_init), torch.Generator()
-    weights = made.state_dict()
+    weights = network.RTv4(dtype=torch.float32, operations=comfy.ops.disable_weight_init).state_dict()
+    chance = torch.Generator().manual_seed(0)
     for name, value in weights.items():
         if value.is_floating_point() and "anchors" not in name and "running" not in name:
             value.copy_(0.02 * torch.randn(value.shape, generator=chance) if value.dim() > 1 else torch.ones(()))
+    return weights
+
+
+def test_what_rt_detrs_own_network_finds_is_what_the_rules_get(graph, rt_detr):
+    import comfy.sd
+    from comfy_extras.nodes_rtdetr import RTDETR_detect
+
     with torch.inference_mode():
-        model = comfy.sd.load_diffusion_model_state_dict(dict(weights))
-        picture = torch.rand(1, 64, 64, 3, generator=chance)
+        model = comfy.sd.load_diffusion_model_state_dict(dict(rt_detr))
+        picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
         [boxes] = RTDETR_detect.execute(model, picture, 0.05, "all", 300).result[0]
     reward = graph.call("GenEval", detector=model, formula="geneval")[0]
     [found] = reward.detect(picture, [])
     assert len(found) == len(boxes) > 0 and {one.label for one in found} == {box["label"] for box in boxes}
     assert reward.score(picture, [f"a {found[0].label}"]).isfinite().all()
+
+
+def test_in_the_queue_its_file_and_its_boxes_score_alike(rt_detr, tmp_path):
+    """A real server: Load Diffusion Model, ComfyUI's own detection node, GenEval by the model and by the boxes."""
+    from safetensors.torch import save_file
+
+    models = tmp_path / "models/diffusion_models"
+    models.mkdir(parents=True)
+    save_file({name: value.clone() for name, value in rt_detr.items()}, models / "rt_detr.safetensors")
+    here = {"confidence": 0.05, "formula": "flow_grpo"}
+    graph = {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "rt_detr.safetensors", "weight_dtype": "default"}},
+        "2": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0xFF0000}},
+        "3": {"class_type": "RTDETR_detect", "inputs": {"model": ["1", 0], "image": ["2", 0], "threshold": 0.05,
+                                                        "class_name": "all", "max_detections": 300}},
+        "4": {"class_type": "TreeRPOGenEval", "inputs": {"detector": ["1", 0], **here}},
+        "5": {"class_type": "TreeRPOGenEval", "inputs": {"detector": ["3", 0], "images": ["2", 0], **here}},
+    }  # fmt: skip
+    for score, reward in (("6", "4"), ("7", "5")):
+        given = {"reward_model": [reward, 0], "images": ["2", 0], "prompts": "a photo of a toilet", "best_n": 1}
+        graph[score] = {"class_type": "TreeRPOScore", "inputs": given}
+    with run.Server(COMFYUI, sys.executable, base=tmp_path) as server:
+        outputs = run.Client(server.url).run(graph)
+    by_model, by_boxes = ("".join(outputs[number]["text"]) for number in ("6", "7"))
+
+    assert by_model == by_boxes and "GenEval: mean" in by_model
+    assert "mean 0.0000" not in by_model, "something was found"
 
 
 class Segmenter(torch.nn.Module):
