@@ -1,7 +1,7 @@
 """The OCR reward with its real weights on drawn text: how much is read exactly, and how the score falls with damage.
 
     python3 run.py bench ocr [--strings 240] [--json results/ocr.json]
-    python3 run.py bench ocr --train 24 [--model sd3|flux] [--seed 1] [--json results/ocr_training.json]
+    python3 run.py bench ocr --train 20 [--model sd3|flux] [--seed 1] [--json results/ocr_training.json]
 
 Every string is drawn clean in Pillow's own font on plain colours, and again with each kind of damage: blur, noise, a
 tilt, a wrong letter, half of it covered. Pictures without text are plain ones, noise and circles. Exact = the lines
@@ -9,7 +9,7 @@ read, put together without spaces, are the string, capitals included.
 
 --train: the tiny model learns to draw what can be read. It cannot write, but an outlined circle without a face, a frame
 or dots is a 0, and a cross a +; no prompt says so. The demo's training with OCR as its reward, two prompts with sixteen
-leaves each per iteration; what is read in pictures of other colours, on fixed noise, before, halfway and after.
+leaves each per iteration; what is read in pictures of other colours, on fixed noise, before and after.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def train(options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), demo.adapters, {})
         trainer = demo.trainer(run)
-        for mark in (0, options.train // 2, options.train):
+        for mark in (0, options.train):
             if mark:
                 trainer.train(mark)
             with run.ema.applied() if mark else contextlib.nullcontext():

@@ -128,7 +128,8 @@ def detector_of(detector, clip=None, images=None):
             raise ValueError("The bboxes have no images: connect to images those that the boxes were found in.")
         return Known(images, detector), None
     if callable(getattr(detector, "detect", None)):
-        return ImpactDetector(detector), None
+        known = getattr(getattr(detector, "bbox_model", None), "names", None)  # of Ultralytics' models
+        return ImpactDetector(detector), tuple(str(name).lower() for name in known.values()) if known else None
     model = getattr(detector, "model", None)
     for kind, made in (("RT_DETR_v4", RtDetr), ("SAM3", Sam3)):
         if isinstance(model, getattr(comfy.model_base, kind, ())):

@@ -4,13 +4,14 @@ import json
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import COMFYUI
 from golden import make_geneval, models
-from graph import Graph
+from graph import UPDATE, Graph
 
 import run
 from core.rewards import load
@@ -351,6 +352,29 @@ def test_impact_packs_detectors_are_taken_as_they_are(graph):
     assert apple.box == (8, 16, 32, 48) and apple.score == pytest.approx(0.97)
     assert apple.mask.sum() == 24 * 32 and apple.mask[16:48, 8:32].min() == 1
     assert float(reward.score(picture, ["an apple"])) == 1
+    known = Ultralytics()
+    known.bbox_model = SimpleNamespace(names={0: "Apple", 1: "mouse"})
+    reward = graph.call("GenEval", detector=known, formula="geneval")[0]
+    reward.refuse(["two apples", "a computer mouse"])
+    with pytest.raises(ValueError, match="the detector knows 2 kinds of things, and 'pear' is none"):
+        reward.refuse(["a pear"])
+
+
+def test_by_hand_the_boxes_of_a_trees_leaves_give_advantages(graph):
+    policy = graph.policy()
+    positive, prompts = graph.prompts("a photo of an apple\na photo of two apples", policy=policy)
+    tree, leaves = graph.sample(policy, positive, shape=graph.shape(branching=2, depth=1))
+    pictures = graph.decode(leaves)
+    apple = {"x": 8, "y": 16, "width": 24, "height": 32, "label": "apple"}
+    boxes = [[apple] * (i % 2) for i in range(len(pictures))]
+    reward = graph.call("GenEval", detector=boxes, images=pictures, formula="flow_grpo")[0]
+    scored = graph.score(pictures, prompts, reward)
+    assert scored.values["GenEval"].tolist() == [0, 1, 0, 0.5]
+    credit = graph.call("Advantages", tree=tree, rewards=scored)[0]
+    before = {key: value.clone() for key, value in policy.run.adapters.state_dict().items()}
+    graph.call("Update", policy=policy, tree=tree, advantages=credit, **UPDATE)
+    after = policy.run.adapters.state_dict()
+    assert any(not torch.equal(after[key], before[key]) for key in before)
 
 
 def test_boxes_of_any_node_score_the_pictures_they_were_found_in(graph):
