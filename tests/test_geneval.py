@@ -71,6 +71,7 @@ def test_a_place_names_its_thing_first():
         ("a cat left of a dog above a bird", "more than one place"),
         ("a cat and a dog left of a bird", "is not a number"),
         ("zero cats", "is not a number"),
+        ("a red mouse and a computer mouse", "it names 'mouse' twice"),
         ("a unicorn", "the detector knows 80 kinds of things, and 'unicorn' is none"),
         ("", "write such as 'a photo of two red cars and a dog'"),
     ],

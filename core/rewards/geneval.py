@@ -25,10 +25,8 @@ FORMULAS = ("geneval", "flow_grpo")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 POSITIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-CONFIDENCE, COUNTING = (
-    0.3,
-    0.9,
-)  # a detection counts above this; for a prompt with a number (tag "counting"), above the second
+CONFIDENCE = 0.3  # a detection counts above this
+COUNTING = 0.9  # and for a prompt with a number (tag "counting") above this
 MOST = 16  # things of a kind that are looked at
 APART = 0.1  # of both things' sizes: so much of a distance is no direction
 BEHIND = 0x99 / 255  # the grey around a thing whose outline is known
@@ -86,6 +84,9 @@ def wanted(prompt: str, names: tuple[str, ...] | None = None) -> dict:
         include[1]["position"] = [sides[1], 0]
     else:
         include = [_item(part, prompt, names) for part in re.split(r"\s*,\s*and\s+|\s+and\s+|\s*,\s*", text)]
+    kinds = [_same(one["class"]) for one in include]
+    if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+        raise ValueError(f"{_unread(prompt)}: it names '{twice}' twice, and the rules cannot tell one from the other.")
     many = [{"class": one["class"], "count": one["count"] + 1} for one in include if one["count"] > 1]
     return {"include": include, **({"exclude": many, "tag": "counting"} if many else {})}
 
