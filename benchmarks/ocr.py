@@ -1,16 +1,23 @@
 """The OCR reward with its real weights on drawn text: how much is read exactly, and how the score falls with damage.
 
     python3 run.py bench ocr [--strings 240] [--json results/ocr.json]
+    python3 run.py bench ocr --train 20 [--model sd3|flux] [--seed 1] [--json results/ocr_training.json]
 
 Every string is drawn clean in Pillow's own font on plain colours, and again with each kind of damage: blur, noise, a
 tilt, a wrong letter, half of it covered. Pictures without text are plain ones, noise and circles. Exact = the lines
 read, put together without spaces, are the string, capitals included.
+
+--train: the tiny model learns to draw what can be read. It cannot write, but an outlined circle without a face, a frame
+or dots is a 0, and a cross a +; no prompt says so. The demo's training with OCR as its reward, two prompts with sixteen
+leaves each per iteration; what is read in pictures of other colours, on fixed noise, before and after.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,6 +39,7 @@ COLOURS = [
     ("#103010", "#b8d8b0"),
     ("yellow", "#202020"),
 ]
+PICTURES = 48  # held-out ones, in training
 DAMAGE = ("blur", "noise", "tilt", "wrong letter", "covered")
 
 
@@ -92,12 +100,56 @@ def wordless(count: int, side: int = 512) -> torch.Tensor:
     return torch.stack(found)
 
 
+def glyphs(colours: list[str]) -> list[str]:
+    """Prompts for shapes that can be read."""
+    return [
+        f'a {colour} {shape} on a white background "{letter}"'
+        for shape, letter in (("circle", "0"), ("cross", "+"))
+        for colour in colours
+    ]
+
+
+def train(options) -> dict:
+    from core.runs.prompts import PromptList
+    from core.runs.run import Run
+    from standalone.demo import Demo
+    from standalone.figures import in_turn
+
+    torch.set_num_threads(1)
+    demo = Demo(options.model, options.seed, PromptList(glyphs(["red", "blue"]), glyphs(["green", "purple"])))
+    demo.reward = reward = Ocr()
+    demo.settings["Trainer"] |= {"per_iteration": 2, "ema": 0.9}
+    texts, looks = in_turn(demo.prompts.held_out, PICTURES), []
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), demo.adapters, {})
+        trainer = demo.trainer(run)
+        for mark in (0, options.train):
+            if mark:
+                trainer.train(mark)
+            with run.ema.applied() if mark else contextlib.nullcontext():
+                images = demo.draw(texts, 7, 10)
+            scores = reward.score(images, texts)
+            by_letter = {letter: float(scores[[letter in text for text in texts]].mean()) for letter in ("0", "+")}
+            looks.append({"iteration": mark, "held_out": float(scores.mean()), **by_letter})
+            print(f"{mark:4d}: read {scores.mean():.3f} of {len(texts)} pictures, {by_letter}", flush=True)
+        rows = [row["reward"] for row in run.metrics]
+    return {"model": options.model, "seed": options.seed, "looks": looks, "rewards": rows}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strings", type=int, default=240)
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--train", type=int, default=0, help="iterations; 0 = read drawn text instead")
+    parser.add_argument("--model", default="sd3", help="with --train: sd3 or flux")
+    parser.add_argument("--seed", type=int, default=1, help="with --train")
     options = parser.parse_args()
+    if options.train:
+        found = train(options)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        return
     reward, texts, results = Ocr(), strings(options.strings), {}
     prompts = [f'a sign that says "{text}"' for text in texts]
     reward.refuse(prompts)  # loads

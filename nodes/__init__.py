@@ -3,6 +3,7 @@
 from .preflight import PreflightNode
 from .pick import HumanRewardNode, PickWinnerNode
 from .ocr import OcrNode
+from .geneval import GenEvalNode
 from .policy import PolicyNode, TinyModelNode
 from .prompts import PromptListNode, PromptsNode
 from .reward import CombineRewardsNode, ImageFolderNode, ScoreImagesNode
@@ -45,6 +46,7 @@ NODES = [
     ClipScoreNode,
     AestheticNode,
     OcrNode,
+    GenEvalNode,
     ImageSimilarityNode,
     ImageMeasureNode,
     ServerRewardNode,

@@ -213,13 +213,22 @@ class Managed(Reward):
 
     def score(self, images: torch.Tensor, prompts: list[str], differentiable: bool = False) -> torch.Tensor:
         with torch.inference_mode(False):
-            room = ACTIVATIONS * self.patcher.model_size()
-            comfy.model_management.load_models_gpu(
-                [self.patcher], memory_required=room if differentiable else min(room, MOST_ACTIVATIONS)
-            )
+            self._to_device(differentiable)
             if differentiable:
                 thaw_weights(self.scorer.module)
             return self.scorer.score(images, prompts, differentiable)
+
+    def classify(self, images: torch.Tensor, classes: list[list[str]]) -> torch.Tensor:
+        """As ClipScorer.classify, for those that are one."""
+        with torch.inference_mode(False):
+            self._to_device()
+            return self.scorer.classify(images, classes)
+
+    def _to_device(self, differentiable: bool = False) -> None:
+        room = ACTIVATIONS * self.patcher.model_size()
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=room if differentiable else min(room, MOST_ACTIVATIONS)
+        )
 
 
 def precision(half: torch.dtype = torch.float16) -> torch.dtype:

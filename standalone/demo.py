@@ -44,11 +44,11 @@ PACKAGES = {"diffusers": "diffusers", "peft": "peft", "transformers": "transform
 
 
 class Demo:
-    """The embedded model with a LoRA, and the settings of the shipped graphs."""
+    """The embedded model with a LoRA, and the settings of the shipped graphs; their prompts, where none are given."""
 
-    def __init__(self, model: str, seed: int):
+    def __init__(self, model: str, seed: int, prompts: PromptList | None = None):
         self.settings, self.comparison = graph("trainer"), graph("compare")
-        self.prompts = PromptList(
+        self.prompts = prompts or PromptList(
             lines(graph("first_steps")["Prompts"]["text"]), lines(self.comparison["Held-out prompts"]["text"])
         )
         size, wish, policy = self.settings["Size"], dict(self.settings["Reward"]), self.settings["Policy"]

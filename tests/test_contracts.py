@@ -19,9 +19,9 @@ PLAYERS = [
     (Host, "diffusers_models", "DiffusersHost"),
 ]
 GIVEN = {"fingerprint", "graph_bytes", "refuse", "trial"}  # what a Protocol has an answer for itself
-REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "hpsv3.HPSv3",
-           "human.HumanReward", "image_reward.ImageReward", "judge.Judge", "measure.Measure", "measure.Similarity",
-           "ocr.Ocr", "server.ServerReward", "taste.MyTaste", "teaching.Teaching"]  # fmt: skip
+REWARDS = ["aesthetic.Aesthetic", "clip.ClipScorer", "drawing.Drawing", "drawing.Rules", "geneval.GenEval",
+           "hpsv3.HPSv3", "human.HumanReward", "image_reward.ImageReward", "judge.Judge", "measure.Measure",
+           "measure.Similarity", "ocr.Ocr", "server.ServerReward", "taste.MyTaste", "teaching.Teaching"]  # fmt: skip
 
 
 def promised(protocol) -> dict:

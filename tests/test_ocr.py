@@ -103,20 +103,27 @@ def test_the_trainer_refuses_a_prompt_before_it_samples(reward, graph):
     assert policy.run.iteration == 0 and not policy.run.metrics
 
 
-def test_the_trainer_learns_from_it(reward, graph):
-    """The tiny SD3 draws circles and crosses, which can be read as letters."""
+@pytest.mark.parametrize("letters, branching, moved", [("0+", 6, True), ("QQ", 2, False)])
+def test_what_is_read_in_pictures_moves_the_lora(reward, graph, letters, branching, moved):
+    """The tiny SD3 draws circles and crosses. Some are read as 0 and as +, and the LoRA learns from it; none as Q, and
+    then there is nothing to learn.
+    """
     made = graph.call("OCR", formula="flow_grpo", capitals=False)[0]
     made._engine, made._known, made.tried = reward._engine, reward._known, ""
     policy = graph.policy()
+    before = {key: value.clone() for key, value in policy.run.adapters.state_dict().items()}
     graph.train(
         policy,
         1,
-        text='a red circle on a white background "O"\na red cross on a white background "+"',
+        text=f'a red circle on a white background "{letters[0]}"\na blue cross on a white background "{letters[1]}"',
         reward=made,
-        shape=graph.shape(branching=2, depth=1),
+        shape=graph.shape(branching=branching, depth=1),
     )
     [row] = policy.run.metrics
-    assert 0 <= row["reward"] <= 1 and row["forwards"] > 0 and policy.run.iteration == 1
+    assert policy.run.iteration == 1 and (0 < row["reward"] < 1 if moved else row["reward"] == 0)
+    assert (row["reward_std"] > 0) == moved
+    after = policy.run.adapters.state_dict()
+    assert any(not torch.equal(after[key], before[key]) for key in before) == moved
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Reward health: what the known pairs notice, and that they only warn."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,14 @@ def test_ocr_passes_with_its_real_weights():
     assert doubts(load("ocr")) == ""
 
 
+@pytest.mark.parametrize("read", ["GOODBYE", "X", ""])
+def test_an_ocr_that_reads_something_else_fails(read):
+    """As with a recognition model whose letters are those of another."""
+    reward = load("ocr")
+    reward._engine, reward._known = lambda picture: SimpleNamespace(txts=[read]), frozenset("HELO25GDBY")
+    assert "A reward model failed its self-test: it put" in doubts(reward)
+
+
 def test_a_critic_with_a_wrong_file_fails():
     """Its last layer's rows in another order, as when a file's heads are not those of the network."""
     reward = load("drawing")
@@ -79,13 +88,52 @@ def test_scores_that_are_no_numbers_are_told(monkeypatch):
     assert doubts(Fake()).startswith("A reward model has no score for 6 of 6 known pictures")
 
 
-@pytest.mark.parametrize("kind, name", [("clipscore_hf", "clipscore"), ("image_reward", "image_reward")])
-def test_random_weights_are_tried_like_others_and_only_warned_of(kind, name, tmp_path):
-    reward = load(name, models.write(kind, tmp_path))
+KINDS = {  # tiny weights: the kind that reads them, and its last matrix over the picture
+    "hps_v2": ("hps_v2", "model.visual.proj"),
+    "clipscore_open_clip": ("clipscore", "model.visual.proj"),
+    "clipscore_hf": ("clipscore", "model.visual_projection.weight"),
+    "pickscore": ("pickscore", "model.visual_projection.weight"),
+    "image_reward": ("image_reward", "mlp.layers.6.weight"),
+    "aesthetic": ("aesthetic", "model.visual.proj"),
+    "hpsv3": ("hpsv3", "rm_head.5.weight"),
+}
+
+
+def taught(reward):
+    """Trained until it orders the known pictures, a few steps: what stands for published weights here."""
+    trial, weights = reward.trial(), [value.requires_grad_() for value in reward.module.parameters()]
+    better, worse = (list(numbers) for numbers in zip(*trial.pairs))
+    adam = torch.optim.Adam(weights, 1e-3)
+    for _ in range(40):
+        scores = reward.score(trial.images, trial.prompts, differentiable=True)
+        gaps = (scores[better] - scores[worse]) / scores.detach().std()
+        if gaps.min() > 0.2:
+            break
+        adam.zero_grad()
+        torch.nn.functional.softplus(-gaps).sum().backward()
+        adam.step()
+    return reward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_file_of_every_kind_is_noticed(kind, tmp_path):
+    """Random weights under the right name fail; those that know the pictures pass; the same fail when the rows of one
+    matrix are those of another network.
+    """
+    pytest.importorskip("open_clip" if "visual.proj" in KINDS[kind][1] else "transformers")
+    name, last = KINDS[kind]
+    options = {"clip": models.write("clipscore_open_clip", tmp_path / "clip")} if kind == "aesthetic" else {}
+    reward = load(name, models.write(kind, tmp_path), **options)
     before = torch.get_rng_state()
-    found = doubts(reward)
-    assert found == "" or found.startswith("A reward model failed its self-test")
+    assert doubts(reward).startswith("A reward model failed its self-test: it put")
     assert torch.equal(torch.get_rng_state(), before), "no noise of the run is drawn for it"
+    taught(reward).tried = None
+    assert doubts(reward) == ""
+    with torch.no_grad():
+        matrix = reward.module.get_parameter(last)
+        matrix.copy_(matrix.roll(5, 0))
+    reward.tried = None
+    assert doubts(reward).startswith("A reward model failed its self-test: it put")
 
 
 def test_the_known_pictures():

@@ -11,7 +11,8 @@ from test_docs import FIRST, NODES, ROOT, inputs, translations
 WHOLE = "zh"  # has every node; the others have the nodes of FIRST
 SOME = ["ja", "ko", "ru", "fr", "es", "de"]  # ComfyUI 0.33's page offers all but German, which waits for it
 AS_IT_IS = re.compile(  # options that are names of models, methods, formats and numbers
-    r"flux|sd3|float32|bfloat16|[01]|\w+_sde|cps|exact|\w*grpo|trajectory|tmpo|adamw\w*|ComfyUI|diffusers \(PEFT\)"
+    r"flux|sd3|float32|bfloat16|[01]|\w+_sde|cps|exact|\w*grpo|trajectory|tmpo|geneval|adamw\w*|ComfyUI|"
+    r"diffusers \(PEFT\)"
 )
 
 

@@ -221,6 +221,15 @@ class ClipScorer(Scorer):
         cosine = (F.normalize(self.module.image_features(pixels).float(), dim=-1) * text).sum(-1)
         return self.module.logit_scale.float().exp() * cosine if self.kind == "pickscore" else cosine
 
+    def classify(self, images: Tensor, classes: list[list[str]]) -> Tensor:
+        """CLIP's zero-shot classification: [B, H, W, 3] in 0..1, the texts that describe each class -> [B], the number
+        of the class that each image shows. Of a class's texts the mean of their features counts.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            kinds = torch.stack([F.normalize(self._of(texts)[0].mean(0), dim=-1) for texts in classes])
+            pixels = self.pixels(images.to(self.device), False).to(self.dtype)
+            return (F.normalize(self.module.image_features(pixels).float().cpu(), dim=-1) @ kinds.T).argmax(1)
+
 
 def load_tower(path: Path, what: str, quick_gelu: bool, tokenizer: Path | None = None) -> OpenClip | HfClip:
     """A CLIP from a file in either format. quick_gelu: the activation where no configuration file says which."""

@@ -65,6 +65,12 @@ CHANGES = {
     "TreeRPOPolicy.targets": "attention+mlp",
     "TreeRPOTrainer.learning_rate": 5e-4,
 }
+WRITTEN = {
+    "TreeRPOPromptList.text": "\n".join(
+        f'a {shape} on a white background "{letter}"'
+        for shape, letter in (("red circle", "O"), ("blue circle", "o"), ("green cross", "X"), ("pink cross", "x"))
+    )
+}  # for OCR: what the tiny model draws, as letters
 # a person who always takes the first picture
 PICKS = """() => {
     window.treerpoPicks ??= setInterval(() => document.querySelector(".treerpo-dialog .grid button")?.click(), 250);
@@ -107,6 +113,7 @@ CARDS = {
     "trainer": ("Trainer on the tiny model", "A whole run in one node. No download."),
     "flux_by_hand": ("FLUX.1-dev by hand", "Every stage of tree RL as a node of its own"),
     "flux_trainer": ("FLUX.1-dev Trainer", "HPSv2.1 as reward, ImageReward as judge"),
+    "flux_text": ("Teach FLUX.1-dev to write", "OCR scores the text in quotes, letter by letter"),
     "sd35_trainer": ("SD3.5 medium Trainer", "TreeGRPO: 0.8 HPSv2.1 + 0.2 CLIPScore"),
     "dynamic_treerpo": ("Dynamic-TreeRPO", "Sliding window, deeper noise, LayerTuning-RL"),
     "rank_images": ("Rank a folder of pictures", "Any mix of rewards, no training"),
@@ -178,7 +185,7 @@ def check(page: Page, name: str, pictures: Path | None, cards: bool) -> list[str
     if faults := page.evaluate(FAULTS) + differences(queued, twin):
         return faults
     page.evaluate(SUBSTITUTE, "sd3" if "sd35" in name else "flux")
-    page.evaluate(SMALL, CHANGES)
+    page.evaluate(SMALL, CHANGES | (WRITTEN if name == "flux_text" else {}))
     if page.evaluate("() => app.graph._nodes.some((node) => node.type === 'TreeRPOTeach')"):
         page.evaluate(PICKS)
     page.run()
@@ -239,6 +246,23 @@ def drawn(page: Page) -> Image.Image:
     return Image.open(io.BytesIO(page.picture())).convert("RGB").crop(page.evaluate(AREA))
 
 
+def signs() -> Image.Image:
+    """Drawn signs with their scores by OCR, best first."""
+    import torch
+
+    from benchmarks.ocr import drawn as sign
+    from core.pictures.plot import score_sheet
+    from core.pictures.theme import DARK
+    from core.rewards.ocr import Ocr
+
+    prompts = ['a sign that says "OPEN 24"'] * 4
+    images = torch.stack([sign("OPEN 24", 1, damage) for damage in ("", "wrong letter", "covered", "blur")])
+    scores = Ocr().score(images, prompts)
+    return score_sheet(
+        list(images), scores, prompts, "OCR", ranked=[scores.argsort(descending=True).tolist()], theme=DARK
+    )
+
+
 def thumbnail(page: Page, name: str) -> None:
     """workflows/<name>.jpg, a card of the template browser: what comes out of the graph, and what it is for.
 
@@ -256,6 +280,8 @@ def thumbnail(page: Page, name: str) -> None:
         shown = [Image.open(ROOT / "web/docs/images/teach.png").convert("RGB")]
     elif "simple" in name.split("_"):
         shown = [Image.open(ROOT / "workflows/start_here.jpg").convert("RGB").crop((0, 88, 560, 438))]
+    elif name == "flux_text":  # what the reward says of drawn signs: the tiny model cannot write
+        shown = [signs()]
     else:
         images = [page.client.download(image, base) for image in page.evaluate(SHOWN, OUTCOMES)]
         shown = [Image.open(image).convert("RGB") for image in images] or [drawn(page)]

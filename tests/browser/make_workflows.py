@@ -183,6 +183,18 @@ GRAPHS = {
         stage("Train: press Run", PURPLE, f"100 iterations. Stop whenever you like. {RUNS}", ["Trainer"]),
         stage("Result", PURPLE, "", ["Dashboard", "Save", "Preflight"], width=280),
     ],
+    "flux_text": [
+        stage("START: FLUX.1-dev", BLUE, FLUX_FILES, ["FLUX.1-dev", "Text encoders", "VAE", "Policy"]),
+        stage("Prompts and trees", GREEN, "", ["Prompts", "Sigmas", "Size", "Shape"]),
+        stage(
+            "What is good",
+            ORANGE,
+            f"**OCR** looks for the text in quotes: `pip install rapidocr onnxruntime`, no download. {JUDGE}",
+            ["OCR", "Judge: ImageReward", "Noise"],
+        ),
+        stage("Train: press Run", PURPLE, f"100 iterations. Stop whenever you like. {RUNS}", ["Trainer"]),
+        stage("Result", PURPLE, "", ["Dashboard", "Save", "Preflight"], width=280),
+    ],
     "sd35_trainer": [
         stage(
             "START: SD3.5 medium",
