@@ -8,6 +8,7 @@ that no run is trained on, from fixed noise, looked at by embedded/judge.py, whi
 decodes in bfloat16 and chunks of 4, 3x faster on a CPU: one image would otherwise cost as much as 28 forwards.
 """
 
+import contextlib
 import copy
 import importlib
 import math
@@ -38,6 +39,7 @@ class Method:
     weights: str = "mean-logprob"
     inner: int = 1
     learning_rate: float = 1e-3
+    average: float = 0.0  # decay of the moving average of the weights that is evaluated; 0 = the weights themselves
 
     def but(self, **changes) -> "Method":
         return replace(
@@ -82,6 +84,26 @@ def methods() -> dict[str, Method]:
         "all_steps": Method(1, {"branching": 1, "depth": STEPS - 2, "trees": 16}, retain=False),
         "treegrpo_code": published("treegrpo_code", prompts=2),
         "tree_b8w1_1prompt": Method(1, {**tree, "branching": 8, "depth": 1, "window": "fixed", "fixed": 0}),
+    }
+
+
+def presets() -> dict[str, Method]:
+    """Simple Trainer's presets as it trains a tiny model with them, `normal` first, and what was tried in place of
+    `strong`.
+    """
+    simple = importlib.import_module("treerpo_pack.nodes.simple")
+
+    def method(speed, anchor, prompts=simple.PER_ITERATION):
+        return methods()["early_b4w2_regression"].but(
+            prompts=prompts, objective={"anchor": anchor}, learning_rate=1.2e-3 * speed, average=0.97
+        )
+
+    return {
+        **{name: method(*simple.PRESETS[name]) for name in ("normal", "gentle", "strong")},
+        "rate_2.5": method(2.5, 0.05),
+        "rate_2.5_anchor_.02": method(2.5, 0.02),
+        "prompts_1": method(1.0, 0.05, 1),
+        "prompts_2_rate_1.5": method(1.5, 0.05, 2),
     }
 
 
@@ -175,21 +197,20 @@ class Policy:
         import torch
         from treerpo_pack.core.hosts.comfy import ComfyPolicy
 
-        self.lab, self.seed, self.iteration, self.cost, self.seconds = lab, seed, 0, 0.0, 0.0
+        self.lab, self.seed, self.iteration = lab, seed, 0
+        self.cost = self.seconds = self.cpu_seconds = 0.0
         with torch.inference_mode(False), torch.no_grad():
             self.policy = ComfyPolicy.create(lab.graph.model, RANK, ALPHA, TARGETS, seed=seed)
             if scale:
                 draw = torch.Generator().manual_seed(seed)
                 for parameter in self.policy.adapters.parameters():
                     parameter.add_(torch.randn(parameter.shape, generator=draw) * scale)
-        self.best, self.optimizer = -math.inf, None
+        self.best, self.optimizer, self.average = -math.inf, None, None
 
     def __enter__(self):
-        from contextlib import ExitStack
-
         import torch
 
-        self.stack = ExitStack()
+        self.stack = contextlib.ExitStack()
         self.stack.enter_context(torch.inference_mode(False))
         self.stack.enter_context(torch.no_grad())
         self.velocity = self.stack.enter_context(
@@ -236,8 +257,9 @@ class Policy:
         return self.lab.decode(self.velocity.process_out(x)), torch.tensor(rows)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean reward of `pictures`, and what the judge sees in them."""
-        images, rows = self.pictures()
+        """Mean reward of `pictures`, and what the judge sees in them; of the moving average where there is one."""
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            images, rows = self.pictures()
         reward = self.lab.scorer.score(images, [self.lab.texts[i] for i in rows])
         return {"reward": float(reward.mean()), **self.lab.look(images, rows)}
 
@@ -273,7 +295,7 @@ class Policy:
         """One iteration: sample, score, and update (or only add up the gradient). Counts its cost and seconds."""
         import torch
 
-        core, began = self.lab.core, time.perf_counter()
+        core, began, cpu_began = self.lab.core, time.perf_counter(), time.process_time()
         shape = core.method.tree.TreeShape(**method.shape)
         objective = core.method.objective.Objective(**{"clip_low": 1e-2, "clip_high": 1e-2, **method.objective})
         with network_passes(self.lab.graph.model.model.diffusion_model) as count:
@@ -293,6 +315,8 @@ class Policy:
                 self.optimizer = self.optimizer or torch.optim.AdamW(
                     self.velocity.parameters(), lr=method.learning_rate, weight_decay=0.0
                 )
+                if method.average and self.average is None:
+                    self.average = core.lora.ema.Ema(self.velocity.parameters(), method.average)
                 metrics = core.method.update.update(
                     self.velocity,
                     forest,
@@ -300,27 +324,35 @@ class Policy:
                     self.optimizer,
                     objective,
                     inner_updates=method.inner,
+                    ema=self.average,
                     **options,
                 )
         self.best = float(best.mean()) if self.best == -math.inf else 0.9 * self.best + 0.1 * float(best.mean())
         cost = count.forwards - count.backwards + count.backwards * self.lab.unit
-        self.iteration, self.cost, self.seconds = (
-            self.iteration + 1,
-            self.cost + cost,
-            self.seconds + time.perf_counter() - began,
-        )
+        self.iteration += 1
+        self.cost += cost
+        self.seconds += time.perf_counter() - began
+        self.cpu_seconds += time.process_time() - cpu_began
         return {**metrics, "cost": cost, "start": forest.start, "images": len(forest.leaves)}
 
 
 def train(lab: Lab, method: Method, seed: int, budget: float, evaluations: int = 3) -> dict:
-    """Train until `budget` cost units are spent. Lists of cost, seconds and what `evaluate` gives: before the training,
-    where a fresh LoRA is the base model whatever the seed, and `evaluations` times on the way.
+    """Train until `budget` cost units are spent. Lists of cost, seconds by the clock, processor seconds (which other
+    jobs on the machine change less) and what `evaluate` gives: before the training, where a fresh LoRA is the base
+    model whatever the seed, and `evaluations` times on the way.
     """
     with lab.open(seed) as policy:
         lab.untrained = lab.untrained or policy.evaluate()
-        rows = [{"cost": 0.0, "seconds": 0.0, **lab.untrained}]
+        rows = [{"cost": 0.0, "seconds": 0.0, "cpu_seconds": 0.0, **lab.untrained}]
         for mark in range(1, evaluations + 1):
             while policy.cost < budget * mark / evaluations - 1e-9:
                 policy.learn(method)
-            rows.append({"cost": policy.cost, "seconds": policy.seconds, **policy.evaluate()})
+            rows.append(
+                {
+                    "cost": policy.cost,
+                    "seconds": policy.seconds,
+                    "cpu_seconds": policy.cpu_seconds,
+                    **policy.evaluate(),
+                }
+            )
         return {**{key: [row[key] for row in rows] for key in rows[0]}, "iterations": policy.iteration}

@@ -121,6 +121,9 @@ def device() -> str:
 
 
 def save(results: dict, path: Path | None) -> None:
+    """A run that is stopped in the middle of it leaves the file as it was."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        part.replace(path)

@@ -2,13 +2,13 @@
 
 Parts: tune (learning rate and prompts per iteration of each method, on seeds of its own), snr (gradient signal-to-noise
 per cost), main (learning curves), tail (what shortening the tail does to the leaves), ablations, report (tables and
-plots from the files of the other parts). Run one by one:
+plots from the files of the other parts), presets (as main, of Simple Trainer's presets). Run one by one:
 
-    python3 run.py bench learning --part tune|snr|main|tail|ablations|report [--model flux|sd3]
+    python3 run.py bench learning --part tune|snr|main|presets|tail|ablations|report [--model flux|sd3]
                                   [--reward size|taste|rare|follow|demo]
 
-Every part writes its file in benchmarks/results/ as it goes (or to --json), and main goes on from what its file has: a
-complete file is only shown again. How runs are made: common_runs.py.
+Every part writes its file in benchmarks/results/ as it goes (or to --json); tune, main and presets go on from what
+their file has: a complete file is only shown again. How runs are made: common_runs.py.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import host
-from common_runs import STEPS, WISHES, Lab, Method, methods, train
+from common_runs import STEPS, WISHES, Lab, Method, methods, presets, train
 from learning_report import DEFAULT, JUDGED, compare, interval, read, report, table, tail_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -149,6 +149,17 @@ def main_part(lab: Lab, options) -> None:
     seeds that the file has from earlier are kept.
     """
     path = options.json or RESULTS / f"learning_{options.model}_{options.reward}.json"
+    curves(lab, options, path, tuned(options))
+
+
+def presets_part(lab: Lab, options) -> None:
+    """Learning curves of Simple Trainer's presets and of what was tried in place of `strong`, evaluated as the Trainer
+    is, by the moving average.
+    """
+    curves(lab, options, options.json or RESULTS / f"presets_{options.model}_{options.reward}.json", presets())
+
+
+def curves(lab: Lab, options, path: Path, rows: dict[str, Method]) -> None:
     results = read(path)
     if results.get("budget", options.budget) != options.budget:
         sys.exit(
@@ -164,13 +175,18 @@ def main_part(lab: Lab, options) -> None:
     }
     found = results.setdefault("methods", {})
     for seed in range(options.seeds):
-        for name, method in chosen(tuned(options), options).items():
+        for name, method in chosen(rows, options).items():
             if options.rate:
                 method = method.but(learning_rate=options.rate)
-            row = found.setdefault(name, {"learning_rate": method.learning_rate, "prompts": method.prompts, "runs": []})
+            settings = {"learning_rate": method.learning_rate, "prompts": method.prompts}
+            row = found.setdefault(name, {**settings, "runs": []})
+            if any(row[key] != value for key, value in settings.items()):
+                sys.exit(f"{path} has runs of {name} with other settings than {settings}: use another --json file.")
             if len(row["runs"]) > seed:
                 continue
-            run = train(lab, method, seed, options.budget, evaluations=6 if method.prompts == 1 else 3)
+            run = train(
+                lab, method, seed, options.budget, evaluations=6 if method.prompts == 1 or method.average else 3
+            )
             row["runs"].append(run)
             print(
                 f"{options.model} {options.reward} seed {seed} {name}: {run['reward'][0]:.3f} -> "
@@ -301,7 +317,9 @@ def ablations(lab: Lab, options) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("tune", "snr", "main", "tail", "ablations", "report"), default="main")
+    parser.add_argument(
+        "--part", choices=("tune", "snr", "main", "presets", "tail", "ablations", "report"), default="main"
+    )
     parser.add_argument("--model", choices=("flux", "sd3"), default="flux")
     parser.add_argument("--reward", choices=tuple(WISHES), default="taste")
     parser.add_argument("--seeds", type=int, default=5)
@@ -313,13 +331,16 @@ def main():
         help="snr: independent gradients; tail: prompts per window start (default 24)",
     )
     parser.add_argument(
-        "--rate", type=float, default=0.0, help="main: this learning rate for all methods in place of the tuned ones"
+        "--rate",
+        type=float,
+        default=0.0,
+        help="main, presets: this learning rate for all methods in place of the tuned ones",
     )
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tune: the learning rates")
     parser.add_argument(
         "--prompts", type=int, nargs="+", help="tune: prompts per iteration (default: each method's own)"
     )
-    parser.add_argument("--only", default="", help="tune, snr, main: only these methods, separated by commas")
+    parser.add_argument("--only", default="", help="tune, snr, main, presets: only these methods, separated by commas")
     parser.add_argument("--json", type=Path, help="write the results there (default: benchmarks/results/)")
     options = parser.parse_args()
     if options.part == "report":
@@ -327,7 +348,8 @@ def main():
     pack = host.load_pack()
     sys.modules["comfy.utils"].PROGRESS_BAR_ENABLED = False
     lab = Lab(pack, options.model, options.reward)
-    {"tune": tune, "snr": snr, "main": main_part, "tail": tail, "ablations": ablations}[options.part](lab, options)
+    parts = {"tune": tune, "snr": snr, "main": main_part, "presets": presets_part, "tail": tail, "ablations": ablations}
+    parts[options.part](lab, options)
 
 
 if __name__ == "__main__":

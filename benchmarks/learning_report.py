@@ -9,7 +9,8 @@ from pathlib import Path
 import host
 from common_runs import WISHES
 
-DEFAULT = "tree_b3w3"  # the tree that `cost_ratio_to_tree` speaks of, and that the ablations change
+DEFAULT = "tree_b3w3"  # the tree that the ablations change
+LEARNER = "early_b4w2_regression"  # the pack's default, tree regression: others are compared with it where it was run
 JUDGED = ("taste", "follows", "quality", "diversity")  # what the judge by rules sees in held-out pictures
 T95 = {
     1: 12.7,
@@ -87,42 +88,78 @@ def baseline(methods: dict) -> str:
 
 def compare(results: dict, snr: dict) -> None:
     """Fill in every method's mean curve, its final reward, SNR, and how much more it costs than each tree for the
-    reward it ends at.
+    reward it ends at. Methods may have different numbers of seeds, as where a run was stopped: each mean is over a
+    method's own, and two methods are compared on those they share. No run is dropped.
     """
-    budget = results["budget"]
-    counts = [len(row["runs"]) for row in results["methods"].values()]
-    results["seeds"] = min([n for n in counts if n >= 3] or counts)  # methods of a run that was stopped are left out
-    found = results["methods"] = {
-        name: {**row, "runs": row["runs"][: results["seeds"]]}
-        for name, row in results["methods"].items()
-        if len(row["runs"]) >= results["seeds"]
-    }
-    window = [at(run["cost"], run["reward"], budget) for run in found[baseline(found)]["runs"]]
+    budget, found = results["budget"], results["methods"]
+    counts = [len(row["runs"]) for row in found.values()]
+    results["seeds"] = min(counts) if min(counts) == max(counts) else [min(counts), max(counts)]
+    window = found[baseline(found)]["runs"]
+    trees = [name for name in found if "_b" in name]  # as in tree_b4w2
+    tree = next((name for name in (LEARNER, DEFAULT, *trees) if name in found), baseline(found))
+    results["compared_with"] = tree
     for name, row in found.items():
-        row["curve"] = mean_curve(row["runs"], budget)
+        runs = row["runs"]
+        row["curve"] = mean_curve(runs, budget)
         row["final"], row["final_std"] = row["curve"]["mean"][-1], row["curve"]["std"][-1]
-        row["final_minus_window"] = interval(
-            [at(run["cost"], run["reward"], budget) - w for run, w in zip(row["runs"], window)]
-        )
-        row["judged"] = {key: statistics.mean(run[key][-1] for run in row["runs"]) for key in JUDGED}
+        row["final_minus_window"] = interval([last(run, budget) - last(w, budget) for run, w in zip(runs, window)])
+        row["judged"] = {key: statistics.mean(run[key][-1] for run in runs) for key in JUDGED}
         row["snr_per_cost"] = snr.get("methods", {}).get(name, {}).get("snr_per_cost")
-        row["cost_ratio"] = {tree: ratio(row["runs"], found[tree]["runs"], budget) for tree in found if "_b" in tree}
-        tree = DEFAULT if DEFAULT in found else next(iter(row["cost_ratio"]), baseline(found))  # as in tree_b4w2
-        row["cost_ratio_to_tree"] = ratio(row["runs"], found[tree]["runs"], budget)
-        row["cost_ratio_5_to_95"] = ratio_range(row["runs"], found[tree]["runs"], budget)
+        shared = {other: tuple(zip(*zip(runs, found[other]["runs"]))) for other in (*trees, tree)}
+        row["cost_ratio"] = {name: ratio(*shared[name], budget) for name in trees}
+        row["cost_ratio_to_tree"] = ratio(*shared[tree], budget)
+        row["cost_ratio_5_to_95"] = ratio_range(*shared[tree], budget)
+    if LEARNER in found:
+        results["reached"] = {
+            name: [reached(ours, theirs, budget) for ours, theirs in zip(found[LEARNER]["runs"], row["runs"])]
+            for name, row in found.items()
+            if name != LEARNER
+        }
+
+
+def last(run: dict, budget: float) -> float:
+    return at(run["cost"], run["reward"], budget)
+
+
+def reached(ours: dict, theirs: dict, budget: float) -> dict | None:
+    """Where our run first has the reward that theirs ends with, along straight lines between its evaluations: shares of
+    their cost and seconds, what the judge sees there, and the same of theirs at its end. None = not within the budget.
+    """
+    wanted = last(theirs, budget)
+    cost = cost_to_reach({"cost": ours["cost"], "mean": ours["reward"]}, wanted)
+    if cost is None or cost > budget:
+        return None
+    return {
+        "reward": wanted,
+        "cost": cost / budget,
+        **{
+            clock: at(ours["cost"], ours[clock], cost) / at(theirs["cost"], theirs[clock], budget)
+            for clock in ("seconds", "cpu_seconds")
+            if clock in ours and clock in theirs
+        },
+        "judged": {key: at(ours["cost"], ours[key], cost) for key in JUDGED},
+        "theirs": {key: at(theirs["cost"], theirs[key], budget) for key in JUDGED},
+        "untrained": {key: ours[key][0] for key in JUDGED},
+    }
 
 
 def number(value, digits=2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def seeds(results: dict) -> str:
+    """As in 5, or 3 to 5 where methods differ."""
+    found = results["seeds"]
+    return " to ".join(map(str, found)) if isinstance(found, list) else str(found)
+
+
 def table(results: dict) -> None:
     print(
-        f"\n{results['model']}, {results['reward']} reward, {results['seeds']} seeds, {results['budget']:.0f} cost "
+        f"\n{results['model']}, {results['reward']} reward, {seeds(results)} seeds, {results['budget']:.0f} cost "
         "units per run"
     )
     print(
-        f"{'':18}{'rate':>8}{'iterations':>11}{'final reward':>18}"
+        f"{'':22}{'rate':>8}{'seeds':>6}{'iterations':>11}{'final reward':>18}"
         f"{'minus window (95 %)':>22}" + "".join(f"{key:>10}" for key in JUDGED) + f"{'SNR/1000':>10}{'seconds':>9}"
         "   its cost / a tree's cost for its final reward"
     )
@@ -131,15 +168,16 @@ def table(results: dict) -> None:
         ratios = "   ".join(f"{tree} {number(value)}" for tree, value in row["cost_ratio"].items())
         iterations = statistics.mean(run["iterations"] for run in row["runs"])
         print(
-            f"{name:18}{row['learning_rate']:8g}{iterations:11.1f}{row['final']:10.3f} "
+            f"{name:22}{row['learning_rate']:8g}{len(row['runs']):6}{iterations:11.1f}{row['final']:10.3f} "
             f"+-{row['final_std']:5.3f}{gap['difference']:+13.3f} +-"
             f"{gap['interval']:6.3f}"
             + "".join(f"{row['judged'][key]:10.2f}" for key in JUDGED)
             + f"{number(row['snr_per_cost']):>10}"
             f"{row['curve']['seconds'][-1]:9.1f}   "
-            f"{ratios}   ({DEFAULT}: {low_high})"
+            f"{ratios}   ({results['compared_with']}: {low_high})"
         )
     levels_table(results)
+    reached_table(results)
 
 
 def levels_table(results: dict) -> None:
@@ -166,6 +204,32 @@ def levels_table(results: dict) -> None:
         print(f"{name:18}" + "".join(f"{number(cost, 0):>12}  ({number(share)})" for cost, share in zip(costs, seen)))
 
 
+def reached_table(results: dict) -> None:
+    """Tree regression where it first has what another method ends with: shares of that one's cost and seconds, by seed;
+    what the judge sees there, mean over those seeds, against the other one's end (and the untrained model).
+    """
+    for name, rows in results.get("reached", {}).items():
+        there = [row for row in rows if row]
+        if not there:
+            print(f"{LEARNER} nowhere has the reward that {name} ends with")
+            continue
+        shares = {
+            key: " ".join(number(row and row.get(key)) for row in rows) for key in ("cost", "seconds", "cpu_seconds")
+        }
+
+        def mean(at, key):
+            return statistics.mean(row[at][key] for row in there)
+
+        print(
+            f"{LEARNER} has what {name} ends with after {shares['cost']} of its cost, {shares['seconds']} of its "
+            f"seconds ({shares['cpu_seconds']} of its processor seconds); there against here (untrained): "
+            + ", ".join(
+                f"{key} {mean('judged', key):.3f} against {mean('theirs', key):.3f} ({mean('untrained', key):.3f})"
+                for key in JUDGED
+            )
+        )
+
+
 def ablation_table(results: dict) -> None:
     print(
         f"\nablations of {results['default']} with 2 prompts: {results['model']}, {results['reward']} reward, "
@@ -189,11 +253,12 @@ def plot(panels: list[dict], path: Path) -> None:
         "window": (225, 110, 20),
         "tree_b3w3": (24, 100, 200),
         "tree_b4w2": (20, 140, 90),
-        "window_inner2": (200, 70, 90),
-        "tree_b3w3_inner2": (0, 150, 200),
-        "window_1prompt": (220, 160, 40),
-        "tree_b3w3_1prompt": (140, 60, 180),
-        "tree_b8w1_1prompt": (90, 60, 40),
+        "early_b4w2": (24, 100, 200),
+        "early_b4w2_regression": (20, 140, 90),
+        "flat_regression": (0, 150, 200),
+        "flat_nft": (140, 60, 180),
+        "flat_awm": (200, 70, 90),
+        "treegrpo_code": (130, 130, 138),
     }
     width, height, columns = 620, 380, min(2, len(panels))
     lines = -(-len(panels) // columns)
@@ -212,9 +277,7 @@ def plot(panels: list[dict], path: Path) -> None:
                 high - low
             )
 
-        title = (
-            f"{results['model']}, {results['reward']} reward: mean and standard deviation of {results['seeds']} seeds"
-        )
+        title = f"{results['model']}, {results['reward']} reward: mean and standard deviation of {seeds(results)} seeds"
         draw.text((left, top - 24), title, fill="black", font=font)
         for i in range(5):
             reward, cost = low + (high - low) * i / 4, results["budget"] * i / 4
@@ -266,7 +329,11 @@ def report(folder: Path, target: Path | None = None) -> None:
     panels = {}
     for name in (f"{model}_{reward}" for reward in WISHES for model in ("flux", "sd3")):
         results, snr = read(folder / f"learning_{name}.json"), read(folder / f"snr_{name}.json")
-        if results:
+        if results and not all(
+            key in run for row in results["methods"].values() for run in row["runs"] for key in JUDGED
+        ):
+            print(f"\nlearning_{name}.json is of an earlier version, without a judge: left out")
+        elif results:
             compare(results, snr)
             table(results)
             host.save(results, folder / f"learning_{name}.json")
@@ -286,6 +353,11 @@ def report(folder: Path, target: Path | None = None) -> None:
         plot(list(panels.values()), folder / "learning.png")
     if ablations := read(folder / "ablations.json"):
         ablation_table(ablations)
-    if tail := read(folder / "tail.json"):
+    tail = {
+        name: rows
+        for name, rows in read(folder / "tail.json").items()
+        if isinstance(rows, dict) and all("spearman" in row for row in rows.values())  # not of an earlier version
+    }
+    if tail:
         print("\nshortened tails against the whole one")
         tail_table(tail)
