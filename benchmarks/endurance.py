@@ -1,6 +1,7 @@
 """Whether a long run survives, and stays as it is: killed at random moments, and 500 iterations in one go.
 
-    python3 run.py bench endurance [--part kills|long|all] [--kills 20] [--between 20] [--iterations 500] [--model flux|sd3]
+    python3 run.py bench endurance [--part kills|long|all] [--kills 20] [--between 20] [--iterations 500]
+        [--model flux|sd3]
 
 kills: the Trainer runs in a process of its own, which is killed (SIGKILL) at random moments of its work, sampling,
 decoding, learning and writing alike, and started again until the run is done. The LoRA must then equal that of a run
@@ -48,8 +49,8 @@ def work(model: str, folder: Path, iterations: int) -> None:
 
 
 def kills(model: str, count: int, between: int, seed: int = 0) -> dict:
-    """Kill the run `count` times, within some `between` iterations each, then let it end; whether it equals one that was
-    never killed.
+    """Kill the run `count` times, within some `between` iterations each, then let it end; whether it equals one that
+    was never killed.
     """
     chance = random.Random(seed)
     iterations = between * count
