@@ -1,15 +1,17 @@
 """The OCR reward with its real weights on drawn text: how much is read exactly, and how the score falls with damage.
 
     python3 run.py bench ocr [--strings 240] [--json results/ocr.json]
-    python3 run.py bench ocr --train 20 [--model sd3|flux] [--seed 1] [--json results/ocr_training.json]
+    python3 run.py bench ocr --train 45 [--model sd3|flux] [--seed 1] [--json results/ocr_training.json]
 
 Every string is drawn clean in Pillow's own font on plain colours, and again with each kind of damage: blur, noise, a
 tilt, a wrong letter, half of it covered. Pictures without text are plain ones, noise and circles. Exact = the lines
 read, put together without spaces, are the string, capitals included.
 
 --train: the tiny model learns to draw what can be read. It cannot write, but an outlined circle without a face, a frame
-or dots is a 0, and a cross a +; no prompt says so. The demo's training with OCR as its reward, two prompts with sixteen
-leaves each per iteration; what is read in pictures of other colours, on fixed noise, before and after.
+or dots is a 0, and a cross a +; no prompt says so. The demo's training with OCR as its reward, four prompts with
+sixteen leaves each per iteration; what is read in pictures of other colours, on fixed noise, before and after. While it
+trains the reader looks for text at 320 pixels a side instead of 736, six times faster; before and after it reads as
+shipped.
 """
 
 import argparse
@@ -109,6 +111,17 @@ def glyphs(colours: list[str]) -> list[str]:
     ]
 
 
+def quick() -> Ocr:
+    """One that finds text in small pictures, faster."""
+    from rapidocr import RapidOCR
+
+    made = Ocr()
+    made.refuse(['"a"'])  # loads, and learns its letters
+    settings = {"Global.log_level": "error", "Global.use_cls": False, "Global.text_score": 0.0, "Rec.rec_batch_num": 1}
+    made._engine = RapidOCR(params={**settings, "Det.limit_side_len": 320})
+    return made
+
+
 def train(options) -> dict:
     from core.runs.prompts import PromptList
     from core.runs.run import Run
@@ -117,8 +130,8 @@ def train(options) -> dict:
 
     torch.set_num_threads(1)
     demo = Demo(options.model, options.seed, PromptList(glyphs(["red", "blue"]), glyphs(["green", "purple"])))
-    demo.reward = reward = Ocr()
-    demo.settings["Trainer"] |= {"per_iteration": 2, "ema": 0.9}
+    reward, demo.reward = Ocr(), quick()
+    demo.settings["Trainer"]["ema"] = 0.9
     texts, looks = in_turn(demo.prompts.held_out, PICTURES), []
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), demo.adapters, {})
