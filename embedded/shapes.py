@@ -199,6 +199,15 @@ def zero_blocks() -> dict[str, Tensor]:
     }
 
 
+def skip_zero_blocks(half: torch.nn.Module) -> None:
+    """Leave out of a TAESD encoder or decoder (ComfyUI's or diffusers') the convolutions of the blocks that are all
+    zero: the same pictures, decoded in about half the time.
+    """
+    for block in half.modules():
+        if hasattr(block, "fuse") and not any(bool(tensor.any()) for tensor in block.conv.parameters()):
+            block.forward = block.fuse.forward  # ReLU of (zeros + the input)
+
+
 def decodes_in(device: torch.device) -> torch.dtype:
     """What the embedded VAE computes in: bfloat16 on a CPU that has it, where it is several times as fast and decoding
     is most of an iteration of these models; a picture changes by half a grey level on average.

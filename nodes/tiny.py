@@ -7,7 +7,7 @@ import comfy.sd
 import torch
 
 from ..embedded.clip_l import SHORTEST, as_trained, random_clip_l
-from ..embedded.shapes import FOLDER, decodes_in, vae_state_dict
+from ..embedded.shapes import FOLDER, decodes_in, skip_zero_blocks, vae_state_dict
 
 
 @functools.cache
@@ -40,4 +40,5 @@ def load(model: str):
     dtype = decodes_in(comfy.model_management.vae_device())
     vae = comfy.sd.VAE(sd=vae_state_dict(form.scale_factor, form.shift_factor), dtype=dtype)
     vae.first_stage_model.to(memory_format=torch.channels_last)
+    skip_zero_blocks(vae.first_stage_model)
     return diffusion, _text_encoder(), vae
