@@ -16,6 +16,8 @@ SIZE = shapes.SIZE
 PLACES = torch.arange(-4.0, 5.0, 2.0)  # pixels from the middle at which a template is tried
 RADII = torch.tensor((0.20, 0.24, 0.265, 0.29, 0.315, 0.34, 0.38)) * SIZE
 COLOURED = 0.15  # difference between the largest and smallest channel from which a pixel is not gray
+LIGHT = torch.tensor((0.30, 0.59, 0.11))
+ALIKE, VISIBLE = 0.6, 0.1  # correlation with an ideal face from which on it is one; its least contrast in lightness
 
 
 @functools.cache
@@ -86,21 +88,43 @@ def judge(images: Tensor) -> dict[str, Tensor]:
 
     index = shapes.caption_numbers(shape, colour, background)
     styles = torch.stack([palette, outline, *[torch.zeros_like(face)] * 3], 1)
-    for column, shifts in ((2, (0,)), (3, (0,)), (4, (-1.5, 0, 1.5))):  # dots, a frame, a face
-        gain = torch.full((len(images),), -torch.inf)
-        for move in torch.cartesian_prod(*[torch.tensor(shifts, dtype=torch.float)] * 2):  # a face may sit a bit off
-            with_it = styles.clone()
-            with_it[:, column] = 1
-            at = where[:, :2] + move
-            without, drawn = (shapes.render(index, tried, at, where[:, 2]) for tried in (styles, with_it))
-            differ = (without - drawn).abs().amax(1, keepdim=True) > 0.05
-            errors = [((images - picture).abs() * differ).flatten(1).sum(1) for picture in (without, drawn)]
-            gain = torch.maximum(gain, errors[0] - errors[1])
-        styles[:, column] = (gain > 0).long()  # nearer to the drawing that has it, where the two differ
+    for column in (2, 3):  # dots, a frame
+        with_it = styles.clone()
+        with_it[:, column] = 1
+        without, drawn = (shapes.render(index, tried, where[:, :2], where[:, 2]) for tried in (styles, with_it))
+        differ = (without - drawn).abs().amax(1, keepdim=True) > 0.05
+        errors = [((images - picture).abs() * differ).flatten(1).sum(1) for picture in (without, drawn)]
+        styles[:, column] = (errors[1] < errors[0]).long()  # nearer to the drawing that has it, where the two differ
+    styles[:, 4] = smiles(images, shape, where)
     ideal = shapes.render(index, styles, where[:, :2], where[:, 2])
     off = (images - ideal).square().flatten(1).mean(1).sqrt()
     shown = dict(zip((*shapes.NAMED, *shapes.STYLES), (shape, colour, background, *styles.T)))
     return {**shown, "radius": where[:, 2], "quality": overlap * (1 - off)}
+
+
+def smiles(images: Tensor, shape: Tensor, where: Tensor) -> Tensor:
+    """1 where a face is in the middle of the shape, else 0 [B]: where lightness correlates with an ideal face, in any
+    ink, a little to the side, larger or smaller. images: [B, 3, 64, 64]; where: x, y and radius of the shape [B, 3].
+    """
+    light = torch.einsum("bchw,c->bhw", images, LIGHT)
+    shape, (x, y, radius) = shape[:, None, None], (column[:, None, None] for column in where.T)
+    grid = torch.arange(SIZE) + 0.5 - SIZE / 2
+    found = torch.zeros(len(images), dtype=torch.bool)
+    for right, down, scale in torch.cartesian_prod(*[torch.arange(-3.0, 4.0, 1.5)] * 2, torch.tensor((0.9, 1.0, 1.1))):
+        r = scale * radius
+        u, v = grid[None, None] - x - right, grid[None, :, None] - y - down
+        u, v = torch.broadcast_tensors(u, v)
+        ideal = (0.5 - shapes.smile(shape, u, v, r)).clamp(0, 1)
+        middle = v - 0.25 * r * (shape == 2) - 0.05 * r  # of the face
+        near = ((u.abs() < 0.46 * r) & (middle.abs() < 0.42 * r)).float().flatten(1)
+        a, b = (
+            near * (part - (part * near).sum(1, keepdim=True) / near.sum(1, keepdim=True).clamp(min=1))
+            for part in (ideal.flatten(1), light.flatten(1))
+        )
+        both, own = (a * b).sum(1), a.square().sum(1).clamp(min=1e-9)
+        alike = both / (own * b.square().sum(1).clamp(min=1e-9)).sqrt()
+        found |= (alike.abs() >= ALIKE) & ((both / own).abs() >= VISIBLE)
+    return found.long()
 
 
 def figures(images: Tensor, prompts: list[str], wish: dict[str, str]) -> dict[str, float]:

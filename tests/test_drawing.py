@@ -51,6 +51,22 @@ def test_the_judge_reads_every_drawing(drawn):
     assert all(torch.equal(found[name], comfy[name]) for name in found)
 
 
+@pytest.mark.parametrize("ink", [0.06, 0.97])
+def test_the_judge_sees_a_face_in_any_ink_faint_and_a_little_off(ink):
+    index, where = torch.arange(96), torch.tensor([1.0, -1.0, 19.0]).repeat(96, 1)
+    styles = torch.tensor([[0, 0, 1, 0, 0]]).repeat(96, 1)
+    plain = shapes.render(index, styles, where[:, :2], where[:, 2])
+    grid = torch.arange(shapes.SIZE) + 0.5 - shapes.SIZE / 2
+    u, v = (grid[None, None] - 3).expand(96, shapes.SIZE, -1), (grid[None, :, None] + 3).expand(96, -1, shapes.SIZE)
+    shape = shapes.labels(index)[0]
+    face = (0.5 - shapes.smile(shape[:, None, None], u, v, where[:, 2, None, None])).clamp(0, 1)
+    smiling = plain + 0.5 * face[:, None] * (ink - plain)
+    visible = ((plain[:, :, 31, 31] - ink).mul(torch.tensor([0.3, 0.59, 0.11])).sum(1).abs() * 0.5) > 0.15
+    assert int(visible.sum()) > 40
+    assert judge.judge(smiling)["face"][visible].float().mean() > 0.97
+    assert not judge.judge(plain)["face"].any()
+
+
 @pytest.mark.parametrize("spoil", ["blurred", "blended", "warped", "empty"])
 def test_the_judge_sees_what_is_drawn_badly(drawn, spoil):
     images = drawn[0]
@@ -175,3 +191,19 @@ def test_quality_like_for_like_is_that_of_the_styles_alone():
     assert likely.mean() == pytest.approx(float(drawn["quality"].mean()), abs=1e-4)
     blurred = judge.judge(F.avg_pool2d(images, 5, 1, 2))
     assert blurred["quality"].mean() < judge.expected_quality(drawn, blurred).mean() - 0.02
+
+
+def test_the_vaes_zero_blocks_are_left_out_and_the_pictures_are_the_same(comfy):
+    import comfy.sd
+
+    whole, lean = (comfy.sd.VAE(sd=shapes.vae_state_dict(), dtype=torch.float32) for _ in range(2))
+    shapes.skip_zero_blocks(lean.first_stage_model)
+    ran = []
+    for name, module in lean.first_stage_model.named_modules():
+        if name.startswith("taesd_decoder.") and name.endswith(".conv"):
+            module.register_forward_hook(lambda *_, name=name: ran.append(int(name.split(".")[1])))
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = whole.decode(latents)
+    assert expected.std() > 0.05 and torch.equal(lean.decode(latents), expected)
+    assert len(ran) == 5 and not set(ran) & set(shapes.ZERO_BLOCKS["taesd_decoder"])
+    assert torch.equal(lean.encode(expected), whole.encode(expected))
