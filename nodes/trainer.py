@@ -13,7 +13,7 @@ from ..core.method.objective import Objective
 from ..core.method.tree import TreeShape
 from ..core.pictures import plot
 from ..core.pictures.theme import DARK
-from ..core.runs.trainer import Settings, Trainer, refuse_unheld
+from ..core.runs.trainer import DECAYS, Settings, Trainer, refuse_unheld
 from .advantages import SHAPING
 from .export import export
 from .live import Live
@@ -388,4 +388,12 @@ def _advanced() -> list[io.Input]:
             tooltip="Also write the metrics for TensorBoard, into the run's folder. Needs the package tensorboard.",
         ),
         *SHAPING,
+        io.Combo.Input(
+            "decay",
+            options=list(DECAYS),
+            default="none",
+            optional=True,
+            tooltip="cosine: the learning rate falls to 0 at the last of the iterations, so that what was learned "
+            "settles. Raise iterations later and it is as high again as there. none: it stays.",
+        ),
     ]

@@ -333,6 +333,15 @@ def test_a_new_run_begins_from_a_checkpoint_and_the_old_one_stays(flux):
     assert flux.policy("whatever", resume="old").run.folder.name == "old"
 
 
+def test_the_learning_rate_falls_to_the_end_and_is_higher_again_where_iterations_are_raised(flux):
+    policy = flux.policy()
+    flux.train(policy, 4, decay="cosine")
+    flux.train(policy, 6, decay="cosine")
+    flux.train(policy, 7)
+    shares = [row["learning_rate"] / 1e-3 for row in policy.run.metrics]
+    assert shares == pytest.approx([1, 0.8536, 0.5, 0.1464, 0.25, 0.0670, 1], abs=1e-4)
+
+
 def test_changed_settings_are_told(flux):
     policy = flux.policy()
     flux.train(policy, 1)
@@ -345,6 +354,7 @@ def test_changed_settings_are_told(flux):
     [
         (dict(evaluate_every=2), "Evaluation needs held-out prompts"),
         (dict(optimizer="adamw8bit"), "needs the package bitsandbytes"),
+        (dict(decay="linear"), "Unknown decay 'linear' of the learning rate"),
         (dict(text="  \n"), "no prompt in it"),
         (dict(file="../secret.txt"), "not inside ComfyUI's input folder"),
         (dict(file="absent.txt"), "There is no prompt file"),

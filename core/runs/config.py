@@ -25,7 +25,7 @@ from ..method.objective import Objective
 from ..method.published import PRESETS
 from ..method.tree import TreeShape
 from .prompts import PromptList, PromptText, collect, read, split
-from .trainer import Settings
+from .trainer import DECAYS, Settings
 
 FILL_IN = "fill in"  # what the Trainer node writes where it does not know
 
@@ -280,6 +280,7 @@ def refuse_incomplete(config: Config) -> None:
         ("model", "dtype", config.model.dtype, ("float32", "bfloat16", "float16")),
         ("adapter", "dtype", config.adapter.dtype, ("float32", "bfloat16")),
         ("settings", "on_alarm", config.settings.on_alarm, ("pause", "warn", "off")),
+        ("settings", "decay", config.settings.decay, DECAYS),
     ):
         if value not in options:
             raise ValueError(f"{where}: {name} is '{value}': choose one of {', '.join(options)}.")

@@ -54,6 +54,7 @@ class Settings:
     seed: int = 0  # of every noise and of the prompts' order
     new_noise: bool = True  # new noise every iteration
     learning_rate: float = 3e-4  # higher = learns faster, then falls apart
+    decay: str = "none"  # of the learning rate: none | cosine (to 0 at the run's last iteration)
     weight_decay: float = 0.0  # pulls the LoRA towards zero; higher = stays closer to the base model
     max_grad_norm: float = 1.0  # 0 = off
     inner_updates: int = 1  # optimizer steps per iteration
@@ -76,6 +77,20 @@ class Settings:
     shape: dict = field(default_factory=dict)  # the tree's, the noise's and the objective's settings, for the record
     schedule: dict = field(default_factory=dict)
     objective: dict = field(default_factory=dict)
+
+
+DECAYS = ("none", "cosine")
+
+
+def decayed(kind: str, iteration: int, iterations: int) -> float:
+    """What the learning rate is multiplied by in this iteration (0 is the first) of so many; 1 where their number is
+    not known (0). cosine: from 1 to nearly 0 (Loshchilov & Hutter, arXiv 1608.03983, without restarts).
+    """
+    if kind not in DECAYS:
+        raise ValueError(f"Unknown decay '{kind}' of the learning rate: choose one of {', '.join(DECAYS)}.")
+    if kind == "none" or iterations <= 0:
+        return 1.0
+    return (1 + math.cos(math.pi * min(iteration / iterations, 1.0))) / 2
 
 
 @dataclass
@@ -135,6 +150,8 @@ class Trainer:
         self.skips = Skips(**run.extra.get("skips", {}))
         self._base: HeldOut | None = None
         self.doubts = ""  # of the reward models, from their self-tests
+        self.iterations = 0  # of the run in all, as far as `train` was told
+        decayed(settings.decay, 0, 0)
         if settings.evaluate_every:
             refuse_unheld(prompts)
         refuse_prompts(reward, prompts.train)
@@ -161,7 +178,8 @@ class Trainer:
         try:
             if self._due():
                 self._assess()
-            while self.run.iteration < iterations():
+            while self.run.iteration < (total := iterations()):
+                self.iterations = total
                 event = self.step()
                 event.note = " ".join(filter(None, (event.note, self.doubts)))
                 report(event)
@@ -292,10 +310,11 @@ class Trainer:
             raise error or KeyboardInterrupt()
 
     def optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
         return self.run.adamw(
-            self.settings.learning_rate,
-            weight_decay=self.settings.weight_decay,
-            kind=adamw8bit() if self.settings.optimizer == "adamw8bit" else torch.optim.AdamW,
+            settings.learning_rate * decayed(settings.decay, self.run.iteration, self.iterations),
+            weight_decay=settings.weight_decay,
+            kind=adamw8bit() if settings.optimizer == "adamw8bit" else torch.optim.AdamW,
         )
 
     def _write(self, row: dict) -> str:
