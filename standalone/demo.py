@@ -36,7 +36,7 @@ from core.rewards import load
 from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
 from core.runs.trainer import Event, Settings, Trainer
-from embedded.shapes import decodes_in, vae_state_dict
+from embedded.shapes import decodes_in, skip_zero_blocks, vae_state_dict
 from standalone.figures import PICTURES, graph, in_turn, said, seen
 
 log = logging.getLogger("treerpo")
@@ -57,6 +57,7 @@ class Demo:
         self.reward = load("drawing", wish=wish, follow=follow, each=each)
         base, self.seed = open_model(f"embedded/{model}"), seed
         base.vae = TinyVae(vae_state_dict(*LATENT_FORMATS[model]), model, decodes_in(torch.device("cpu")))
+        skip_zero_blocks(base.vae.net)
         targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
         self.adapters = new_adapters(
             base.transformer, policy["rank"], policy["alpha"], targets, seed=policy["init_seed"]
@@ -73,7 +74,7 @@ class Demo:
     def trainer(self, run: Run) -> Trainer:
         """The run's trainer, with the settings of the graph's nodes."""
         training, goal = self.settings["Trainer"], self.settings["Objective"]
-        named = ("per_iteration", "learning_rate", "ema")
+        named = ("per_iteration", "learning_rate", "decay", "ema")
         settings = Settings(seed=self.seed, only_good=False, on_alarm="off", **{name: training[name] for name in named})
         objective = Objective(
             loss="regression" if goal["method"] == "Tree Regression" else "grpo",
