@@ -21,6 +21,7 @@ from .runs import way_back
 
 COMPARE = "Open the template compare to see before and after."
 LIVE_SHARE = 0.01  # of the time at most for the live picture
+BAR_PAUSE = 0.5  # seconds between two movements of the bar inside an iteration: the page draws all it shows for each
 
 
 class Live:
@@ -32,6 +33,7 @@ class Live:
         self.iterations = iterations()
         self.began = time.perf_counter()
         self.drawn = self.pause = 0.0  # when the picture was drawn, and how long to wait for the next
+        self.moved = 0.0  # when the bar was
         self.bar = comfy.utils.ProgressBar(max(self.iterations - self.first, 1) * 100, node_id=node_id)
         self.event: Event | None = None
         self.writer = _tensorboard(run.folder / "tensorboard") if tensorboard else None
@@ -50,7 +52,9 @@ class Live:
 
     def progress(self, done: int, total: int, denoised) -> None:
         """Sampling is shown as three quarters of an iteration."""
-        self.bar.update_absolute((self.run.iteration - self.first) * 100 + 75 * done // total)
+        if time.perf_counter() - self.moved > BAR_PAUSE:
+            self.bar.update_absolute((self.run.iteration - self.first) * 100 + 75 * done // total)
+            self.moved = time.perf_counter()
 
     def report(self, event: Event) -> None:
         self.event, self.iterations = event, self.foreseen()

@@ -1,10 +1,12 @@
 """The embedded models, loaded with ComfyUI's own loaders."""
 
 import functools
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.sd
 import torch
+from torch.nn.functional import pad
 
 from ..embedded.clip_l import SHORTEST, as_trained, random_clip_l
 from ..embedded.shapes import FOLDER, decodes_in, skip_zero_blocks, vae_state_dict
@@ -22,15 +24,32 @@ def _text_encoder():
     encode = encoder.encode_token_weights
 
     def encode_shorter(tokens):
-        features, *more = encode(tokens)
         sections = tokens["l"]
         length = max(SHORTEST, [token for token, *_ in sections[0]].index(end) + 1) if len(sections) == 1 else None
+        with only_first(encoder.clip_l.transformer.text_model.encoder, length):
+            features, *more = encode(tokens)
         return features[:, :length], *more
 
     encoder.encode_token_weights = encode_shorter
     tokenize = clip.tokenizer.tokenize_with_weights
     clip.tokenizer.tokenize_with_weights = lambda text, *given, **named: tokenize(as_trained(text), *given, **named)
     return clip
+
+
+@contextmanager
+def only_first(layers, length: int | None):
+    """CLIP's layers work on the first `length` tokens, which see no later ones; what the others would be is 0."""
+    whole = layers.forward
+
+    def forward(x, mask, *given, **named):
+        outputs = whole(x[:, :length], mask[..., :length, :length], *given, **named)
+        return tuple(one if one is None else pad(one, (0, 0, 0, x.shape[1] - one.shape[1])) for one in outputs)
+
+    layers.forward = forward
+    try:
+        yield
+    finally:
+        del layers.forward
 
 
 def load(model: str):
