@@ -101,9 +101,7 @@ def presets() -> dict[str, Method]:
     return {
         **{name: method(*simple.PRESETS[name]) for name in ("normal", "gentle", "strong")},
         "rate_2.5": method(2.5, 0.05),
-        "rate_2.5_anchor_.02": method(2.5, 0.02),
         "prompts_1": method(1.0, 0.05, 1),
-        "prompts_2_rate_1.5": method(1.5, 0.05, 2),
     }
 
 

@@ -25,7 +25,7 @@ STEPS = 10
 PER_ITERATION = 4  # prompts
 CHECKED = 16  # held-out pictures at least
 MOST_HELD_OUT = 8  # of every five prompts one, and no more than this
-PRESETS = {  # how much faster than usual, and how strongly it is held to the base model; measured in docs/benchmarks.md
+PRESETS = {  # how much faster than usual, and how strongly it is held to the base model; docs/benchmarks_teaching.md
     "gentle": (0.5, 0.1),
     "normal": (1.0, 0.05),
     "strong": (1.5, 0.03),
