@@ -473,6 +473,13 @@ def test_a_ranked_sheet_shows_the_best_first(drawn):
     assert {"1.  .800", "2.  .600", "4.  .200", "#1", "#0"} <= set(texts) and texts.count("a cat on a mat") == 1
 
 
+def test_a_sheet_of_one_image_per_prompt_has_whole_prompts_and_no_places(drawn):
+    prompts = ["a purple triangle on a white background", "a cat"]
+    plot.score_sheet(torch.rand(2, 64, 64, 3), torch.tensor([0.5, 0.25]), prompts, "size", ranked=[[0], [1]])
+    texts = [text for text, _ in drawn]
+    assert {".500", ".250", "a cat"} <= set(texts) and prompts[0] in " ".join(texts)
+
+
 def test_an_even_sheet_frames_nothing():
     sheet = plot.score_sheet(torch.rand(3, 64, 64, 3), torch.ones(3), ["a"] * 3, "size")
     assert len(places(sheet, LIGHT.better)) == len(places(sheet, LIGHT.worse)) == 0

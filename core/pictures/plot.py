@@ -122,8 +122,9 @@ def score_sheet(
     """A contact sheet of images with their scores and prompts; a prompt that all share stands once above them.
 
     images: [B, H, W, 3] in 0..1, or a list of [H, W, 3] of any sizes. scores: [B], NaN = no score. labels: instead of
-    prompts. ranked: image numbers of each prompt, best first: the order to show them in, each with its place and its
-    number; without it they come as they are. The best and the worst are framed, of each prompt where they are ranked.
+    prompts, which take up to three lines. ranked: image numbers of each prompt, best first: the order to show them in,
+    each with its number and, where a prompt has several, its place; without it they come as they are. The best and the
+    worst are framed, of each prompt where they are ranked.
     """
     longest = max(max(image.shape[:2]) for image in images)
     scales = [192 / (longest if longest < 192 else max(image.shape[:2])) for image in images]
@@ -132,7 +133,8 @@ def score_sheet(
     wide, high = max(128, *(size[0] for size in sizes)), max(size[1] for size in sizes)
     captions = labels or (prompts if len(set(prompts)) > 1 else [""] * len(images))
     text, line = SHEET_TEXT, SHEET_TEXT + 4
-    cell = wide + 12, high + 18 + line * (2 if any(captions) else 1)
+    below = [wrapped(caption, text, wide, 3) for caption in captions]
+    cell = wide + 12, high + 18 + line * (1 + max(map(len, below)))
     above = [f"{name}: mean {score_text(float(scores.nanmean()))}"] + ([] if any(captions) else prompts[:1])
     width = max(columns, 2) * cell[0] + 12
     above = [part for said in above for part in wrapped(said, text, width - 24)]
@@ -142,6 +144,7 @@ def score_sheet(
     for i, said in enumerate(above):
         draw.text((12, 8 + i * line), said, fill=theme.grey if i else theme.ink, font=font(text))
     framed = _framed(scores, ranked or [list(range(len(images)))], theme)
+    contest = any(len(group) > 1 for group in ranked or [])
     places = {i: place for group in ranked or [] for place, i in enumerate(group, 1)}
     for at, i in enumerate(places or range(len(images))):
         x, y = 12 + at % columns * cell[0], top + 4 + at // columns * cell[1]
@@ -151,12 +154,12 @@ def score_sheet(
         resampling = Image.Resampling.LANCZOS if scales[i] < 1 else Image.Resampling.NEAREST
         picture.paste(to_picture(images[i]).resize(sizes[i], resampling), (left, upper))
         score = value_text(float(scores[i])) if not scores[i].isnan() else "no score"
-        said = f"{places[i]}.  {score}" if places else score
+        said = f"{places[i]}.  {score}" if contest else score
         draw.text((x, y + high + 5), said, fill=framed.get(i, theme.ink), font=font(text))
         if places and not labels:
             draw.text((x + wide, y + high + 5), f"#{i}", fill=theme.grey, font=font(text), anchor="ra")
-        caption = shortened(captions[i], text, wide)
-        draw.text((x, y + high + 5 + line), caption, fill=theme.grey, font=font(text))
+        for row, caption in enumerate(below[i], 1):
+            draw.text((x, y + high + 5 + row * line), caption, fill=theme.grey, font=font(text))
     return picture
 
 
