@@ -206,9 +206,10 @@ def command_test(args, rest):
     whole = not any((REPO / word.split("::")[0]).exists() for word in rest if not word.startswith("-"))
     paths = ["tests"] if whole else []
     if whole and not any(word.startswith(("-n", "--num", "--pdb", "--collect")) for word in rest):
-        processes = max(1, min(4, os.cpu_count() or 1))
+        cores = os.cpu_count() or 1
+        processes = min(4, cores)
         paths += ["-n", str(processes), "--dist", "loadfile"]
-        extra.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        extra["OMP_NUM_THREADS"] = str(cores // processes)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         code = run_in_env(python, ["-m", "pytest", *paths, *rest, f"--junitxml={report}"], comfyui, **extra)

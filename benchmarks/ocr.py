@@ -111,17 +111,6 @@ def glyphs(colours: list[str]) -> list[str]:
     ]
 
 
-def quick() -> Ocr:
-    """One that finds text in small pictures, faster."""
-    from rapidocr import RapidOCR
-
-    made = Ocr()
-    made.refuse(['"a"'])  # loads, and learns its letters
-    settings = {"Global.log_level": "error", "Global.use_cls": False, "Global.text_score": 0.0, "Rec.rec_batch_num": 1}
-    made._engine = RapidOCR(params={**settings, "Det.limit_side_len": 320})
-    return made
-
-
 def train(options) -> dict:
     from core.runs.prompts import PromptList
     from core.runs.run import Run
@@ -130,7 +119,7 @@ def train(options) -> dict:
 
     torch.set_num_threads(1)
     demo = Demo(options.model, options.seed, PromptList(glyphs(["red", "blue"]), glyphs(["green", "purple"])))
-    reward, demo.reward = Ocr(), quick()
+    reward, demo.reward = Ocr(), Ocr(side=320)
     demo.settings["Trainer"]["ema"] = 0.9
     texts, looks = in_turn(demo.prompts.held_out, PICTURES), []
     with tempfile.TemporaryDirectory() as folder:
@@ -149,20 +138,7 @@ def train(options) -> dict:
     return {"model": options.model, "seed": options.seed, "looks": looks, "rewards": rows}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strings", type=int, default=240)
-    parser.add_argument("--side", type=int, default=512)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--train", type=int, default=0, help="iterations; 0 = read drawn text instead")
-    parser.add_argument("--model", default="sd3", help="with --train: sd3 or flux")
-    parser.add_argument("--seed", type=int, default=1, help="with --train")
-    options = parser.parse_args()
-    if options.train:
-        found = train(options)
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
-        return
+def read(options) -> dict:
     reward, texts, results = Ocr(), strings(options.strings), {}
     prompts = [f'a sign that says "{text}"' for text in texts]
     reward.refuse(prompts)  # loads
@@ -186,8 +162,21 @@ def main():
     results["without text"] = {"score": float(plain.mean()), "largest": float(plain.max())}
     print(f"without text  mean score {plain.mean():.3f}, largest {plain.max():.3f}")
     print(f"{results['seconds per picture']:.3f} s per picture of {options.side} x {options.side}")
+    return {"strings": len(texts), "side": options.side, **results}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strings", type=int, default=240)
+    parser.add_argument("--side", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--train", type=int, default=0, help="iterations; 0 = read drawn text instead")
+    parser.add_argument("--model", default="sd3", help="with --train: sd3 or flux")
+    parser.add_argument("--seed", type=int, default=1, help="with --train")
+    options = parser.parse_args()
+    found = train(options) if options.train else read(options)
     if options.json:
-        options.json.write_text(json.dumps({"strings": len(texts), "side": options.side, **results}, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ SIZE = shapes.SIZE
 PLACES = torch.arange(-4.0, 5.0, 2.0)  # pixels from the middle at which a template is tried
 RADII = torch.tensor((0.20, 0.24, 0.265, 0.29, 0.315, 0.34, 0.38)) * SIZE
 COLOURED = 0.15  # difference between the largest and smallest channel from which a pixel is not gray
-LIGHT = torch.tensor((0.30, 0.59, 0.11))
 ALIKE, VISIBLE = 0.6, 0.1  # correlation with an ideal face from which on it is one; its least contrast in lightness
 
 
@@ -106,7 +105,7 @@ def smiles(images: Tensor, shape: Tensor, where: Tensor) -> Tensor:
     """1 where a face is in the middle of the shape, else 0 [B]: where lightness correlates with an ideal face, in any
     ink, a little to the side, larger or smaller. images: [B, 3, 64, 64]; where: x, y and radius of the shape [B, 3].
     """
-    light = torch.einsum("bchw,c->bhw", images, LIGHT)
+    light = torch.einsum("bchw,c->bhw", images, shapes.LIGHT)
     shape, (x, y, radius) = shape[:, None, None], (column[:, None, None] for column in where.T)
     grid = torch.arange(SIZE) + 0.5 - SIZE / 2
     found = torch.zeros(len(images), dtype=torch.bool)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 SIZE = 64
+LIGHT = torch.tensor((0.3, 0.59, 0.11))  # lightness of red, green and blue
 JITTER = 2  # pixels the centre may be off the middle, each way
 RADIUS = (0.28, 0.33)  # of SIZE
 LINE, FRAME = 0.22, 26.5  # thickness of an outline over the radius; pixels from the middle to the frame
@@ -162,7 +163,7 @@ def render(index: Tensor, styles: Tensor, offset: Tensor, radius: Tensor, size: 
     edge = torch.maximum(x.abs(), y.abs()) - FRAME * unit
     back, front = table(BACKGROUNDS.values(), background), paint(colour, pastel[:, 0, 0])
     inside = torch.where(outline[:, :, 0] > 0, back, front)
-    light = inside @ torch.tensor((0.3, 0.59, 0.11))
+    light = inside @ LIGHT
     ink = torch.where(light[:, None] > 0.42, 0.06, 0.97).expand(n, 3)
     layers = [  # what is drawn, over each other: signed distance, RGB
         (torch.where(dots > 0, torch.hypot(*cell) - 1.7 * unit, torch.inf), table(DOTS, background)),

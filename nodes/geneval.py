@@ -9,7 +9,8 @@ import torch
 from comfy_api.latest import io
 
 from ..core.rewards.contract import Reward
-from ..core.rewards.geneval import COCO, CONFIDENCE, COUNTING, FORMULAS, MOST, Detection, GenEval, rules
+from ..core.rewards.geneval import COCO, CONFIDENCE, COUNTING, FORMULAS, MOST, Detection, GenEval
+from ..core.rewards.geneval import rules as read_rules
 from .reward_models import Managed
 from .schema import RewardSocket, expert, schema
 
@@ -103,13 +104,10 @@ class GenEvalNode(io.ComfyNode):
     ) -> io.NodeOutput:
         detect, names = detector_of(detector, clip, images)
         reward = GenEval(
-            detect, classifier(colours), formula, given(rules, names), names, confidence, confidence_counting
+            detect, classifier(colours), formula, read_rules(rules, names), names, confidence, confidence_counting
         )
         reward.patcher = detector if hasattr(detector, "model_size") else None
         return io.NodeOutput(reward)
-
-
-given = rules
 
 
 def classifier(colours: Reward | None):

@@ -1,7 +1,7 @@
 /** "Go back to a picture": the trainers' held-out pictures over the iterations, and a click on one that prepares the run which goes on from there. */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { closeDialog, el, kind, openDialog, picture, place, setWidget } from "./treerpo.js";
+import { closeDialog, el, heading, kind, openDialog, picture, place, setWidget } from "./treerpo.js";
 
 const NAMES = { TreeRPOSimple: "lora_name", TreeRPOPolicy: "run_name" };
 const value = (node, name) => node?.widgets?.find((one) => one.name === name)?.value;
@@ -16,10 +16,8 @@ async function picturesOf(run) {
 }
 
 async function ask(node) {
-  const root = openDialog("Go back to a picture", (key) => key === "Escape" && (closeDialog(), true));
-  const head = (hint) => el("header", {}, "Go back to a picture", el("span", { class: "hint" }, hint),
-    el("button", { class: "close", "aria-label": "Close", title: "Close (Esc)", onclick: closeDialog }, "✕"));
-  const show = (hint, ...rest) => { root.replaceChildren(head(hint), ...rest); place(root, node); };
+  const root = openDialog("Go back to a picture");
+  const show = (hint, ...rest) => { root.replaceChildren(heading("Go back to a picture", hint), ...rest); place(root, node); };
   const owner = keeper(node), named = NAMES[kind(owner)];
   if (!named) return show("", "Connect a Tree Policy with a run_name first.");
   try {

@@ -1,7 +1,7 @@
 /** A graph of TreeRPO that is queued without its model files: which, how large, from where, and into which folder. ComfyUI only says how many errors it has. */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { closeDialog, el, findNode, kind, openDialog, place, setWidget } from "./treerpo.js";
+import { el, findNode, heading, kind, openDialog, place, setWidget } from "./treerpo.js";
 
 const known = fetch(new URL("model_files.json", import.meta.url)).then((reply) => reply.json()).catch(() => ({})); // name: [folder of models/, GB, address]
 
@@ -20,7 +20,7 @@ async function tell(errors) {
   if (!app.graph.nodes.some((node) => kind(node)?.startsWith("TreeRPO"))) return;
   const [files, rewards] = missing(errors), sources = await known;
   if (!files.length && !rewards.length) return;
-  const root = openDialog("Files to download", (key) => key === "Escape" && (closeDialog(), true));
+  const root = openDialog("Files to download");
   const size = files.reduce((sum, [name]) => sum + (sources[name]?.[1] ?? 0), 0), count = files.length + rewards.length;
   const rows = files.map(([name, input]) => {
     const [folder, gb, address] = sources[name] ?? [];
@@ -31,8 +31,7 @@ async function tell(errors) {
     const button = el("button", { onclick: () => { if (setWidget(findNode(id), "download", true)) button.replaceChildren("It is fetched when you press Run"); button.disabled = true; } }, "Switch on download");
     return el("div", { class: "row" }, el("span", { class: "prompt" }, said), button);
   });
-  root.replaceChildren(el("header", {}, `This graph needs ${count} ${count > 1 ? "files" : "file"} that ${count > 1 ? "are" : "is"} not there yet`, size > 0 && el("span", { class: "hint" }, `about ${Math.ceil(size)} GB of models`),
-      el("button", { class: "close", "aria-label": "Close", title: "Close (Esc)", onclick: closeDialog }, "✕")),
+  root.replaceChildren(heading(`This graph needs ${count} ${count > 1 ? "files" : "file"} that ${count > 1 ? "are" : "is"} not there yet`, size > 0 && `about ${Math.ceil(size)} GB of models`),
     rows.length && el("table", {}, ...rows), ...switches,
     el("div", { class: "hint" }, "Click a name to download it, move it into its folder, press R in the graph, and Run. A file you have under another name: choose it in its node."));
   place(root);

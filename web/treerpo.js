@@ -59,7 +59,8 @@ export function setWidget(node, name, value) {
 
 let dialog = null; // {root, keys, closed, focused}
 
-export function openDialog(label, keys, closed) {
+/** keys: what a key does; whether it did anything. closed: called when it is. */
+export function openDialog(label, keys = byEscape, closed) {
   closeDialog();
   dialog = { root: el("div", { class: "treerpo-dialog", role: "dialog", "aria-label": label, tabindex: "-1" }), keys, closed, focused: document.activeElement };
   document.body.append(dialog.root);
@@ -86,6 +87,12 @@ window.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || (button && presses)) return;
   if (dialog.keys(event.key)) event.preventDefault();
 }, true);
+
+const byEscape = (key) => key === "Escape" && (closeDialog(), true);
+
+/** The first line of a dialog that can be closed. */
+export const heading = (title, hint) => el("header", {}, title, hint && el("span", { class: "hint" }, hint),
+  el("button", { class: "close", "aria-label": "Close", title: "Close (Esc)", onclick: closeDialog }, "✕"));
 
 /** Beside the node where there is room, and always inside the window; without a node, in the middle. */
 export function place(root, node) {
@@ -221,8 +228,7 @@ function leafPanel(node, tree, number, show) {
   const step = (key, text, label) => button(text, () => show(neighbour(tree, number, key)), { "aria-label": label, disabled: neighbour(tree, number, key) ? null : "" });
   const use = () => (setWidget(node, "leaf", number) ? `Leaf ${number} goes to the outputs when the graph runs again.` : "This node has no leaf to set.");
   return [
-    el("header", {}, `Leaf ${number} of ${count * tree.prompts.length}`, el("span", { class: "hint" }, leaf.total == null ? "no score" : better ? `number ${better + 1} of ${count} of its prompt` : "the best of its prompt"),
-      el("button", { class: "close", "aria-label": "Close", title: "Close (Esc)", onclick: closeDialog }, "✕")),
+    heading(`Leaf ${number} of ${count * tree.prompts.length}`, leaf.total == null ? "no score" : better ? `number ${better + 1} of ${count} of its prompt` : "the best of its prompt"),
     el("div", { class: "leaf" }, picture(leaf.image, `Leaf ${number}`), el("div", {},
       el("div", { class: "prompt" }, prompt.text),
       table(["score", "advantage"], [[short(leaf.total), signed(leaf.advantage)]]),

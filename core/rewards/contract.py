@@ -42,3 +42,12 @@ class Reward(Protocol):
 
         A prompt of an edit has the picture it is to change: core.references.reference_of(prompt).
         """
+
+
+def refuse_unpaired(images: Tensor, prompts: list[str]) -> None:
+    """ValueError in one sentence unless there are images [B, H, W, 3 or more] and B prompts."""
+    if images.dim() != 4 or images.shape[-1] < 3 or len(prompts) != len(images):
+        raise ValueError(
+            f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per "
+            "image, and images [batch, height, width, 3]."
+        )

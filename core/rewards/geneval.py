@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contract import Reward, Trial
+from .contract import Reward, Trial, refuse_unpaired
 
 FORMULAS = ("geneval", "flow_grpo")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -288,11 +288,7 @@ class GenEval(Reward):
     @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1, B prompts -> [B] on the CPU. ValueError as refuse()."""
-        if images.dim() != 4 or images.shape[-1] < 3 or len(prompts) != len(images):
-            raise ValueError(
-                f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per "
-                "image, and images [batch, height, width, 3]."
-            )
+        refuse_unpaired(images, prompts)
         self.refuse(prompts)
         images, scores = images[..., :3].detach().float().nan_to_num(0).clamp(0, 1), torch.zeros(len(images))
         groups: dict[str, list[int]] = {}

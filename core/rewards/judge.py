@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .combine import neighbours
-from .contract import Reward, Trial
+from .contract import Reward, Trial, refuse_unpaired
 from .human import bradley_terry
 from .keys import key_for
 from .measure import encoded
@@ -253,11 +253,7 @@ class Judge(Reward):
 
         Raises RuntimeError when no image got a score because of faults; ValueError for bad settings.
         """
-        if images.dim() != 4 or images.shape[-1] < 3 or len(prompts) != len(images):
-            raise ValueError(
-                f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per "
-                "image, and images [batch, height, width, 3]."
-            )
+        refuse_unpaired(images, prompts)
         asked = self._asked(prompts)
         numbers = self._numbers(asked, images)
         faults: dict[int, Fault] = {}

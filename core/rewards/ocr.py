@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contract import Reward, Trial
+from .contract import Reward, Trial, refuse_unpaired
 
 FORMULAS = ("flow_grpo", "tmpo")
 PIP = "pip install rapidocr onnxruntime"
@@ -87,8 +87,9 @@ def _letters(text: str) -> str:
     return "".join(text.split())
 
 
-def reader(recognition: Path | None = None, cuda: bool = False):
+def reader(recognition: Path | None = None, cuda: bool = False, side: int | None = None):
     """rapidocr's engine. recognition: another recognition model's .onnx file, for a script the package's cannot read.
+    side: text is looked for in pictures enlarged to so many pixels at least; None = the package's choice.
 
     The package is imported here. ValueError in one sentence where it is missing or the file does not fit.
     """
@@ -101,6 +102,8 @@ def reader(recognition: Path | None = None, cuda: bool = False):
             f"({' '.join(str(error).split())}): {PIP}, and start again."
         ) from error
     settings = {"Global.log_level": "error", "Global.use_cls": False, "Global.text_score": 0.0, "Rec.rec_batch_num": 1}
+    if side:
+        settings["Det.limit_side_len"] = side
     if cuda and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         settings["EngineConfig.onnxruntime.use_cuda"] = True
     try:
@@ -135,13 +138,15 @@ class Ocr(Reward):
         name: str = "OCR",
         device="cpu",
         check: Callable[[], object] = lambda: None,
+        side: int | None = None,
     ):
         """formula: one of FORMULAS. case: see text_score. recognition: see reader; "" = the package's own, which reads
         Latin, Greek, Chinese and Japanese. check: called before every picture, may raise to stop.
+        side: see reader; smaller = faster, and misses more.
         """
         if formula not in FORMULAS:
             raise ValueError(f"Unknown OCR formula '{formula}': choose one of {', '.join(FORMULAS)}.")
-        self.formula, self.case, self.name, self.check = formula, case, name, check
+        self.formula, self.case, self.name, self.check, self.side = formula, case, name, check, side
         self.recognition = Path(recognition) if str(recognition) else None
         self.cuda = torch.device(device).type == "cuda"
         self.origin = ("ocr", str(recognition), {"formula": formula, "case": case, "name": name})
@@ -151,7 +156,7 @@ class Ocr(Reward):
     def engine(self):
         """Loaded when it is first used."""
         if self._engine is None:
-            self._engine = reader(self.recognition, self.cuda)
+            self._engine = reader(self.recognition, self.cuda, self.side)
             self._known = frozenset("".join(self._engine.text_rec.postprocess_op.character))
         return self._engine
 
@@ -203,11 +208,7 @@ class Ocr(Reward):
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         """[B, H, W, 3] in 0..1, B prompts -> [B] in 0..1 on the CPU. ValueError as refuse()."""
-        if images.dim() != 4 or images.shape[-1] < 3 or len(prompts) != len(images):
-            raise ValueError(
-                f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per "
-                "image, and images [batch, height, width, 3]."
-            )
+        refuse_unpaired(images, prompts)
         self.refuse(prompts)
         lines = self.read(images)
         return torch.tensor([text_score(a, quoted(b), self.formula, self.case) for a, b in zip(lines, prompts)])

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..patterns import search
 from ..references import reference_of
 from .combine import neighbours
-from .contract import Reward
+from .contract import Reward, refuse_unpaired
 from .deadline import Deadline
 from .keys import is_here, key_for
 from .measure import encoded
@@ -145,11 +145,7 @@ class ServerReward(Reward):
         Raises RuntimeError when no image got a score and the server is not the one who said so (null); ValueError for
         bad settings.
         """
-        if images.dim() != 4 or images.shape[-1] < 3 or len(prompts) != len(images):
-            raise ValueError(
-                f"There are {len(prompts)} prompts for images of the shape {list(images.shape)}: give one prompt per "
-                "image, and images [batch, height, width, 3]."
-            )
+        refuse_unpaired(images, prompts)
         scores, faults, key, parts = torch.full((len(images),), torch.nan), {}, self._key(), self._parts(prompts)
         tasks = [functools.partial(self._ask, images[part], prompts[part], key) for part in parts]
         for part, answers in zip(parts, in_parallel(tasks, self.workers, self.check)):
