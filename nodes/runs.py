@@ -94,12 +94,12 @@ def known_checkpoints() -> list[str]:
 
 def way_back(folder: Path, iteration: int) -> tuple[int, str] | None:
     """(iteration, its name behind the @ of begin_from) of the newest that a run's folder keeps up to an iteration; None
-    where nothing is kept.
+    where nothing is kept. A checkpoint's number rather than `best`, which moves on when the run does.
     """
     best = describe(folder / "best")
     kept = [(checkpoint.iteration, str(checkpoint.iteration)) for checkpoint in list_checkpoints(folder)]
     kept += [(best.iteration, "best")] if best else []
-    return max((one for one in kept if one[0] <= iteration), default=None)
+    return max((one for one in kept if one[0] <= iteration), key=lambda one: one[0], default=None)
 
 
 def checkpoint_folder(choice: str) -> Path | None:
