@@ -15,8 +15,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from iteration import network_passes
 from torch import nn
 
-from core.hosts.diffusers import LATENT_FORMATS, DiffusersVelocity, TinyVae
-from core.hosts.diffusers_models import open_model
+from core.hosts.diffusers import DiffusersVelocity
+from core.hosts.diffusers_models import embedded_vae, open_model
 from core.hosts.peft import new_adapters, shares
 from core.method import noise
 from core.rewards import load
@@ -46,7 +46,7 @@ class World:
         pairs = [(text, bool(out)) for text, out in zip(texts, held_out, strict=True) if text in self.features]
         self.training = [text for text, out in pairs if not out]
         self.held_out = [text for text, out in pairs if out]
-        self.vae = TinyVae(shapes.vae_state_dict(*LATENT_FORMATS["sd3"]), "sd3", shapes.decodes_in(torch.device("cpu")))
+        self.vae = embedded_vae("sd3", torch.device("cpu"))
         self.reward = load("drawing", wish=WISH, follow=True, each="all")
         self.figures = embedded("judge").figures
         self.sigmas = sampling_scheduler().sigmas.float()

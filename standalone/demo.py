@@ -17,12 +17,11 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from core.files import write_atomically, write_picture
-from core.hosts.diffusers import LATENT_FORMATS, TinyVae, simple_sigmas
+from core.hosts.diffusers import simple_sigmas
 from core.hosts.diffusers_models import DiffusersHost, open_model
 from core.hosts.peft import Attached, new_adapters
 from core.method.noise import NoiseSchedule
@@ -36,7 +35,6 @@ from core.rewards import load
 from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
 from core.runs.trainer import Event, Settings, Trainer
-from embedded.shapes import decodes_in, skip_zero_blocks, vae_state_dict
 from standalone.figures import PICTURES, graph, in_turn, said, seen
 
 log = logging.getLogger("treerpo")
@@ -56,8 +54,6 @@ class Demo:
         follow, each = wish.pop("follow_prompt"), wish.pop("each")
         self.reward = load("drawing", wish=wish, follow=follow, each=each)
         base, self.seed = open_model(f"embedded/{model}"), seed
-        base.vae = TinyVae(vae_state_dict(*LATENT_FORMATS[model]), model, decodes_in(torch.device("cpu")))
-        skip_zero_blocks(base.vae.net)
         targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
         self.adapters = new_adapters(
             base.transformer, policy["rank"], policy["alpha"], targets, seed=policy["init_seed"]

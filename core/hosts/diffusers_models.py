@@ -131,7 +131,7 @@ def open_model(
     """
     device = device or torch.device("cpu")
     model = (
-        _embedded(EMBEDDED[source], dtype)
+        _embedded(EMBEDDED[source], dtype, device)
         if source in EMBEDDED
         else _folder(Path(source), dtype)
         if Path(source).is_dir()
@@ -149,18 +149,26 @@ def open_model(
     return model
 
 
-def _embedded(kind: str, dtype: str) -> Model:
+def _embedded(kind: str, dtype: str, device: torch.device) -> Model:
     from embedded.clip_l import SHORTEST, as_trained, random_clip_l
-    from embedded.shapes import vae_state_dict
 
     def encode(texts: list[str]) -> list[Feature]:
         return clip_l_features(random_clip_l(), [as_trained(text) for text in texts], SHORTEST)
 
     return Model(
         load_transformer(load_file(str(REPO / "embedded" / f"{kind}.safetensors")), DTYPES[dtype]),
-        TinyVae(vae_state_dict(*LATENT_FORMATS[kind]), kind),
+        embedded_vae(kind, device),
         encode,
     )
+
+
+def embedded_vae(kind: str, device: torch.device) -> TinyVae:
+    """The embedded models' VAE, as ComfyUI has it there (nodes.tiny.load): without its blocks that are zero."""
+    from embedded.shapes import decodes_in, skip_zero_blocks, vae_state_dict
+
+    vae = TinyVae(vae_state_dict(*LATENT_FORMATS[kind]), kind, decodes_in(device))
+    skip_zero_blocks(vae.net)
+    return vae
 
 
 def _file(path: Path, dtype: str) -> Model:
