@@ -396,4 +396,34 @@ def _advanced() -> list[io.Input]:
             tooltip="cosine: the learning rate falls to 0 at the last of the iterations, so that what was learned "
             "settles. Raise iterations later and it is as high again as there. none: it stays.",
         ),
+        io.Float.Input(
+            "replay",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.05,
+            round=False,
+            optional=True,
+            tooltip="How strongly a prompt's first good pictures are imitated each time it comes up, so that what the "
+            "reward does not ask for stays varied. 0 = off; 0.5 is a start. Costs a pass for each picture.",
+        ),
+        io.Float.Input(
+            "replay_from",
+            default=0.0,
+            min=-1000.0,
+            max=1000.0,
+            step=0.01,
+            round=False,
+            optional=True,
+            tooltip="For replay: the reward from which on a picture is worth remembering. Take what only the "
+            "best pictures of the first iterations reach.",
+        ),
+        io.Int.Input(
+            "replay_pictures",
+            default=4,
+            min=1,
+            max=64,
+            optional=True,
+            tooltip="For replay: pictures remembered per prompt. More = more variety; they are saved with the run.",
+        ),
     ]

@@ -70,7 +70,7 @@ class Demo:
     def trainer(self, run: Run) -> Trainer:
         """The run's trainer, with the settings of the graph's nodes."""
         training, goal = self.settings["Trainer"], self.settings["Objective"]
-        named = ("per_iteration", "learning_rate", "decay", "ema")
+        named = ("per_iteration", "learning_rate", "decay", "ema", "replay", "replay_from", "replay_pictures")
         settings = Settings(seed=self.seed, only_good=False, on_alarm="off", **{name: training[name] for name in named})
         objective = Objective(
             loss="regression" if goal["method"] == "Tree Regression" else "grpo",

@@ -70,6 +70,7 @@ def test_two_runs_with_one_seed_are_identical_apart_from_times(flux):
         dict(save_every=2, ema=0.5),
         dict(inner_updates=2, evaluate_every=2, keep_every=2),
         dict(objective="DiffusionNFT", inner_updates=2, shaping="slas"),
+        dict(replay=0.5, replay_pictures=3),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(flux, settings):
@@ -342,6 +343,18 @@ def test_the_learning_rate_falls_to_the_end_and_is_higher_again_where_iterations
     assert shares == pytest.approx([1, 0.8536, 0.5, 0.1464, 0.25, 0.0670, 1], abs=1e-4)
 
 
+def test_replay_imitates_what_was_remembered_of_a_prompt_before(flux):
+    policy = flux.policy()
+    flux.train(policy, 3, replay=0.5, replay_pictures=3)
+    rows, kept = policy.run.metrics, policy.run.remembered
+    assert {len(pictures) for pictures in kept.values()} == {3}  # two of the first iteration, one of the second
+    assert "replay_loss" not in rows[0] and rows[1]["replay_loss"] > 0
+    passes = [row["update_forwards"] - rows[0]["update_forwards"] for row in rows]
+    assert passes == [0, 2 * len(kept), 3 * len(kept)]
+    flux.train(policy, 4)
+    assert "replay_loss" not in policy.run.metrics[3]
+
+
 def test_changed_settings_are_told(flux):
     policy = flux.policy()
     flux.train(policy, 1)
@@ -355,6 +368,7 @@ def test_changed_settings_are_told(flux):
         (dict(evaluate_every=2), "Evaluation needs held-out prompts"),
         (dict(optimizer="adamw8bit"), "needs the package bitsandbytes"),
         (dict(decay="linear"), "Unknown decay 'linear' of the learning rate"),
+        (dict(replay=0.5, replay_pictures=0), "at least 1 picture per prompt to remember"),
         (dict(text="  \n"), "no prompt in it"),
         (dict(file="../secret.txt"), "not inside ComfyUI's input folder"),
         (dict(file="absent.txt"), "There is no prompt file"),

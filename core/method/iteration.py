@@ -23,6 +23,7 @@ from .memory import MicroBatch
 from .noise import NoiseSchedule
 from .objective import Objective
 from .ranks import ALONE, Ranks
+from .replay import Replayed
 from .rollout import Progress, grow
 from .signal import OVER, snr
 from .tree import Forest, TreeShape
@@ -168,6 +169,7 @@ def learn(
     only_good: bool = False,
     history: list[dict] = (),
     images: Tensor | None = None,
+    replayed: Replayed | None = None,
     ranks: Ranks = ALONE,
     **options,
 ) -> dict[str, float]:
@@ -176,6 +178,7 @@ def learn(
 
     only_good: LayerTuning-RL imitates a prompt's best image only if it is as good as the best ones were on average over
     `history`, the rows of the iterations before. images: [P_own, C, H, W], for the objective's target "images".
+    replayed: remembered pictures of the prompts (replay.states), to imitate besides.
     options: as method.update.update.
     """
     row = {
@@ -210,6 +213,7 @@ def learn(
         images=images,
         allowed=allowed,
         renoised=states,
+        replayed=replayed,
         ranks=ranks,
         **options,
     )

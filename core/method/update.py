@@ -29,6 +29,7 @@ from .objective import (
     step_weights,
 )
 from .ranks import ALONE, Ranks
+from .replay import Replayed
 from .signal import power
 from .steps import Step, step
 from .tree import Forest
@@ -255,11 +256,12 @@ class _Loss:
 
 
 def measured(loss: Tensor, ratio: Tensor, clipped: Tensor, kl: Tensor, sft: Tensor) -> Tensor:
-    """A slice's diagnostics [6]: its parts of the loss, KL and supervised term, and the sums of the ratios, of those
-    clipped, and of how many there are.
+    """A slice's diagnostics [7]: its parts of the loss, KL and supervised term, and the sums of the ratios, of those
+    clipped, and of how many there are; last its part of the loss of what is remembered, here 0.
     """
-    count = torch.ones_like(ratio).sum()
-    return torch.stack([value.detach().to(ratio) for value in (loss, ratio.sum(), clipped.sum(), count, kl, sft)])
+    count, none = torch.ones_like(ratio).sum(), torch.zeros_like(kl)
+    values = loss, ratio.sum(), clipped.sum(), count, kl, sft, none
+    return torch.stack([value.detach().to(ratio) for value in values])
 
 
 def policy_gradient(
@@ -272,6 +274,7 @@ def policy_gradient(
     allowed: Tensor | None = None,
     images: Tensor | None = None,
     renoised: Renoised | None = None,
+    replayed: Replayed | None = None,
     shared: bool = True,
     check: Callable[[], None] | None = None,
     ranks: Ranks = ALONE,
@@ -286,6 +289,7 @@ def policy_gradient(
     allowed: prompts whose best leaf may be imitated [P], default all. images: [P, C, H, W], for target "images".
     renoised: of matching.renoise, where the objective learns from them; the same of all inner updates, for it keeps the
     velocities of the first.
+    replayed: remembered pictures (replay.states) to imitate besides.
     shared: one forward per parent; False forwards every edge on its own, `branching` times the cost for the same
     gradient: for comparison only, and not with LayerTuning-RL. check: called before each slice; may raise.
     ranks: the processes that have the prompts' other trees. The loss is of all edges of all of them; this one adds its
@@ -343,6 +347,15 @@ def policy_gradient(
 
         learn(loss)
 
+    def remembered(sigma: float, chosen: Tensor) -> None:
+        def loss() -> tuple[Tensor, Tensor]:
+            value = replayed.loss(chosen, velocity(replayed.x[chosen], sigma, replayed.rows[chosen]))
+            diagnostics = torch.zeros(7, device=value.device)
+            diagnostics[-1] = value.detach()
+            return value, diagnostics
+
+        learn(loss)
+
     batch = micro_batch or MicroBatch()
 
     def each(count: int, work: Callable[[int, int], None]) -> None:
@@ -360,15 +373,19 @@ def policy_gradient(
             for level in forest.sigmas[:-1]:  # one at a time: conditioning may begin or end at one
                 own = wanted[renoised.sigmas[wanted] == level] if len(wanted) else wanted
                 each(len(own), lambda first, last: noisy_images(float(level), own[first:last]))
+        for level in replayed.sigmas.unique() if replayed is not None else ():
+            own = (replayed.sigmas == level).nonzero().flatten()
+            each(len(own), lambda first, last: remembered(float(level), own[first:last]))
     forest.graphs.clear()
-    own = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 6
-    loss, ratio, clipped, scored, kl, sft = map(sum, zip(*ranks.gather(own)))
+    own = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 7
+    loss, ratio, clipped, scored, kl, sft, replay = map(sum, zip(*ranks.gather(own)))
     return {
         "loss": loss,
         "ratio_mean": ratio / scored if scored else 1.0,
         "clip_frac": clipped / scored if scored else 0.0,
         "kl": kl,
         "sft_loss": sft,
+        **({"replay_loss": replay} if replayed is not None else {}),
         "edges": edges + states,
         "edges_trained": int(scored),
     }

@@ -65,6 +65,7 @@ class Run:
         self.metrics: list[dict] = []
         self._lines: list[str] = []  # of the metrics as JSON, as far as they were needed
         self.extra: dict = {}  # whatever else a trainer has to know after a resume, in JSON's types
+        self.remembered: dict[str, Tensor] = {}  # good pictures by prompt (core.method.replay)
         self.optimizer: torch.optim.AdamW | None = None
         self._saved_optimizer: dict | None = None  # until adamw() is asked for
         self._ema: Ema | None = None
@@ -245,6 +246,7 @@ class Run:
             "ema": average,
             "metrics": "\n".join(self._json_lines()),
             "extra": json.loads(json.dumps(self.extra)),
+            "remembered": self.remembered,
             "config": self.config,
             "rng": torch.get_rng_state(),
         }
@@ -482,6 +484,7 @@ class Run:
             state.get("extra", {}),
             [],
         )
+        self.remembered = dict(state.get("remembered", {}))
         self.optimizer, self._saved_optimizer, self._saved_ema = None, state["optimizer"], state.get("ema")
         self.id = run_id(state)
         if self._ema is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..lora.ema import Ema
-from ..method import noise
+from ..method import noise, replay
 from ..method.advantage import total_reward
 from ..method.iteration import Credit, credit, learn, learned_nothing, sample, score
 from ..method.memory import MicroBatch
@@ -68,6 +68,9 @@ class Settings:
     micro_batch: int = 0  # latents per model call; 0 = all at once
     retain_share: float = 0.0  # share of the free memory for graphs kept from sampling; 0 = none
     ema: float = 0.0  # decay of the adapters' moving average; 0 = none
+    replay: float = 0.0  # weight of imitating the prompts' remembered pictures (core.method.replay); 0 = none
+    replay_from: float = 0.0  # reward from which on a picture is good enough to be remembered
+    replay_pictures: int = 4  # remembered per prompt, the first ones that were good enough
     save_every: int = 1  # iterations between two saved states
     keep_last: int = 3  # checkpoints kept beside the newest state
     keep_every: int = 20  # iterations between two checkpoints
@@ -152,6 +155,8 @@ class Trainer:
         self.doubts = ""  # of the reward models, from their self-tests
         self.iterations = 0  # of the run in all, as far as `train` was told
         decayed(settings.decay, 0, 0)
+        if settings.replay < 0 or settings.replay_pictures < 1:
+            raise ValueError("Replay needs a strength of 0 or more, and at least 1 picture per prompt to remember.")
         if settings.evaluate_every:
             refuse_unheld(prompts)
         refuse_prompts(reward, prompts.train)
@@ -202,6 +207,15 @@ class Trainer:
         if self.ranks.lockstep:
             self._agree_to_go_on()
         row, event = self._iterate()
+        if (settings := self.settings).replay:
+            replay.remember(
+                self.run.remembered,
+                event.forest,
+                event.prompts,
+                event.total,
+                settings.replay_from,
+                settings.replay_pictures,
+            )
         with self.ranks.together():
             event.message = self._write(row)
         self.ranks.refuse_drift(self.run.adapters.parameters())
@@ -249,6 +263,12 @@ class Trainer:
                 ranks=ranks,
             )
             goals = self.images(velocity, forest) if self.images is not None else None
+            again = None
+            if settings.replay:
+                most = settings.replay_pictures
+                again = replay.states(
+                    run.remembered, chosen, self.host.sigmas, settings.replay, most, settings.seed, iteration
+                )
             row = learn(
                 velocity,
                 sampled,
@@ -258,6 +278,7 @@ class Trainer:
                 only_good=settings.only_good,
                 history=run.metrics,
                 images=goals,
+                replayed=again,
                 ema=run.ema,
                 micro_batch=self.micro_batch,
                 max_grad_norm=settings.max_grad_norm,
@@ -424,6 +445,8 @@ def refuse_split(
             "LayerTuning-RL and a clip range with sensitivity compare all images of a prompt with its best one, which "
             "another process may hold: set processes.per_prompt to 1."
         )
+    if ranks.size > 1 and settings.replay > 0:
+        raise ValueError("Replay remembers the pictures of one process: set settings.replay to 0.")
     grouped = [model.name for model, _ in parts(reward) if model.group_wise]
     if ranks.per_prompt > 1 and grouped:
         raise ValueError(

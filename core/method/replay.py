@@ -1,0 +1,79 @@
+"""Replay: a run remembers good pictures of its beginning, and imitates them each time their prompt comes up again.
+
+A reward says nothing about what it does not measure, and a policy that is trained on it soon draws that in one way.
+The first good pictures come from a policy that has all of the base model's variety still, so that imitating them holds
+on to it, and pulls against no wish, as an anchor to the base model does. Ours (docs/benchmarks_demo.md): self-imitation
+(Oh et al., arXiv 1806.05635) of pictures that a reward has sifted (as RAFT, arXiv 2304.06767), by flow matching.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .tree import Forest
+
+AT_ONE_LEVEL = 8  # pictures that share a noise level, and so a model call
+PER_VISIT = 2  # pictures of one prompt that one iteration adds at most: a tree's are much alike
+
+
+@dataclass
+class Replayed:
+    """Remembered pictures with fresh noise."""
+
+    x: Tensor  # [M, C, H, W]
+    sigmas: Tensor  # [M] noise levels, steps of the sampling schedule
+    rows: Tensor  # [M] conditioning rows
+    goal: Tensor  # [M, C, H, W] velocities from the state straight to its picture
+    weight: float  # of one picture in the loss
+
+    def loss(self, chosen: Tensor, v: Tensor) -> Tensor:
+        """Their part of the loss: the weighted sum of the mean square errors of their velocities v [n, C, H, W]."""
+        return self.weight * (v - self.goal[chosen].to(v)).square().flatten(1).mean(1).sum()
+
+
+def remember(store: dict[str, Tensor], forest: Forest, prompts: list[str], rewards: Tensor, good: float, most: int):
+    """Add to `store`, pictures [n, C, H, W] by prompt, up to two leaves per prompt that have a reward of `good` or
+    more, the best first, until a prompt has `most`. rewards: of all leaves [P * K]; prompts: of every leaf.
+    """
+    count = forest.leaves_per_prompt
+    for first in range(0, len(rewards), count):
+        key, own = named(prompts[first]), rewards[first : first + count].float()
+        known = store.get(key)
+        places = [
+            first + place
+            for place in own.nan_to_num(-torch.inf).argsort(descending=True).tolist()
+            if own[place] >= good and bool(forest.leaves[first + place].isfinite().all())
+        ]
+        left = min(PER_VISIT, most - (0 if known is None else len(known)))
+        if places and left > 0:
+            new = forest.leaves[places[:left]].detach().to("cpu", torch.float16)
+            store[key] = new.clone() if known is None else torch.cat([known, new])
+
+
+def states(
+    store: dict[str, Tensor], prompts: list[str], sigmas: Tensor, strength: float, most: int, seed: int, iteration: int
+) -> Replayed | None:
+    """What this iteration's prompts have in store, noised to steps of the schedule `sigmas` [T + 1] that are drawn from
+    (seed, iteration); None where that is nothing. strength: of the loss when every prompt has all its `most` pictures.
+    """
+    kept = [(row, picture) for row, prompt in enumerate(prompts) for picture in store.get(named(prompt), ())]
+    if not kept:
+        return None
+    draw = noise.generator(seed, "replay", iteration)
+    order = torch.randperm(len(kept), generator=draw).tolist()
+    rows = torch.tensor([kept[place][0] for place in order])
+    pictures = torch.stack([kept[place][1] for place in order]).float()
+    calls = -(-len(kept) // AT_ONE_LEVEL)
+    levels = sigmas[:-1].float().cpu()[torch.randint(len(sigmas) - 1, (calls,), generator=draw)]
+    levels = levels.repeat_interleave(AT_ONE_LEVEL)[: len(kept)]
+    drawn = torch.randn(pictures.shape, generator=draw)
+    x = noise.noised(pictures, drawn, levels.view(-1, *[1] * (pictures.dim() - 1)))
+    return Replayed(x, levels, rows, drawn - pictures, strength / (most * len(prompts)))
+
+
+def named(prompt: str) -> str:
+    """A prompt's key in the store: its text, and which reference image it has."""
+    digest = getattr(prompt, "digest", None)
+    return str(prompt) if digest is None else f"{str(prompt)}\n{digest.hex()}"
