@@ -122,7 +122,7 @@ class Live:
             if back:
                 to = (
                     f"To go on from {back[0]}, press Go back to a picture and click iteration {watch.rollback} "
-                    f"(by hand: begin_from {self.run.folder.name} @ {back[1]}, and a new name)."
+                    f"(by hand: begin_from … @ {back[1]}, and a new name)."
                 )
             return " ".join(filter(None, [COMPARE if watch.finished else "", to, "Run goes on all the same."]))
         if self.run.iteration < self.iterations:
