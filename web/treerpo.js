@@ -157,7 +157,8 @@ function showTree(node, tree = trees.get(treeKey(rootGraph()?.id, node.id))) {
     el("div", { class: "bar" }, el("span", { class: "hint", title: text }, text),
       ...[["−", "Smaller", 1 / 1.3], ["fit", "Fit to the node", 0], ["+", "Larger", 1.3]].map(([text, title, by]) => el("button", { title, "aria-label": title, onclick: () => zoom(by) }, text))),
     ...tree.prompts.flatMap((prompt, p) => [el("h4", {}, prompt.text), drawPrompt(node, tree, p, peak)]));
-  if (!fresh || node.size[1] > node.computeSize()[1] + 220) return; // the user's own size stays
+  const grouped = node.graph?._groups?.some(({ pos, size }) => [0, 1].every((i) => node.pos[i] >= pos[i] && node.pos[i] < pos[i] + size[i]));
+  if (!fresh || grouped || node.size[1] > node.computeSize()[1] + 220) return; // the user's own size stays, and in a group nothing else is covered
   const count = tree.prompts[0].leaves.length, width = Math.min(900, Math.max(node.size[0], count * 62 + 40)), each = (width - 40) / (count * CELL) * drawingHeight(tree) + 30;
   node.setSize([width, node.computeSize()[1] - 240 + Math.min(720, Math.max(240, 80 + each * tree.prompts.length))]);
 }
@@ -407,7 +408,7 @@ setInterval(tick, 500);
 // ---------------------------------------------------------------- the picture of a run, once
 
 const live = new Set(); // ids of nodes with a live picture
-let once;
+let once, own; // <style>
 
 /** Nodes 2.0 shows the live picture below the node's output, which is the same picture, also when the run is over. */
 api.addEventListener("b_preview_with_metadata", ({ detail }) => {
@@ -415,6 +416,18 @@ api.addEventListener("b_preview_with_metadata", ({ detail }) => {
   if (!kind(node)?.startsWith("TreeRPO") || live.has(node.id)) return;
   live.add(node.id);
   once.append(`${body}, ${body} + * { display: none }`);
+});
+
+const rooms = new Map(); // of nodes with room of their own for a picture: how high it may be there
+
+/** In Nodes 2.0 a picture is at least 220 pixels high, and a node that has some room for it, as in the templates, would grow over its neighbours. */
+api.addEventListener("executed", ({ detail }) => {
+  const node = findNode(detail.display_node ?? detail.node);
+  if (!kind(node)?.startsWith("TreeRPO") || !detail.output?.images) return;
+  const room = node.size[1] - node.computeSize()[1] - 70; // widgets are higher there
+  const most = node.widgets?.some((widget) => widget.element?.matches?.("textarea")) ? 180 : 60; // beside a text box it does not grow by itself
+  room > 0 ? rooms.set(node.id, Math.max(60, Math.min(most, room))) : rooms.delete(node.id);
+  own.textContent = [...rooms].map(([id, high]) => `[data-node-id="${id}"] .image-preview { min-height: ${high}px }`).join("\n");
 });
 
 // ---------------------------------------------------------------- translations
@@ -449,7 +462,7 @@ app.registerExtension({
       for (const known of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) if (known) known[`TREERPO_${name}`] = colour;
   },
   async setup() {
-    document.head.append(once = el("style"), el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
+    document.head.append(once = el("style"), own = el("style"), el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
       el("style", {}, `:root { ${Object.entries(SOCKETS).map(([name, colour]) => `--color-datatype-TREERPO_${name}: ${colour};`).join(" ")} }`)); // sockets of Nodes 2.0
     for (const recall of [recallTrees, recallQuestions]) recall().catch((error) => console.info("TreeRPO:", error.message)); // nothing depends on them
   },
