@@ -405,31 +405,6 @@ api.addEventListener("treerpo.pick_done", (event) => forget(event.detail.id));
 api.addEventListener("execution_start", () => asking() && !pending.size && closeDialog()); // the user has queued the graph by other means
 setInterval(tick, 500);
 
-// ---------------------------------------------------------------- the picture of a run, once
-
-const live = new Set(); // ids of nodes with a live picture
-let once, own; // <style>
-
-/** Nodes 2.0 shows the live picture below the node's output, which is the same picture, also when the run is over. */
-api.addEventListener("b_preview_with_metadata", ({ detail }) => {
-  const node = findNode(detail.displayNodeId), body = `[data-node-id="${node?.id}"] [data-testid^="node-body"]:has(.image-preview) > img`;
-  if (!kind(node)?.startsWith("TreeRPO") || live.has(node.id)) return;
-  live.add(node.id);
-  once.append(`${body}, ${body} + * { display: none }`);
-});
-
-const rooms = new Map(); // of nodes with room of their own for a picture: how high it may be there
-
-/** In Nodes 2.0 a picture is at least 220 pixels high, and a node that has some room for it, as in the templates, would grow over its neighbours. */
-api.addEventListener("executed", ({ detail }) => {
-  const node = findNode(detail.display_node ?? detail.node);
-  if (!kind(node)?.startsWith("TreeRPO") || !detail.output?.images) return;
-  const room = node.size[1] - node.computeSize()[1] - 70; // widgets are higher there
-  const most = node.widgets?.some((widget) => widget.element?.matches?.("textarea")) ? 180 : 60; // beside a text box it does not grow by itself
-  room > 0 ? rooms.set(node.id, Math.max(60, Math.min(most, room))) : rooms.delete(node.id);
-  own.textContent = [...rooms].map(([id, high]) => `[data-node-id="${id}"] .image-preview { min-height: ${high}px }`).join("\n");
-});
-
 // ---------------------------------------------------------------- translations
 
 let words = {}, sentences = {}; // locales/<language>/nodeDefs.json, by node; and main.json, by the English text
@@ -462,7 +437,7 @@ app.registerExtension({
       for (const known of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) if (known) known[`TREERPO_${name}`] = colour;
   },
   async setup() {
-    document.head.append(once = el("style"), own = el("style"), el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
+    document.head.append(el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
       el("style", {}, `:root { ${Object.entries(SOCKETS).map(([name, colour]) => `--color-datatype-TREERPO_${name}: ${colour};`).join(" ")} }`)); // sockets of Nodes 2.0
     for (const recall of [recallTrees, recallQuestions]) recall().catch((error) => console.info("TreeRPO:", error.message)); // nothing depends on them
   },
