@@ -120,7 +120,10 @@ class Live:
             back = way_back(self.run.folder, watch.rollback) if watch.rollback is not None else None
             to = "A new name begins again from the base model."
             if back:
-                to = f"Go back to {back[0]}: begin_from … @ {back[1]} (advanced), with a new name."
+                to = (
+                    f"To go on from {back[0]}, press Go back to a picture and click iteration {watch.rollback} "
+                    f"(by hand: begin_from … @ {back[1]}, and a new name)."
+                )
             return " ".join(filter(None, [COMPARE if watch.finished else "", to, "Run goes on all the same."]))
         if self.run.iteration < self.iterations:
             return f"Run goes on. {COMPARE}"

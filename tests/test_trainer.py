@@ -682,6 +682,11 @@ def test_a_run_with_nothing_left_to_learn_ends_and_names_its_best(flux):
     policy.run.extra["watch"] = watch(settled=2).to_dict()
     status = flux.train(policy, 9, reward=Peaks(), text=text, held_out=2, evaluate_every=1)[-1]
     assert status.startswith("Finished early after iteration 3.") and "nothing is left to learn" in status
-    assert status.endswith("Go back to 1: begin_from … @ best (advanced), with a new name. Run goes on all the same.")
+    assert status.endswith(
+        "To go on from 1, press Go back to a picture and click iteration 1 (by hand: begin_from … @ best, and a new "
+        "name). Run goes on all the same."
+    )
+    shown = {one["iteration"]: one["back"] for one in flux.pack.nodes.go_back.pictures("test")["pictures"]}
+    assert shown[1] == 1, "the picture that is named is there, and leads there"
     assert flux.pack.nodes.live.COMPARE in status
     assert flux.policy("back", begin_from="test @ best").run.iteration == 1

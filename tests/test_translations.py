@@ -15,6 +15,8 @@ AS_IT_IS = re.compile(  # options that are names of models, methods, formats and
     r"diffusers \(PEFT\)"
 )
 
+SAID = re.compile(r'\bsay\("([^"]*)"')
+
 
 def translated(node: str) -> list[str]:
     """A node's inputs in a translation: ComfyUI's frontend has '_' for dots, and one key per growing input."""
@@ -117,12 +119,29 @@ def test_nodes_are_called_as_they_are_in_that_language(language):
         assert not [title for title in others for text in texts(entry) if title in text], node
 
 
-def test_chinese_has_words_for_options():
-    for node, entry in translations(WHOLE).items():
+@pytest.mark.parametrize("language", [WHOLE, *SOME])
+def test_options_have_words(language):
+    """No two of a list have the same."""
+    for node, entry in translations(language).items():
         for name, row in inputs(node).items():
             options = [option for option in row.get("options", []) if node != "TreeRPOMyTaste"]
             wanted = [] if all(AS_IT_IS.fullmatch(option) for option in options) else options
-            assert list(entry["inputs"][name].get("options", {})) == wanted, (node, name)
+            said = entry["inputs"][name].get("options", {})
+            assert list(said) == wanted and all(said.values()) and len(set(said.values())) == len(said), (node, name)
+
+
+def test_dialogs_have_words_in_every_language():
+    """What web/*.js says with `say`: each sentence is in each language's main.json, with the same values in it."""
+    calls = [
+        call for path in (ROOT / "web").glob("*.js") for call in re.findall(r"\bsay\((.)", path.read_text("utf-8"))
+    ]
+    found = [text for path in (ROOT / "web").glob("*.js") for text in SAID.findall(path.read_text("utf-8"))]
+    assert len(calls) == calls.count('"'), "the sentence itself stands in the call"
+    for language in [WHOLE, *SOME]:
+        said = json.loads((ROOT / "locales" / language / "main.json").read_text("utf-8"))["treerpo"]
+        assert sorted(said) == sorted(set(found)), language
+        for text, words in said.items():
+            assert words and sorted(re.findall(r"{\d}", text)) == sorted(re.findall(r"{\d}", words)), (language, text)
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="no Node.js here to run the script with")

@@ -137,6 +137,14 @@ def test_the_drawn_graph_is_its_api_twin(name, known):
         )
 
 
+def test_no_two_graphs_go_on_with_the_same_run(known):
+    """Whoever tries one after the other would be told that the run was begun with other settings."""
+    kinds = {"TreeRPOPolicy": "run_name", "TreeRPOSimple": "lora_name", "TreeRPOTeach": "lora_name"}
+    nodes = [node for name in NAMES for node in api(name, known).values()]
+    runs = [node["inputs"][kinds[node["class_type"]]] for node in nodes if node["class_type"] in kinds]
+    assert len(runs) > 15 and len(set(runs)) == len(runs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_graphs_are_tidy(name):
     graph = drawn(name)

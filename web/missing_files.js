@@ -1,7 +1,7 @@
 /** A graph of TreeRPO that is queued without its model files: which, how large, from where, and into which folder. ComfyUI only says how many errors it has. */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { el, findNode, heading, kind, openDialog, place, setWidget } from "./treerpo.js";
+import { el, findNode, heading, kind, openDialog, place, say, setWidget } from "./treerpo.js";
 
 const known = fetch(new URL("model_files.json", import.meta.url)).then((reply) => reply.json()).catch(() => ({})); // name: [folder of models/, GB, address]
 
@@ -20,20 +20,21 @@ async function tell(errors) {
   if (!app.graph.nodes.some((node) => kind(node)?.startsWith("TreeRPO"))) return;
   const [files, rewards] = missing(errors), sources = await known;
   if (!files.length && !rewards.length) return;
-  const root = openDialog("Files to download");
+  const root = openDialog(say("Files to download"));
   const size = files.reduce((sum, [name]) => sum + (sources[name]?.[1] ?? 0), 0), count = files.length + rewards.length;
   const rows = files.map(([name, input]) => {
     const [folder, gb, address] = sources[name] ?? [];
     return el("tr", {}, el("td", {}, address ? el("a", { href: address, target: "_blank", rel: "noreferrer" }, name) : name),
-      el("td", {}, folder ? `into models/${folder}` : `chosen as ${input}; another file will do`), el("td", {}, gb ? `about ${gb} GB` : ""));
+      el("td", {}, folder ? say("into models/{0}", folder) : say("chosen as {0}; another file will do", input)), el("td", {}, gb ? say("about {0} GB", gb) : ""));
   });
   const switches = rewards.map(([id, said]) => {
-    const button = el("button", { onclick: () => { if (setWidget(findNode(id), "download", true)) button.replaceChildren("It is fetched when you press Run"); button.disabled = true; } }, "Switch on download");
+    const button = el("button", { onclick: () => { if (setWidget(findNode(id), "download", true)) button.replaceChildren(say("It is fetched when you press Run")); button.disabled = true; } }, say("Switch on download"));
     return el("div", { class: "row" }, el("span", { class: "prompt" }, said), button);
   });
-  root.replaceChildren(heading(`This graph needs ${count} ${count > 1 ? "files" : "file"} that ${count > 1 ? "are" : "is"} not there yet`, size > 0 && `about ${Math.ceil(size)} GB of models`),
+  root.replaceChildren(heading(count > 1 ? say("This graph needs {0} files that are not there yet", count) : say("This graph needs 1 file that is not there yet"),
+    size > 0 && say("about {0} GB of models", Math.ceil(size))),
     rows.length && el("table", {}, ...rows), ...switches,
-    el("div", { class: "hint" }, "Click a name to download it, move it into its folder, press R in the graph, and Run. A file you have under another name: choose it in its node."));
+    el("div", { class: "hint" }, say("Click a name to download it, move it into its folder, press R in the graph, and Run. A file you have under another name: choose it in its node.")));
   place(root);
 }
 

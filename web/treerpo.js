@@ -92,7 +92,7 @@ const byEscape = (key) => key === "Escape" && (closeDialog(), true);
 
 /** The first line of a dialog that can be closed. */
 export const heading = (title, hint) => el("header", {}, title, hint && el("span", { class: "hint" }, hint),
-  el("button", { class: "close", "aria-label": "Close", title: "Close (Esc)", onclick: closeDialog }, "✕"));
+  el("button", { class: "close", "aria-label": say("Close"), title: say("Close (Esc)"), onclick: closeDialog }, "✕"));
 
 /** Beside the node where there is room, and always inside the window; without a node, in the middle. */
 export function place(root, node) {
@@ -157,7 +157,8 @@ function showTree(node, tree = trees.get(treeKey(rootGraph()?.id, node.id))) {
     el("div", { class: "bar" }, el("span", { class: "hint", title: text }, text),
       ...[["−", "Smaller", 1 / 1.3], ["fit", "Fit to the node", 0], ["+", "Larger", 1.3]].map(([text, title, by]) => el("button", { title, "aria-label": title, onclick: () => zoom(by) }, text))),
     ...tree.prompts.flatMap((prompt, p) => [el("h4", {}, prompt.text), drawPrompt(node, tree, p, peak)]));
-  if (!fresh || node.size[1] > node.computeSize()[1] + 220) return; // the user's own size stays
+  const grouped = node.graph?._groups?.some(({ pos, size }) => [0, 1].every((i) => node.pos[i] >= pos[i] && node.pos[i] < pos[i] + size[i]));
+  if (!fresh || grouped || node.size[1] > node.computeSize()[1] + 220) return; // the user's own size stays, and in a group nothing else is covered
   const count = tree.prompts[0].leaves.length, width = Math.min(900, Math.max(node.size[0], count * 62 + 40)), each = (width - 40) / (count * CELL) * drawingHeight(tree) + 30;
   node.setSize([width, node.computeSize()[1] - 240 + Math.min(720, Math.max(240, 80 + each * tree.prompts.length))]);
 }
@@ -274,6 +275,7 @@ async function recallTrees() {
 const pending = new Map(); // questions by id, in the order they were asked
 const answered = new Map(); // two-run questions by id, with their answers
 const ROLES = { best: ["best"], "best and worst": ["best", "worst"] };
+const winner = () => words[PICK]?.display_name ?? "Pick the Winner";
 let chosen = [], notice = "", sending = false, away = false; // away: closed by the user though questions wait
 
 const first = () => pending.values().next().value;
@@ -301,12 +303,12 @@ function forget(id) {
 /** The clock, and the badge that brings closed questions back. Two-run questions go with their node. */
 function tick() {
   for (const [id, question] of pending) if (!question.live && kind(findNode(question.node_id)) !== PICK) return forget(id);
-  const end = first()?.deadline, clock = end == null ? "" : `${Math.max(0, Math.round((end - Date.now()) / 1000))} s left`;
+  const end = first()?.deadline, clock = end == null ? "" : say("{0} s left", Math.max(0, Math.round((end - Date.now()) / 1000)));
   if (asking()) dialog.root.querySelector(".clock")?.replaceChildren(clock);
   let badge = document.querySelector(".treerpo-badge");
   if (!pending.size || asking()) return badge?.remove();
   if (!badge) document.body.append(badge = el("button", { class: "treerpo-badge", onclick: () => { away = false; showQuestion(); } }));
-  badge.textContent = `Pick the Winner: ${pending.size} waiting${clock && `, ${clock}`}`;
+  badge.textContent = `${winner()}: ${say("{0} waiting", pending.size)}${clock && `, ${clock}`}`;
 }
 
 function pickKeys(key) {
@@ -337,13 +339,13 @@ async function send(answer) {
   sending = true;
   try {
     const reply = await api.fetchApi("/treerpo/pick", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ id: question.id, answer }) });
-    notice = reply.ok ? "" : (await reply.json().catch(() => ({}))).error ?? `ComfyUI did not take the answer (${reply.status}).`;
+    notice = reply.ok ? "" : (await reply.json().catch(() => ({}))).error ?? say("ComfyUI did not take the answer ({0}).", reply.status);
     if (reply.ok || reply.status === 404) forget(question.id); // answered, or nobody waits any more
   } catch (error) {
-    notice = `ComfyUI cannot be reached: ${error.message}`;
+    notice = say("ComfyUI cannot be reached: {0}", error.message);
   }
   [sending, chosen] = [false, []];
-  if (notice) pending.size ? showQuestion() : pickMessage("Too late", notice);
+  if (notice) pending.size ? showQuestion() : pickMessage(say("Too late"), notice);
 }
 
 /** Two-run mode: a line in the node's widget. When every group of this ask has one, older lines go. */
@@ -353,39 +355,41 @@ function write(question, answer) {
   const old = (node.widgets.find((one) => one.name === "picks")?.value ?? "").split("\n").filter((line) => line.trim() && !mine.some((one) => line.trim().startsWith(one.id)));
   setWidget(node, "picks", [...(mine.length === question.groups ? [] : old), ...mine.map((one) => `${one.id}: ${one.answer}`)].join("\n"));
   forget(question.id);
-  if (!pending.size) pickMessage("All answered", "Your picks are in the node. Run the graph again: it goes on with them.", el("button", { class: "main", onclick: runAgain }, "Run"));
+  if (!pending.size) pickMessage(say("All answered"), say("Your picks are in the node. Run the graph again: it goes on with them."), el("button", { class: "main", onclick: runAgain }, say("Run")));
 }
 
 function pickDialog() {
-  if (!asking()) openDialog("Pick the Winner", pickKeys, () => { away = pending.size > 0; chosen = []; tick(); }).dataset.pick = "1";
+  if (!asking()) openDialog(winner(), pickKeys, () => { away = pending.size > 0; chosen = []; tick(); }).dataset.pick = "1";
   return dialog.root;
 }
 
 function pickMessage(title, text, ...buttons) {
   const root = pickDialog();
-  root.replaceChildren(el("header", {}, title), el("div", {}, text), el("div", { class: "row" }, ...buttons, el("button", { onclick: closeDialog }, "Close")));
+  root.replaceChildren(el("header", {}, title), el("div", {}, text), el("div", { class: "row" }, ...buttons, el("button", { onclick: closeDialog }, say("Close"))));
   place(root);
 }
 
 function showQuestion() {
   const root = pickDialog(), question = first(), roles = ROLES[question.how], columns = Math.ceil(Math.sqrt(question.count)), rows = Math.ceil(question.count / columns);
-  const where = [question.groups > 1 && `${question.counted ?? "prompt"} ${question.group} of ${question.groups}`, question.iteration != null && `iteration ${question.iteration}`].filter(Boolean).join(", ");
+  const where = [question.groups > 1 && (question.counted === "question" ? say("question {0} of {1}", question.group, question.groups) : say("prompt {0} of {1}", question.group, question.groups)),
+    question.iteration != null && say("iteration {0}", question.iteration)].filter(Boolean).join(", ");
   const focused = document.activeElement?.dataset?.number, none = chosen.length ? null : "";
   const grid = el("div", { class: "grid" }, ...question.images.map((image, i) => {
     const at = chosen.indexOf(i + 1);
-    return el("button", { "data-number": i + 1, "aria-label": `Image ${i + 1}`, "aria-pressed": String(at >= 0), onclick: () => choose(i + 1) },
-      picture(image, `Image ${i + 1}`), el("b", {}, `${i + 1}`), at < 0 ? null : el("i", {}, roles?.[at] ?? `${at + 1}.`));
+    return el("button", { "data-number": i + 1, "aria-label": say("Image {0}", i + 1), "aria-pressed": String(at >= 0), onclick: () => choose(i + 1) },
+      picture(image, say("Image {0}", i + 1)), el("b", {}, `${i + 1}`), at < 0 ? null : el("i", {}, { best: say("best"), worst: say("worst") }[roles?.[at]] ?? `${at + 1}.`));
   }));
   grid.style.gridTemplateColumns = `repeat(${columns}, max-content)`;
   grid.style.setProperty("--side", `max(72px, min(256px, ${80 / columns}vw, ${58 / rows}vh))`);
   root.replaceChildren(
-    el("header", {}, roles ? `Which is the ${roles[chosen.length]}?` : "Rank them, the best first", el("span", { class: "hint" }, where), el("span", { class: "clock", role: "timer" })),
+    el("header", {}, !roles ? say("Rank them, the best first") : roles[chosen.length] === "worst" ? say("Which is the worst?") : say("Which is the best?"), el("span", { class: "hint" }, where), el("span", { class: "clock", role: "timer" })),
     el("div", { class: "prompt" }, question.prompt), grid,
-    el("div", { class: "row" }, question.how !== "best" && el("button", { class: "main", disabled: none, onclick: () => send(answerText()) }, "Send"),
-      question.how !== "best" && el("button", { disabled: none, onclick: () => pickKeys("Backspace") }, "Take back"),
-      question.live && el("button", { title: "None of them is good", onclick: () => send("none") }, "None of these"), el("button", { onclick: () => send("-") }, "Skip"),
-      question.undo && el("button", { title: "Take back the answer before: it is asked again", onclick: () => send("undo") }, "Undo"), el("button", { onclick: closeDialog }, "Later"),
-      el("span", { class: "hint" }, `Keys: 1 to 9${question.how === "best" ? "" : ", Enter = send, Backspace = take back"}${question.live ? ", N = none" : ""}, S = skip${question.undo ? ", U = undo" : ""}, Esc = later`)),
+    el("div", { class: "row" }, question.how !== "best" && el("button", { class: "main", disabled: none, onclick: () => send(answerText()) }, say("Send")),
+      question.how !== "best" && el("button", { disabled: none, onclick: () => pickKeys("Backspace") }, say("Take back")),
+      question.live && el("button", { title: say("None of them is good"), onclick: () => send("none") }, say("None of these")), el("button", { onclick: () => send("-") }, say("Skip")),
+      question.undo && el("button", { title: say("Take back the answer before: it is asked again"), onclick: () => send("undo") }, say("Undo")), el("button", { onclick: closeDialog }, say("Later")),
+      el("span", { class: "hint" }, [say("Keys: 1 to 9"), question.how !== "best" && say("Enter = send, Backspace = take back"), question.live && say("N = none"), say("S = skip"),
+        question.undo && say("U = undo"), say("Esc = later")].filter(Boolean).join(", "))),
     question.note && el("div", { class: "hint" }, question.note),
     notice && el("div", { class: "error", role: "alert" }, notice));
   place(root, findNode(question.node_id));
@@ -401,22 +405,12 @@ api.addEventListener("treerpo.pick_done", (event) => forget(event.detail.id));
 api.addEventListener("execution_start", () => asking() && !pending.size && closeDialog()); // the user has queued the graph by other means
 setInterval(tick, 500);
 
-// ---------------------------------------------------------------- the picture of a run, once
-
-const live = new Set(); // ids of nodes with a live picture
-let once;
-
-/** Nodes 2.0 shows the live picture below the node's output, which is the same picture, also when the run is over. */
-api.addEventListener("b_preview_with_metadata", ({ detail }) => {
-  const node = findNode(detail.displayNodeId), body = `[data-node-id="${node?.id}"] [data-testid^="node-body"]:has(.image-preview) > img`;
-  if (!kind(node)?.startsWith("TreeRPO") || live.has(node.id)) return;
-  live.add(node.id);
-  once.append(`${body}, ${body} + * { display: none }`);
-});
-
 // ---------------------------------------------------------------- translations
 
-let words = {}; // locales/<language>/nodeDefs.json, by node
+let words = {}, sentences = {}; // locales/<language>/nodeDefs.json, by node; and main.json, by the English text
+
+/** A text of ours in the page's language; {0}, {1} ... are the values. */
+export const say = (text, ...values) => (sentences[text] ?? text).replace(/{(\d)}/g, (_, i) => values[i]);
 
 /** What ComfyUI's own translations have no place for: the options of a list, and the grey text of an empty text box. */
 function translateWidgets(node) {
@@ -431,7 +425,11 @@ function translateWidgets(node) {
 app.registerExtension({
   name: "TreeRPO",
   async init() { // before any node is made
-    try { words = (await api.getCustomNodesI18n())[app.ui.settings.getSettingValue("Comfy.Locale")]?.nodeDefs ?? {}; }
+    try {
+      const here = (await api.getCustomNodesI18n())[app.ui.settings.getSettingValue("Comfy.Locale")];
+      words = here?.nodeDefs ?? {};
+      sentences = here?.treerpo ?? {};
+    }
     catch (error) { console.info("TreeRPO:", error.message); } // English then
   },
   afterConfigureGraph() { // classic nodes and all wires; a colour palette may have replaced them
@@ -439,7 +437,7 @@ app.registerExtension({
       for (const known of [window.LGraphCanvas?.link_type_colors, app.canvas?.default_connection_color_byType]) if (known) known[`TREERPO_${name}`] = colour;
   },
   async setup() {
-    document.head.append(once = el("style"), el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
+    document.head.append(el("link", { rel: "stylesheet", href: new URL("treerpo.css", import.meta.url).href }),
       el("style", {}, `:root { ${Object.entries(SOCKETS).map(([name, colour]) => `--color-datatype-TREERPO_${name}: ${colour};`).join(" ")} }`)); // sockets of Nodes 2.0
     for (const recall of [recallTrees, recallQuestions]) recall().catch((error) => console.info("TreeRPO:", error.message)); // nothing depends on them
   },

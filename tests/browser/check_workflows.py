@@ -1,7 +1,7 @@
 """Every shipped graph as an artist meets it: opened from the template browser, looked through, queued from the page,
 finished.
 
-    python tests/browser/check_workflows.py [name ...] --comfyui PATH [--pictures FOLDER] [--nodes2] [--thumbnails]
+    python tests/browser/check_workflows.py [name ...] --comfyui PATH [--pictures FOLDER] [--nodes2] [--thumbnails] [--whole]
 
 The big models and the reward models' weights are not here: loaders are replaced, in the page, by the tiny model that
 comes with the pack, and tiny random weights lie under the official names; sizes and iterations are made small.
@@ -92,6 +92,26 @@ SHOWING = """() => app.graph._nodes.filter((node) => !node.flags?.collapsed).fla
     return seen.map((one) => [node.title, one.src]);
 })"""
 
+# nodes that cover one another, or leave their group: as they are drawn, in pixels of the graph
+CROWDED = """() => {
+    const scale = app.canvas.ds.scale, title = LiteGraph.NODE_TITLE_HEIGHT, most = 2, found = [];
+    const boxes = app.graph._nodes.map((node) => {
+        const seen = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect(), [x, y] = node.pos;
+        if (seen) return { name: node.title, x, y: y - title, right: x + seen.width / scale, bottom: y - title + seen.height / scale };
+        return { name: node.title, x, y: y - title, right: x + (node.flags?.collapsed ? node._collapsed_width ?? 80 : node.size[0]), bottom: y + (node.flags?.collapsed ? 0 : node.size[1]) };
+    });
+    boxes.forEach((one, index) => {
+        for (const other of boxes.slice(index + 1)) {
+            const wide = Math.min(one.right, other.right) - Math.max(one.x, other.x), high = Math.min(one.bottom, other.bottom) - Math.max(one.y, other.y);
+            if (wide > most && high > most) found.push(`${one.name} covers ${other.name} by ${Math.round(wide)} x ${Math.round(high)}`);
+        }
+        const home = app.graph._groups.find(({ pos, size }) => one.x >= pos[0] && one.x < pos[0] + size[0]);
+        const out = home ? Math.max(one.right - home.pos[0] - home.size[0], one.bottom - home.pos[1] - home.size[1]) : 0;
+        if (out > most) found.push(`${one.name} leaves its group by ${Math.round(out)}`);
+    });
+    return found;
+}"""
+
 AREA = """() => {
     const { scale, offset } = app.canvas.ds, room = app.canvas.canvas.getBoundingClientRect(), boxes = app.graph._groups.map((group) => [...group.pos, ...group.size]);
     const at = (x, y) => [(x + offset[0]) * scale + room.left, (y + offset[1]) * scale + room.top];
@@ -157,6 +177,12 @@ def open_template(page: Page, name: str) -> None:
     page.page.wait_for_timeout(1500)
 
 
+def crowded(page: Page) -> list[str]:
+    """Nodes that lie over one another, or outside their group, in the renderer that is on."""
+    page.fit()
+    return page.evaluate(CROWDED)
+
+
 def differences(queued: dict, twin: dict) -> list[str]:
     """Where what the page would queue is not the API twin.
 
@@ -177,28 +203,30 @@ def differences(queued: dict, twin: dict) -> list[str]:
     ]
 
 
-def check(page: Page, name: str, pictures: Path | None, cards: bool) -> list[str]:
+def check(page: Page, name: str, pictures: Path | None, cards: bool, whole: bool = False) -> list[str]:
     """What is wrong with this graph; nothing, if all is well."""
     open_template(page, name)
     twin = json.loads((ROOT / "workflows/api" / f"{name}.json").read_text("utf-8"))
     queued = json.loads(page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
-    if faults := page.evaluate(FAULTS) + differences(queued, twin):
+    if faults := page.evaluate(FAULTS) + differences(queued, twin) + crowded(page):
         return faults
-    page.evaluate(SUBSTITUTE, "sd3" if "sd35" in name else "flux")
-    page.evaluate(SMALL, CHANGES | (WRITTEN if name == "flux_text" else {}))
+    if page.evaluate(SUBSTITUTE, "sd3" if "sd35" in name else "flux") or not whole:
+        page.evaluate(SMALL, CHANGES | (WRITTEN if name == "flux_text" else {}))
     if page.evaluate("() => app.graph._nodes.some((node) => node.type === 'TreeRPOTeach')"):
         page.evaluate(PICKS)
     page.run()
     if name == "pick_the_winner":  # the first run only asks
         page.page.keyboard.press("5")
         page.run()
-        if not list((page.server.base / "output/treerpo/my taste").glob("metrics.jsonl")):
+        if not list((page.server.base / "output/treerpo/my picks").glob("metrics.jsonl")):
             return ["the pick was not learned from"]
     shown = [tuple(one) for one in page.evaluate(SHOWING)]
     if twice := {title for title, source in shown if shown.count((title, source)) > 1}:
         return [f"{', '.join(twice)} shows its picture twice"]
     if name == "compare" and [title for title, _ in shown] != ["Score before", "Score after"]:
         return [f"pictures are seen in {shown}, not side by side"]
+    if faults := [one for one in crowded(page) if " covers " in one]:  # with the pictures and sentences of a run
+        return faults
     if cards:
         thumbnail(page, name)
     if pictures:
@@ -300,6 +328,9 @@ def main() -> int:
     parser.add_argument("--pictures", type=Path, help="a folder for screenshots")
     parser.add_argument("--thumbnails", action="store_true", help="renew workflows/<name>.jpg")
     parser.add_argument("--nodes2", action="store_true")
+    parser.add_argument(
+        "--whole", action="store_true", help="the tiny model's own graphs run as long as they are shipped"
+    )
     options = parser.parse_args()
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
@@ -314,7 +345,7 @@ def main() -> int:
                 faults = (
                     check_blueprint(page)
                     if name == "blueprint"
-                    else check(page, name, options.pictures, options.thumbnails)
+                    else check(page, name, options.pictures, options.thumbnails, options.whole)
                 )
             except Problem as problem:
                 faults = [str(problem)]
