@@ -33,7 +33,9 @@ class Replayed:
         return self.weight * (v - self.goal[chosen].to(v)).square().flatten(1).mean(1).sum()
 
 
-def remember(store: dict[str, Tensor], forest: Forest, prompts: list[str], rewards: Tensor, good: float, most: int):
+def remember(
+    store: dict[str, Tensor], forest: Forest, prompts: list[str], rewards: Tensor, good: float, most: int
+) -> None:
     """Add to `store`, pictures [n, C, H, W] by prompt, up to two leaves per prompt that have a reward of `good` or
     more, the best first, until a prompt has `most`. rewards: of all leaves [P * K]; prompts: of every leaf.
     """
