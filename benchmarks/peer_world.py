@@ -46,7 +46,7 @@ class World:
         pairs = [(text, bool(out)) for text, out in zip(texts, held_out, strict=True) if text in self.features]
         self.training = [text for text, out in pairs if not out]
         self.held_out = [text for text, out in pairs if out]
-        self.vae = embedded_vae("sd3", torch.device("cpu"))
+        self.vae = embedded_vae("sd3", shapes.decodes_in(torch.device("cpu")))
         self.reward = load("drawing", wish=WISH, follow=True, each="all")
         self.figures = embedded("judge").figures
         self.sigmas = sampling_scheduler().sigmas.float()

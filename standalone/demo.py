@@ -17,12 +17,13 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from core.files import write_atomically, write_picture
 from core.hosts.diffusers import simple_sigmas
-from core.hosts.diffusers_models import DiffusersHost, open_model
+from core.hosts.diffusers_models import DiffusersHost, embedded_vae, open_model
 from core.hosts.peft import Attached, new_adapters
 from core.method.noise import NoiseSchedule
 from core.method.noise import roots as root_noise
@@ -35,6 +36,7 @@ from core.rewards import load
 from core.runs.prompts import PromptList, lines
 from core.runs.run import Run
 from core.runs.trainer import Event, Settings, Trainer
+from embedded.shapes import decodes_in
 from standalone.figures import PICTURES, graph, in_turn, said, seen
 
 log = logging.getLogger("treerpo")
@@ -55,6 +57,7 @@ class Demo:
         self.reward = load("drawing", wish=wish, follow=follow, each=each)
         base, self.seed = open_model(f"embedded/{model}"), seed
         targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
+        base.vae = embedded_vae(model, decodes_in(torch.device("cpu")))
         self.adapters = new_adapters(
             base.transformer, policy["rank"], policy["alpha"], targets, seed=policy["init_seed"]
         )
@@ -71,7 +74,12 @@ class Demo:
         """The run's trainer, with the settings of the graph's nodes."""
         training, goal = self.settings["Trainer"], self.settings["Objective"]
         named = ("per_iteration", "learning_rate", "decay", "ema", "replay", "replay_from", "replay_pictures")
-        settings = Settings(seed=self.seed, only_good=False, on_alarm="off", **{name: training[name] for name in named})
+        settings = Settings(
+            seed=self.seed,
+            only_good=False,
+            on_alarm="off",
+            **{name: training[name] for name in named if name in training},
+        )
         objective = Objective(
             loss="regression" if goal["method"] == "Tree Regression" else "grpo",
             **{field.name: goal[field.name] for field in fields(Objective) if field.name in goal},

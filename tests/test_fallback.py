@@ -122,13 +122,13 @@ def test_pictures_are_those_of_comfyuis_ksampler(kind, small, comfy, monkeypatch
     import comfy.sample
     import comfy.sd
 
-    from embedded import shapes
-
-    monkeypatch.setattr(shapes, "decodes_in", lambda device: torch.float32)  # to compare exactly
+    monkeypatch.setattr(fallback, "decodes_in", lambda device: torch.float32)  # to compare exactly
     demo = small.Demo(kind, 0)
     model = comfy.sd.load_diffusion_model(str(EMBEDDED / f"{kind}.safetensors"), model_options={"dtype": torch.float32})
+    from embedded.shapes import vae_state_dict
+
     form = model.model.latent_format
-    vae = comfy.sd.VAE(sd=shapes.vae_state_dict(form.scale_factor, form.shift_factor), dtype=torch.float32)
+    vae = comfy.sd.VAE(sd=vae_state_dict(form.scale_factor, form.shift_factor), dtype=torch.float32)
     texts = [*demo.prompts.train, *demo.prompts.held_out][:3]
     features, pooled = map(torch.stack, zip(*(demo.host.features[text] for text in texts)))
     positive = [[features, {"pooled_output": pooled}]]

@@ -23,7 +23,6 @@ from core.method.published import PRESETS
 from core.rewards.contract import Reward
 from core.runs import config as configs
 from core.runs.config import Config, RewardConfig, dump, load, parse
-from embedded import shapes
 from standalone import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +56,7 @@ def test_a_run_of_the_trainer_node_goes_on_without_comfyui_and_back(model, pack,
     """The exported run.yaml gives the same first metrics and LoRA as the node; a run that changes hands twice is the
     run that never did.
     """
-    for module in (pack.nodes.tiny, shapes):
-        monkeypatch.setattr(module, "decodes_in", lambda device: torch.float32)  # to compare closely
+    monkeypatch.setattr(pack.nodes.tiny, "decodes_in", lambda device: torch.float32)  # as without ComfyUI
     graph = Graph(pack, tmp_path, model)
     settings = dict(
         text="a red circle on a white background\na blue square on a black background\na green star",

@@ -131,7 +131,7 @@ def open_model(
     """
     device = device or torch.device("cpu")
     model = (
-        _embedded(EMBEDDED[source], dtype, device)
+        _embedded(EMBEDDED[source], dtype)
         if source in EMBEDDED
         else _folder(Path(source), dtype)
         if Path(source).is_dir()
@@ -149,7 +149,7 @@ def open_model(
     return model
 
 
-def _embedded(kind: str, dtype: str, device: torch.device) -> Model:
+def _embedded(kind: str, dtype: str) -> Model:
     from embedded.clip_l import SHORTEST, as_trained, random_clip_l
 
     def encode(texts: list[str]) -> list[Feature]:
@@ -157,16 +157,18 @@ def _embedded(kind: str, dtype: str, device: torch.device) -> Model:
 
     return Model(
         load_transformer(load_file(str(REPO / "embedded" / f"{kind}.safetensors")), DTYPES[dtype]),
-        embedded_vae(kind, device),
+        embedded_vae(kind),
         encode,
     )
 
 
-def embedded_vae(kind: str, device: torch.device) -> TinyVae:
-    """The embedded models' VAE, as ComfyUI has it there (nodes.tiny.load): without its blocks that are zero."""
-    from embedded.shapes import decodes_in, skip_zero_blocks, vae_state_dict
+def embedded_vae(kind: str, dtype: torch.dtype = torch.float32) -> TinyVae:
+    """The embedded models' VAE, without its blocks that are zero, computing in dtype. In bfloat16 a picture depends on
+    how many are decoded with it, and so a run on the number of processes.
+    """
+    from embedded.shapes import skip_zero_blocks, vae_state_dict
 
-    vae = TinyVae(vae_state_dict(*LATENT_FORMATS[kind]), kind, decodes_in(device))
+    vae = TinyVae(vae_state_dict(*LATENT_FORMATS[kind]), kind, dtype)
     skip_zero_blocks(vae.net)
     return vae
 
