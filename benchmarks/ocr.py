@@ -158,7 +158,8 @@ def read(options) -> dict:
             flush=True,
         )
     results["seconds per picture"] = (time.perf_counter() - began) / len(texts) / (1 + len(DAMAGE))
-    plain = reward.score(wordless(len(prompts[:24]), options.side), prompts[:24])
+    few = prompts[:24]
+    plain = reward.score(wordless(len(few), options.side), few)
     results["without text"] = {"score": float(plain.mean()), "largest": float(plain.max())}
     print(f"without text  mean score {plain.mean():.3f}, largest {plain.max():.3f}")
     print(f"{results['seconds per picture']:.3f} s per picture of {options.side} x {options.side}")

@@ -56,8 +56,8 @@ class Demo:
         follow, each = wish.pop("follow_prompt"), wish.pop("each")
         self.reward = load("drawing", wish=wish, follow=follow, each=each)
         base, self.seed = open_model(f"embedded/{model}"), seed
-        targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
         base.vae = embedded_vae(model, decodes_in(torch.device("cpu")))
+        targets = policy["pattern"] if policy["targets"] == "pattern" else policy["targets"]
         self.adapters = new_adapters(
             base.transformer, policy["rank"], policy["alpha"], targets, seed=policy["init_seed"]
         )

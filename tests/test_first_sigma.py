@@ -10,11 +10,12 @@ from test_tree import grown
 
 from core.method import noise
 from core.method.advantage import Scores, edge_advantages
-from core.method.iteration import ABSURD, broken_latents, score, sound
+from core.method.iteration import broken_latents, score
 from core.method.noise import NoiseSchedule
 from core.method.objective import Objective
 from core.method.rollout import grow
 from core.method.steps import KINDS
+from core.method.tree import ABSURD, sound
 from core.method.update import policy_gradient
 
 ROUNDED = 0.99999994

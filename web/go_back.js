@@ -1,7 +1,7 @@
 /** "Go back to a picture": the trainers' held-out pictures over the iterations, and a click on one that prepares the run which goes on from there. */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { closeDialog, el, heading, kind, openDialog, picture, place, say, setWidget } from "./treerpo.js";
+import { el, heading, kind, openDialog, picture, place, runAgain, say, setWidget } from "./treerpo.js";
 
 const NAMES = { TreeRPOSimple: "lora_name", TreeRPOPolicy: "run_name" };
 const value = (node, name) => node?.widgets?.find((one) => one.name === name)?.value;
@@ -41,7 +41,7 @@ function goBack(owner, named, one, said) {
   setWidget(owner, named, one.name);
   said.replaceChildren(one.back ? say("Run now begins “{0}” from iteration {1}; the old run stays as it is.", one.name, one.back)
     : say("Run now begins “{0}” from the base model; the old run stays as it is.", one.name), " ",
-    el("button", { class: "main", onclick: () => (closeDialog(), app.queuePrompt(0, 1)) }, say("Run")));
+    el("button", { class: "main", onclick: runAgain }, say("Run")));
 }
 
 app.registerExtension({

@@ -1,7 +1,7 @@
 /** A graph of TreeRPO that is queued without its model files: which, how large, from where, and into which folder. ComfyUI only says how many errors it has. */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { el, findNode, heading, kind, openDialog, place, say, setWidget } from "./treerpo.js";
+import { el, findNode, heading, isOurs, openDialog, place, say, setWidget } from "./treerpo.js";
 
 const known = fetch(new URL("model_files.json", import.meta.url)).then((reply) => reply.json()).catch(() => ({})); // name: [folder of models/, GB, address]
 
@@ -17,7 +17,7 @@ function missing(errors) {
 }
 
 async function tell(errors) {
-  if (!app.graph.nodes.some((node) => kind(node)?.startsWith("TreeRPO"))) return;
+  if (!app.graph.nodes.some(isOurs)) return;
   const [files, rewards] = missing(errors), sources = await known;
   if (!files.length && !rewards.length) return;
   const root = openDialog(say("Files to download"));

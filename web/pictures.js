@@ -1,7 +1,7 @@
 /** What runs show below the nodes of TreeRPO. In Nodes 2.0: each picture once, and in the room that its node has. In classic nodes: whole sentences. */
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { el, findNode, kind } from "./treerpo.js";
+import { el, findNode, isOurs } from "./treerpo.js";
 
 const live = new Set(); // ids of nodes with a live picture
 let once, own; // <style>
@@ -9,7 +9,7 @@ let once, own; // <style>
 /** Nodes 2.0 shows the live picture below the node's output, which is the same picture, also when the run is over. */
 api.addEventListener("b_preview_with_metadata", ({ detail }) => {
   const node = findNode(detail.displayNodeId), body = `[data-node-id="${node?.id}"] [data-testid^="node-body"]:has(.image-preview) > img`;
-  if (!kind(node)?.startsWith("TreeRPO") || live.has(node.id)) return;
+  if (!isOurs(node) || live.has(node.id)) return;
   live.add(node.id);
   once.append(`${body}, ${body} + * { display: none }`);
 });
@@ -26,7 +26,7 @@ function lowest(node) {
 
 api.addEventListener("executed", ({ detail }) => {
   const node = findNode(detail.display_node ?? detail.node);
-  if (!kind(node)?.startsWith("TreeRPO") || !detail.output?.images || !window.LiteGraph?.vueNodesMode) return;
+  if (!isOurs(node) || !detail.output?.images || !window.LiteGraph?.vueNodesMode) return;
   rooms.set(node.id, lowest(node));
   own.textContent = [...rooms].map(([id, high]) => `[data-node-id="${id}"] .image-preview { min-height: ${high}px }`).join("\n");
 });
@@ -43,7 +43,7 @@ function inItsRoom(node) {
 /** Classic nodes have room for three lines of text, and what comes next stands below them. */
 api.addEventListener("progress_text", ({ detail }) => setTimeout(() => { // the page makes the text's widget first
   const node = findNode(detail.nodeId), shown = node?.widgets?.find((one) => one.name === "$$node-text-preview");
-  if (!kind(node)?.startsWith("TreeRPO") || !shown?.options || window.LiteGraph?.vueNodesMode) return;
+  if (!isOurs(node) || !shown?.options || window.LiteGraph?.vueNodesMode) return;
   const letters = Math.max(20, (node.size[0] - 50) / 7.6), lines = detail.text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
   shown.options.getMinHeight = () => Math.max(58, Math.min(200, 16.5 * lines + 26));
   node.setDirtyCanvas?.(true, true);
@@ -52,5 +52,5 @@ api.addEventListener("progress_text", ({ detail }) => setTimeout(() => { // the 
 app.registerExtension({
   name: "TreeRPO.Pictures",
   setup() { document.head.append(once = el("style"), own = el("style")); },
-  nodeCreated(node) { if (kind(node)?.startsWith("TreeRPO")) inItsRoom(node); },
+  nodeCreated(node) { if (isOurs(node)) inItsRoom(node); },
 });

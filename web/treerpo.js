@@ -33,6 +33,7 @@ const viewUrl = (image) => api.apiURL(`/view?${new URLSearchParams({ filename: i
 const short = (value) => (value == null ? "no score" : Number(value.toFixed(Math.abs(value) < 10 ? 4 : 2)).toString());
 const signed = (value) => (value == null ? "-" : (value >= 0 ? "+" : "") + value.toFixed(2));
 export const kind = (node) => node?.comfyClass ?? node?.type;
+export const isOurs = (node) => Boolean(kind(node)?.startsWith("TreeRPO"));
 const rootGraph = () => app.rootGraph ?? app.graph;
 
 /** An <img>; tiny ones are shown with sharp pixels. */
@@ -280,7 +281,7 @@ let chosen = [], notice = "", sending = false, away = false; // away: closed by 
 
 const first = () => pending.values().next().value;
 const asking = () => dialog?.root.dataset.pick;
-const runAgain = () => (closeDialog(), app.queuePrompt(0, 1));
+export const runAgain = () => (closeDialog(), app.queuePrompt(0, 1));
 const answerText = () => chosen.join(first().how === "ranking" ? " > " : " / ");
 
 function ask(question) {

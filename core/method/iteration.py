@@ -23,13 +23,10 @@ from .memory import MicroBatch
 from .noise import NoiseSchedule
 from .objective import Objective
 from .ranks import ALONE, Ranks
-from .replay import Replayed
 from .rollout import Progress, grow
 from .signal import OVER, snr
-from .tree import Forest, TreeShape
+from .tree import Forest, TreeShape, sound
 from .update import update
-
-ABSURD = 100.0  # a latent's root mean square beyond which nothing is learned; it is about 1 from noise to image
 
 
 @dataclass
@@ -169,7 +166,6 @@ def learn(
     only_good: bool = False,
     history: list[dict] = (),
     images: Tensor | None = None,
-    replayed: Replayed | None = None,
     ranks: Ranks = ALONE,
     **options,
 ) -> dict[str, float]:
@@ -178,7 +174,6 @@ def learn(
 
     only_good: LayerTuning-RL imitates a prompt's best image only if it is as good as the best ones were on average over
     `history`, the rows of the iterations before. images: [P_own, C, H, W], for the objective's target "images".
-    replayed: remembered pictures of the prompts (replay.states), to imitate besides.
     options: as method.update.update.
     """
     row = {
@@ -213,7 +208,6 @@ def learn(
         images=images,
         allowed=allowed,
         renoised=states,
-        replayed=replayed,
         ranks=ranks,
         **options,
     )
@@ -248,11 +242,6 @@ def _of_all(forest: Forest, found: Scores, ranks: Ranks) -> tuple[Scores, list[T
 def _rows(values: Tensor, kept: Tensor) -> Tensor:
     """The rows [P * n] of the prompts that are kept [P]."""
     return values.view(len(kept), -1)[kept].flatten()
-
-
-def sound(latents: Tensor) -> Tensor:
-    """Latents that are finite, and of a size that latents have [B]."""
-    return (latents.flatten(1).square().mean(1) <= ABSURD**2).cpu()  # not so for NaN and infinity
 
 
 def broken_latents(forest: Forest) -> Tensor:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..references import fingerprint
 from . import noise
-from .tree import Forest
+from .tree import Forest, sound
 
 AT_ONE_LEVEL = 8  # pictures that share a noise level, and so a model call
 PER_VISIT = 2  # pictures of one prompt that one iteration adds at most: a tree's are much alike
@@ -40,18 +41,14 @@ def remember(
     more, the best first, until a prompt has `most`. rewards: of all leaves [P * K]; prompts: of every leaf.
     """
     count = forest.leaves_per_prompt
-    for first in range(0, len(rewards), count):
-        key, own = named(prompts[first]), rewards[first : first + count].float()
-        known = store.get(key)
-        places = [
-            first + place
-            for place in own.nan_to_num(-torch.inf).argsort(descending=True).tolist()
-            if own[place] >= good and bool(forest.leaves[first + place].isfinite().all())
-        ]
-        left = min(PER_VISIT, most - (0 if known is None else len(known)))
-        if places and left > 0:
-            new = forest.leaves[places[:left]].detach().to("cpu", torch.float16)
-            store[key] = new.clone() if known is None else torch.cat([known, new])
+    usable = torch.where(sound(forest.leaves) & rewards.isfinite(), rewards.float(), -torch.inf)
+    for first in range(0, len(usable), count):
+        key, own = named(prompts[first]), usable[first : first + count]
+        known = store.get(key, forest.leaves[:0].to("cpu", torch.float16))
+        best = own.argsort(descending=True)[: max(0, min(PER_VISIT, most - len(known)))]
+        best = best[own[best] >= good]
+        if len(best):
+            store[key] = torch.cat([known, forest.leaves[first + best].detach().to("cpu", torch.float16)])
 
 
 def states(
@@ -76,6 +73,5 @@ def states(
 
 
 def named(prompt: str) -> str:
-    """A prompt's key in the store: its text, and which reference image it has."""
-    digest = getattr(prompt, "digest", None)
-    return str(prompt) if digest is None else f"{str(prompt)}\n{digest.hex()}"
+    """A prompt's key in the store: its fingerprint as text, which state.pt can hold."""
+    return fingerprint(prompt).decode("latin-1")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import noise, windows
 
+ABSURD = 100.0  # a latent's root mean square beyond which nothing is learned; it is about 1 from noise to image
+
 
 @dataclass
 class TreeShape:
@@ -110,3 +112,8 @@ class Forest:
             leaves=part(self.leaves),
             graphs={},
         )
+
+
+def sound(latents: Tensor) -> Tensor:
+    """Latents that are finite, and of a size that latents have [B]."""
+    return (latents.flatten(1).square().mean(1) <= ABSURD**2).cpu()  # not so for NaN and infinity

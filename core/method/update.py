@@ -255,12 +255,14 @@ class _Loss:
         return torch.where(learned, each, 0.0), ratio, clipped & learned
 
 
-def measured(loss: Tensor, ratio: Tensor, clipped: Tensor, kl: Tensor, sft: Tensor) -> Tensor:
+def measured(
+    loss: Tensor, ratio: Tensor, clipped: Tensor, kl: Tensor, sft: Tensor, replay: Tensor | None = None
+) -> Tensor:
     """A slice's diagnostics [7]: its parts of the loss, KL and supervised term, and the sums of the ratios, of those
-    clipped, and of how many there are; last its part of the loss of what is remembered, here 0.
+    clipped, and of how many there are; last its part of the loss of what is remembered.
     """
-    count, none = torch.ones_like(ratio).sum(), torch.zeros_like(kl)
-    values = loss, ratio.sum(), clipped.sum(), count, kl, sft, none
+    replay = torch.zeros_like(kl) if replay is None else replay
+    values = loss, ratio.sum(), clipped.sum(), torch.ones_like(ratio).sum(), kl, sft, replay
     return torch.stack([value.detach().to(ratio) for value in values])
 
 
@@ -350,9 +352,8 @@ def policy_gradient(
     def remembered(sigma: float, chosen: Tensor) -> None:
         def loss() -> tuple[Tensor, Tensor]:
             value = replayed.loss(chosen, velocity(replayed.x[chosen], sigma, replayed.rows[chosen]))
-            diagnostics = torch.zeros(7, device=value.device)
-            diagnostics[-1] = value.detach()
-            return value, diagnostics
+            none, no_ratios = torch.zeros_like(value), value.new_zeros(0)
+            return value, measured(none, no_ratios, no_ratios, none, none, value)
 
         learn(loss)
 
@@ -365,17 +366,21 @@ def policy_gradient(
         for _ in range(missing):  # as many model calls as the process with the most
             idle()
 
+    def at_each(levels: Tensor, sigmas: Tensor, chosen: Tensor, work: Callable[[float, Tensor], None]) -> None:
+        """One level at a time, for conditioning may begin or end at one. sigmas: of the chosen states."""
+        for level in levels:
+            own = chosen[sigmas == level]
+            each(len(own), lambda first, last: work(float(level), own[first:last]))
+
     with ranks.together():
         for layer in range(forest.depth) if objective.on_window else ():
             each(len(forest.states[layer]), partial(nodes, layer))
         if objective.on_renoised:
             wanted = loss_of.wanted_states() if loss_of is not None else torch.zeros(0, dtype=torch.long)
-            for level in forest.sigmas[:-1]:  # one at a time: conditioning may begin or end at one
-                own = wanted[renoised.sigmas[wanted] == level] if len(wanted) else wanted
-                each(len(own), lambda first, last: noisy_images(float(level), own[first:last]))
-        for level in replayed.sigmas.unique() if replayed is not None else ():
-            own = (replayed.sigmas == level).nonzero().flatten()
-            each(len(own), lambda first, last: remembered(float(level), own[first:last]))
+            sigmas = renoised.sigmas[wanted] if len(wanted) else wanted
+            at_each(forest.sigmas[:-1], sigmas, wanted, noisy_images)
+        if replayed is not None:
+            at_each(replayed.sigmas.unique(), replayed.sigmas, torch.arange(len(replayed.x)), remembered)
     forest.graphs.clear()
     own = torch.stack(totals).double().sum(0).tolist() if totals else [0.0] * 7
     loss, ratio, clipped, scored, kl, sft, replay = map(sum, zip(*ranks.gather(own)))

@@ -208,14 +208,8 @@ class Trainer:
             self._agree_to_go_on()
         row, event = self._iterate()
         if (settings := self.settings).replay:
-            replay.remember(
-                self.run.remembered,
-                event.forest,
-                event.prompts,
-                event.total,
-                settings.replay_from,
-                settings.replay_pictures,
-            )
+            good, most = settings.replay_from, settings.replay_pictures
+            replay.remember(self.run.remembered, event.forest, event.prompts, event.total, good, most)
         with self.ranks.together():
             event.message = self._write(row)
         self.ranks.refuse_drift(self.run.adapters.parameters())

@@ -1,5 +1,5 @@
-"""What is seen of a run while it goes on, from Run to its end: the Simple Trainer's picture, never empty once the training
-has begun, and its sentences. Run is pressed twice: the second goes on, and says so.
+"""What is seen of a run while it goes on, from Run to its end: the Simple Trainer's picture, never empty once the
+training has begun, and its sentences. Run is pressed twice: the second goes on, and says so.
 
     python tests/browser/check_live.py --comfyui PATH [--pictures FOLDER]
 """
@@ -12,7 +12,8 @@ from page import Page, main
 TIMES = 6  # iterations of each Run
 # what the trainer's node shows in this moment: [its text, whether there is a picture that is drawn]
 SEEN = """() => {
-    const node = app.graph._nodes.find((one) => one.type === "TreeRPOSimple"), box = document.querySelector(`[data-node-id="${node.id}"]`);
+    const node = app.graph._nodes.find((one) => one.type === "TreeRPOSimple");
+    const box = document.querySelector(`[data-node-id="${node.id}"]`);
     const text = (node.widgets.find((one) => one.name === "$$node-text-preview")?.value ?? "").trim();
     const images = box ? [...box.querySelectorAll("img")].filter((one) => one.checkVisibility()) : node.imgs ?? [];
     return [text, images.some((one) => one.complete && one.naturalWidth > 100)];

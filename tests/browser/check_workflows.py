@@ -1,7 +1,8 @@
 """Every shipped graph as an artist meets it: opened from the template browser, looked through, queued from the page,
 finished.
 
-    python tests/browser/check_workflows.py [name ...] --comfyui PATH [--pictures FOLDER] [--nodes2] [--thumbnails] [--whole]
+    python tests/browser/check_workflows.py [name ...] --comfyui PATH [--pictures FOLDER] [--nodes2] [--thumbnails]
+        [--whole]
 
 The big models and the reward models' weights are not here: loaders are replaced, in the page, by the tiny model that
 comes with the pack, and tiny random weights lie under the official names; sizes and iterations are made small.
@@ -97,16 +98,21 @@ CROWDED = """() => {
     const scale = app.canvas.ds.scale, title = LiteGraph.NODE_TITLE_HEIGHT, most = 2, found = [];
     const boxes = app.graph._nodes.map((node) => {
         const seen = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect(), [x, y] = node.pos;
-        if (seen) return { name: node.title, x, y: y - title, right: x + seen.width / scale, bottom: y - title + seen.height / scale };
-        return { name: node.title, x, y: y - title, right: x + (node.flags?.collapsed ? node._collapsed_width ?? 80 : node.size[0]), bottom: y + (node.flags?.collapsed ? 0 : node.size[1]) };
+        const folded = node.flags?.collapsed, top = y - title;
+        const wide = seen ? seen.width / scale : folded ? node._collapsed_width ?? 80 : node.size[0];
+        const high = seen ? seen.height / scale : title + (folded ? 0 : node.size[1]);
+        return { name: node.title, x, y: top, right: x + wide, bottom: top + high };
     });
     boxes.forEach((one, index) => {
         for (const other of boxes.slice(index + 1)) {
-            const wide = Math.min(one.right, other.right) - Math.max(one.x, other.x), high = Math.min(one.bottom, other.bottom) - Math.max(one.y, other.y);
-            if (wide > most && high > most) found.push(`${one.name} covers ${other.name} by ${Math.round(wide)} x ${Math.round(high)}`);
+            const wide = Math.min(one.right, other.right) - Math.max(one.x, other.x);
+            const high = Math.min(one.bottom, other.bottom) - Math.max(one.y, other.y);
+            const by = [wide, high].map(Math.round);
+            if (wide > most && high > most) found.push(`${one.name} covers ${other.name} by ${by.join(" x ")}`);
         }
         const home = app.graph._groups.find(({ pos, size }) => one.x >= pos[0] && one.x < pos[0] + size[0]);
-        const out = home ? Math.max(one.right - home.pos[0] - home.size[0], one.bottom - home.pos[1] - home.size[1]) : 0;
+        const over = home ? [one.right, one.bottom].map((end, i) => end - home.pos[i] - home.size[i]) : [0];
+        const out = Math.max(...over);
         if (out > most) found.push(`${one.name} leaves its group by ${Math.round(out)}`);
     });
     return found;
