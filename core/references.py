@@ -54,6 +54,11 @@ def fingerprint(prompt: str) -> bytes:
     return prompt.encode() + (prompt.digest if isinstance(prompt, EditPrompt) else b"")
 
 
+def key_of(prompt: str) -> str:
+    """The same as text, as the key of a dictionary that a checkpoint can hold."""
+    return fingerprint(prompt).decode("latin-1")
+
+
 def with_references(prompts: list[str], pictures: Sequence[Tensor]) -> list[str]:
     """Each prompt with its reference image, in order; one prompt is for all pictures, or one picture for all prompts.
 

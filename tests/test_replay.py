@@ -9,9 +9,9 @@ from test_tree import grown
 from test_update import gradient
 
 from core.method.objective import Objective
-from core.method.replay import PER_VISIT, Replayed, named, remember, states
+from core.method.replay import PER_VISIT, Replayed, remember, states
 from core.method.tree import TreeShape
-from core.references import EditPrompt
+from core.references import EditPrompt, key_of
 from core.runs.trainer import Settings, refuse_split
 
 SHAPE = TreeShape(2, 2)
@@ -44,7 +44,7 @@ def test_a_picture_that_is_no_number_is_not_remembered():
 
 def test_prompts_are_told_apart_by_their_reference_image():
     pictures = torch.rand(2, 4, 4, 3)
-    assert len({named("a cat"), *(named(EditPrompt("a cat", picture)) for picture in pictures)}) == 3
+    assert len({key_of("a cat"), *(key_of(EditPrompt("a cat", picture)) for picture in pictures)}) == 3
 
 
 def stored(count=11):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..references import fingerprint
 from . import noise
 from .tree import Forest, sound
 
@@ -35,15 +34,16 @@ class Replayed:
 
 
 def remember(
-    store: dict[str, Tensor], forest: Forest, prompts: list[str], rewards: Tensor, good: float, most: int
+    store: dict[str, Tensor], forest: Forest, keys: list[str], rewards: Tensor, good: float, most: int
 ) -> None:
     """Add to `store`, pictures [n, C, H, W] by prompt, up to two leaves per prompt that have a reward of `good` or
-    more, the best first, until a prompt has `most`. rewards: of all leaves [P * K]; prompts: of every leaf.
+    more, the best first, until a prompt has `most`. rewards: of all leaves [P * K]; keys: of every leaf, what its
+    prompt is called in the store.
     """
     count = forest.leaves_per_prompt
     usable = torch.where(sound(forest.leaves) & rewards.isfinite(), rewards.float(), -torch.inf)
     for first in range(0, len(usable), count):
-        key, own = named(prompts[first]), usable[first : first + count]
+        key, own = keys[first], usable[first : first + count]
         known = store.get(key, forest.leaves[:0].to("cpu", torch.float16))
         best = own.argsort(descending=True)[: max(0, min(PER_VISIT, most - len(known)))]
         best = best[own[best] >= good]
@@ -52,12 +52,12 @@ def remember(
 
 
 def states(
-    store: dict[str, Tensor], prompts: list[str], sigmas: Tensor, strength: float, most: int, seed: int, iteration: int
+    store: dict[str, Tensor], keys: list[str], sigmas: Tensor, strength: float, most: int, seed: int, iteration: int
 ) -> Replayed | None:
-    """What this iteration's prompts have in store, noised to steps of the schedule `sigmas` [T + 1] that are drawn from
-    (seed, iteration); None where that is nothing. strength: of the loss when every prompt has all its `most` pictures.
+    """What the store has of this iteration's prompts, noised to steps of the schedule `sigmas` [T + 1] that are drawn
+    from (seed, iteration); None where that is nothing. keys: the prompts, by conditioning row, as remember calls them. strength: of the loss when every prompt has all its `most` pictures.
     """
-    kept = [(row, picture) for row, prompt in enumerate(prompts) for picture in store.get(named(prompt), ())]
+    kept = [(row, picture) for row, key in enumerate(keys) for picture in store.get(key, ())]
     if not kept:
         return None
     draw = noise.generator(seed, "replay", iteration)
@@ -69,9 +69,4 @@ def states(
     levels = levels.repeat_interleave(AT_ONE_LEVEL)[: len(kept)]
     drawn = torch.randn(pictures.shape, generator=draw)
     x = noise.noised(pictures, drawn, levels.view(-1, *[1] * (pictures.dim() - 1)))
-    return Replayed(x, levels, rows, drawn - pictures, strength / (most * len(prompts)))
-
-
-def named(prompt: str) -> str:
-    """A prompt's key in the store: its fingerprint as text, which state.pt can hold."""
-    return fingerprint(prompt).decode("latin-1")
+    return Replayed(x, levels, rows, drawn - pictures, strength / (most * len(keys)))

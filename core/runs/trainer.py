@@ -32,6 +32,7 @@ from ..method.rollout import grow
 from ..method.tree import Forest, TreeShape
 from ..method.update import NOTHING_TO_RETAIN
 from ..pictures.distance import SIDE, diversity, small
+from ..references import key_of
 from ..rewards.combine import parts, scores
 from ..rewards.self_test import doubts
 from .evaluation import HeldOut, keep_strip
@@ -209,7 +210,8 @@ class Trainer:
         row, event = self._iterate()
         if (settings := self.settings).replay:
             good, most = settings.replay_from, settings.replay_pictures
-            replay.remember(self.run.remembered, event.forest, event.prompts, event.total, good, most)
+            keys = [key_of(prompt) for prompt in event.prompts]
+            replay.remember(self.run.remembered, event.forest, keys, event.total, good, most)
         with self.ranks.together():
             event.message = self._write(row)
         self.ranks.refuse_drift(self.run.adapters.parameters())
@@ -259,9 +261,9 @@ class Trainer:
             goals = self.images(velocity, forest) if self.images is not None else None
             again = None
             if settings.replay:
-                most = settings.replay_pictures
+                most, keys = settings.replay_pictures, [key_of(prompt) for prompt in chosen]
                 again = replay.states(
-                    run.remembered, chosen, self.host.sigmas, settings.replay, most, settings.seed, iteration
+                    run.remembered, keys, self.host.sigmas, settings.replay, most, settings.seed, iteration
                 )
             row = learn(
                 velocity,
