@@ -55,7 +55,8 @@ def states(
     store: dict[str, Tensor], keys: list[str], sigmas: Tensor, strength: float, most: int, seed: int, iteration: int
 ) -> Replayed | None:
     """What the store has of this iteration's prompts, noised to steps of the schedule `sigmas` [T + 1] that are drawn
-    from (seed, iteration); None where that is nothing. keys: the prompts, by conditioning row, as remember calls them. strength: of the loss when every prompt has all its `most` pictures.
+    from (seed, iteration); None where that is nothing. keys: the prompts, by conditioning row, as remember calls them.
+    strength: of the loss when every prompt has all its `most` pictures.
     """
     kept = [(row, picture) for row, key in enumerate(keys) for picture in store.get(key, ())]
     if not kept:
