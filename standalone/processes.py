@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -64,5 +65,9 @@ def shard(network: nn.Module, whole: list[nn.Parameter], ranks: Ranks, device: t
 
 
 def disconnect() -> None:
+    """Let go of the other processes. Does nothing where there are none."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        # A thread of gloo may still let go of the last collective's tensors, for which it waits for Python's lock: an
+        # interpreter that ends meanwhile aborts, and the job with it (one of five on a busy machine, torch 2.11).
+        time.sleep(0.5)

@@ -165,6 +165,16 @@ def test_a_judge_that_falls_without_a_gain_and_a_reward_that_falls():
     assert "held-out prompts fell from" in unstable.verdict()
 
 
+def test_the_way_back_keeps_what_was_learned_before_the_judge_fell():
+    """A judge's best is in part luck: the base model's picture of no wish is no place to go back to."""
+    judge = [0.301, 0.3, 0.3, 0.3, 0.25, 0.2]
+    assert run(lambda n: judge[n], lambda n: 0.1 * n, count=6).rollback == 30
+    falls = run(lambda n: 0.3 - 0.02 * n, lambda n: 0.1 * n, count=6)
+    assert falls.rollback == 0, "from the first, the judge alone decides"
+    few = run(lambda n: judge[n], lambda n: 0.1 * n, count=6, images=3, noise=0.0)
+    assert few.rollback == 0, "three images tell nothing of luck"
+
+
 def test_without_a_judge_the_reward_decides_where_to_go_back():
     watch = Watch()
     for n, level in enumerate([0.4, 0.5, 0.6, 0.3, 0.2]):

@@ -100,11 +100,17 @@ class Watch:
 
     @property
     def rollback(self) -> int | None:
-        """The iteration to go back to: the evaluation with the best judge (without one, the best reward) whose images
-        were still different.
+        """The iteration to go back to, among the evaluations whose images were still different: the highest reward
+        where the judge was within one standard error of its best (the one-standard-error rule of Breiman et al.,
+        Classification and Regression Trees, 1984), as a judge's best is in part luck and the base model has learned
+        nothing. Without a judge, the highest reward.
         """
-        usable = [i for i in range(len(self.evaluations)) if not self._is_alike(i)]
-        return self.evaluations[self._best(usable)].iteration if usable else None
+        usable = [self.evaluations[i] for i in range(len(self.evaluations)) if not self._is_alike(i)]
+        if not usable:
+            return None
+        best = max(usable, key=lambda one: _mean(one.judge))
+        close = [one for one in usable if one is best or _close(compare(best.judge, one.judge))]
+        return max(close if best.judge else usable, key=lambda one: _mean(one.reward)).iteration
 
     @property
     def finished(self) -> bool:
@@ -132,11 +138,6 @@ class Watch:
         ]
         return cls(**known, evaluations=evaluations)
 
-    def _best(self, among) -> int:
-        """The number of the evaluation with the highest mean, the earliest of equals."""
-        name = "judge" if any(self.evaluations[i].judge for i in among) else "reward"
-        return max(among, key=lambda i: _mean(getattr(self.evaluations[i], name)))
-
     def _lasting(self, test) -> bool:
         """Whether a test of an evaluation's number holds for the newest `patience` evaluations."""
         newest = range(len(self.evaluations))[-self.patience :]
@@ -153,7 +154,7 @@ class Watch:
     def _judged(self) -> str | None:
         if not self._lasting(lambda i: self._fallen(i, "judge")):
             return None
-        now, best = self.evaluations[-1], self.evaluations[self._best(range(len(self.evaluations)))]
+        now, best = self.evaluations[-1], max(self.evaluations, key=lambda e: _mean(e.judge))
         errors, images = compare(best.judge, now.judge)
         fall = (
             f"the judge fell from {_mean(best.judge):.3g} to {_mean(now.judge):.3g} ({_times(errors)} its standard "
@@ -303,6 +304,12 @@ def limit(errors: float, images: int, candidates: int) -> float:
     from scipy.stats import t  # ComfyUI brings it; half a second to import
 
     return float(-t.ppf(NormalDist().cdf(-errors) / candidates, images - 1))
+
+
+def _close(compared: tuple[float, int]) -> bool:
+    """Whether what `compare` returned is no fall by more than a standard error, over enough images."""
+    errors, images = compared
+    return images >= FEWEST_IMAGES and errors >= -1
 
 
 def _mean(scores: list[float]) -> float:
