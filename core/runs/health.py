@@ -101,16 +101,23 @@ class Watch:
     @property
     def rollback(self) -> int | None:
         """The iteration to go back to, among the evaluations whose images were still different: the highest reward
-        where the judge was within one standard error of its best (the one-standard-error rule of Breiman et al.,
-        Classification and Regression Trees, 1984), as a judge's best is in part luck and the base model has learned
-        nothing. Without a judge, the highest reward.
+        where the judge was within one standard error of its best, since that best is in part luck (the one-standard-
+        error rule of Breiman et al., Classification and Regression Trees, 1984). Its best after training began, unless
+        it had fallen by then already: the base model has learned nothing. Without a judge, the highest reward.
         """
         usable = [self.evaluations[i] for i in range(len(self.evaluations)) if not self._is_alike(i)]
         if not usable:
             return None
         best = max(usable, key=lambda one: _mean(one.judge))
-        close = [one for one in usable if one is best or _close(compare(best.judge, one.judge))]
-        return max(close if best.judge else usable, key=lambda one: _mean(one.reward)).iteration
+        if best.judge:
+            trained = [one for one in usable if one.iteration and self._holds(*compare(best.judge, one.judge))]
+            best = max(trained, key=lambda one: _mean(one.judge), default=best)
+            usable = [one for one in usable if one is best or _close(*compare(best.judge, one.judge))]
+        return max(usable, key=lambda one: _mean(one.reward)).iteration
+
+    def _holds(self, errors: float, images: int) -> bool:
+        """Whether what `compare` returned is no fall by more than chance below the best of all evaluations."""
+        return images >= FEWEST_IMAGES and errors >= -limit(self.errors, images, len(self.evaluations) - 1)
 
     @property
     def finished(self) -> bool:
@@ -306,9 +313,8 @@ def limit(errors: float, images: int, candidates: int) -> float:
     return float(-t.ppf(NormalDist().cdf(-errors) / candidates, images - 1))
 
 
-def _close(compared: tuple[float, int]) -> bool:
-    """Whether what `compare` returned is no fall by more than a standard error, over enough images."""
-    errors, images = compared
+def _close(errors: float, images: int) -> bool:
+    """Whether what `compare` returned is no fall by more than a standard error."""
     return images >= FEWEST_IMAGES and errors >= -1
 
 
