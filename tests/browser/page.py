@@ -54,9 +54,9 @@ RUN = """(seconds) => new Promise(async (done) => {
 class Page:
     """`with Page() as page: ...` starts a server with this pack and opens its page.
 
-    comfyui    ComfyUI's folder; None = where run.py finds one. It runs in this python (older versions: with their own
-               frontend beside it) nodes2     start with Nodes 2.0 on size       of the window, in pixels server     a
-               running headless.Server to use instead
+    comfyui: ComfyUI's folder, None = where run.py finds one; it runs in this python (older versions: with their own
+    frontend beside it). nodes2: start with Nodes 2.0 on. size: of the window, in pixels. server: a running
+    headless.Server to use instead.
     """
 
     def __init__(self, comfyui=None, nodes2=False, size=(1900, 1050), server=None):
