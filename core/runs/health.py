@@ -117,7 +117,7 @@ class Watch:
 
     def _holds(self, errors: float, images: int) -> bool:
         """Whether what `compare` returned is no fall by more than chance below the best of all evaluations."""
-        return images >= FEWEST_IMAGES and errors >= -limit(self.errors, images, len(self.evaluations) - 1)
+        return images >= FEWEST_IMAGES and errors >= -limit(self.errors, images, max(1, len(self.evaluations) - 1))
 
     @property
     def finished(self) -> bool:
