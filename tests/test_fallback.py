@@ -26,7 +26,7 @@ def small_graph(name: str, original=fallback.graph) -> dict:
     """The shipped graph with fewer steps, branches and prompts."""
     nodes = original(name)
     changes = {
-        "Shape": {"branching": 2, "depth": 2, "trees": 1, "tail": 0.5},
+        "Shape": {"branching": 2, "depth": 2, "trees": 1, "tail": 0.5, "window": "random"},
         "Sigmas": {"steps": 6},
         "Sample after": {"steps": 4},
     }

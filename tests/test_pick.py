@@ -875,6 +875,7 @@ def test_http_trainer_with_a_person(comfyui_server, client):
     for (node, field), value in {
         ("Policy", "run_name"): "person",
         ("Shape", "branching"): 2,
+        ("Shape", "window"): "random",
         ("Shape", "depth"): 2,
         ("Sigmas", "steps"): 6,
     }.items():

@@ -226,7 +226,7 @@ def trainer(name, change={}):
         ("Save", "lora_name"): name,
         ("Shape", "branching"): 2,
         ("Shape", "tail"): 1.0,
-        ("Shape", "ratio"): 0.5,
+        ("Shape", "window"): "random",
         ("Sigmas", "steps"): 6,
         ("Trainer", "learning_rate"): 1e-3,
     }
