@@ -174,6 +174,8 @@ def test_the_way_back_keeps_what_was_learned_before_the_judge_fell():
     assert slowly.verdict() and 0 < slowly.rollback <= 40, "early, but not where nothing was learned"
     few = run(lambda n: judge[n], lambda n: 0.1 * n, count=6, images=3, noise=0.0)
     assert few.rollback == 0, "three images tell nothing of luck"
+    dip = [0.3, 0.302, 0.296, 0.296, 0.296]
+    assert run(lambda n: dip[n], lambda n: 0.1 * n, count=5).rollback == 40, "chance alone takes nothing back"
     resumed = Watch()
     resumed.evaluate(Evaluation(50, [0.5] * 8, [0.3] * 8))
     assert resumed.rollback == 50

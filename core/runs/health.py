@@ -101,9 +101,10 @@ class Watch:
     @property
     def rollback(self) -> int | None:
         """The iteration to go back to, among the evaluations whose images were still different: the highest reward
-        where the judge was within one standard error of its best, since that best is in part luck (the one-standard-
-        error rule of Breiman et al., Classification and Regression Trees, 1984). Its best after training began, unless
-        it had fallen by then already: the base model has learned nothing. Without a judge, the highest reward.
+        where the judge had not fallen by more than chance; once that fall lasts, where it was within one standard error
+        of its best, since that best is in part luck (the one-standard-error rule of Breiman et al., Classification and
+        Regression Trees, 1984). Its best after training began, unless it had fallen by then already: the base model has
+        learned nothing. Without a judge, the highest reward.
         """
         usable = [self.evaluations[i] for i in range(len(self.evaluations)) if not self._is_alike(i)]
         if not usable:
@@ -112,7 +113,8 @@ class Watch:
         if best.judge:
             trained = [one for one in usable if one.iteration and self._holds(*compare(best.judge, one.judge))]
             best = max(trained, key=lambda one: _mean(one.judge), default=best)
-            usable = [one for one in usable if one is best or _close(*compare(best.judge, one.judge))]
+            close = _close if self._lasting(lambda i: self._fallen(i, "judge")) else self._holds
+            usable = [one for one in usable if one is best or close(*compare(best.judge, one.judge))]
         return max(usable, key=lambda one: _mean(one.reward)).iteration
 
     def _holds(self, errors: float, images: int) -> bool:
