@@ -215,10 +215,9 @@ def test_what_ends_one_process_ends_all_with_the_reason_and_more_processes_go_on
     path = write(tmp_path, "ended", iterations=3)
     done = start(2, path, **{KILLED: "1", HOW: how})
     assert done.returncode != 0 and reason in done.stdout + done.stderr and len(rows(tmp_path / "ended")) == 2
-    if how == "term":  # what is saved is the same in both
-        ok(start(3, path, **{CALLS: "2"}))
-        odd(monkeypatch)
-        same(alone(path, "undisturbed"), tmp_path / "ended")
+    ok(start(3, path, **{CALLS: "2"}))
+    odd(monkeypatch)
+    same(alone(path, "undisturbed"), tmp_path / "ended")
 
 
 def test_shares_are_complete_and_in_order():
