@@ -109,17 +109,13 @@ class Watch:
         usable = [self.evaluations[i] for i in range(len(self.evaluations)) if not self._is_alike(i)]
         if not usable:
             return None
-        best = max(usable, key=lambda one: _mean(one.judge))
+        best = _best(usable, "judge")
         if best.judge:
-            trained = [one for one in usable if one.iteration and self._holds(*compare(best.judge, one.judge))]
-            best = max(trained, key=lambda one: _mean(one.judge), default=best)
-            close = _close if self._lasting(lambda i: self._fallen(i, "judge")) else self._holds
-            usable = [one for one in usable if one is best or close(*compare(best.judge, one.judge))]
-        return max(usable, key=lambda one: _mean(one.reward)).iteration
-
-    def _holds(self, errors: float, images: int) -> bool:
-        """Whether what `compare` returned is no fall by more than chance below the best of all evaluations."""
-        return images >= FEWEST_IMAGES and errors >= -limit(self.errors, images, max(1, len(self.evaluations) - 1))
+            trained = [one for one in usable if one.iteration and self._holds(best, one)]
+            best = _best(trained or [best], "judge")
+            most = 1.0 if self._falls("judge") else None
+            usable = [one for one in usable if one is best or self._holds(best, one, most)]
+        return _best(usable, "reward").iteration
 
     @property
     def finished(self) -> bool:
@@ -152,18 +148,33 @@ class Watch:
         newest = range(len(self.evaluations))[-self.patience :]
         return len(newest) == self.patience and all(test(i) for i in newest)
 
+    def _falls(self, name: str) -> bool:
+        """Whether a score has fallen, and the fall lasts."""
+        return self._lasting(lambda i: self._fallen(i, name))
+
     def _fallen(self, i: int, name: str) -> bool:
         """Whether evaluation i is below the best one before it by more than chance."""
         if i < 1:
             return False
-        best = max(range(i), key=lambda j: _mean(getattr(self.evaluations[j], name)))
-        errors, images = compare(getattr(self.evaluations[best], name), getattr(self.evaluations[i], name))
-        return images >= FEWEST_IMAGES and errors < -limit(self.errors, images, i)
+        fall, chance = self._fall(_best(self.evaluations[:i], name), self.evaluations[i], name, i)
+        return fall > chance
+
+    def _holds(self, best: Evaluation, one: Evaluation, most: float | None = None) -> bool:
+        """Whether an evaluation's judge is below the best of all by no more than `most` standard errors, or chance."""
+        fall, chance = self._fall(best, one, "judge", max(1, len(self.evaluations) - 1))
+        return fall <= (chance if most is None else most)
+
+    def _fall(self, best: Evaluation, one: Evaluation, name: str, candidates: int) -> tuple[float, float]:
+        """How many standard errors an evaluation is below the best of so many others, and how many chance explains: NaN
+        where there are too few images, which are neither more nor less than anything.
+        """
+        errors, images = compare(getattr(best, name), getattr(one, name))
+        return (-errors, limit(self.errors, images, candidates)) if images >= FEWEST_IMAGES else (math.nan, math.nan)
 
     def _judged(self) -> str | None:
-        if not self._lasting(lambda i: self._fallen(i, "judge")):
+        if not self._falls("judge"):
             return None
-        now, best = self.evaluations[-1], max(self.evaluations, key=lambda e: _mean(e.judge))
+        now, best = self.evaluations[-1], _best(self.evaluations, "judge")
         errors, images = compare(best.judge, now.judge)
         fall = (
             f"the judge fell from {_mean(best.judge):.3g} to {_mean(now.judge):.3g} ({_times(errors)} its standard "
@@ -182,9 +193,9 @@ class Watch:
         )
 
     def _unlearned(self) -> str | None:
-        if not self._lasting(lambda i: self._fallen(i, "reward")):
+        if not self._falls("reward"):
             return None
-        best, now = max(self.evaluations, key=lambda e: _mean(e.reward)), self.evaluations[-1]
+        best, now = _best(self.evaluations, "reward"), self.evaluations[-1]
         errors, images = compare(best.reward, now.reward)
         return (
             f"The trained reward on the held-out prompts fell from {_mean(best.reward):.3g} at iteration "
@@ -214,7 +225,7 @@ class Watch:
         earlier = len(self.evaluations) - self.settled
         if not self.settled or earlier < 1:
             return None
-        best = max(self.evaluations[:earlier], key=lambda e: _mean(e.reward))
+        best = _best(self.evaluations[:earlier], "reward")
         newest = max(_mean(one.reward) for one in self.evaluations[earlier:])
         return None if newest > _mean(best.reward) else best
 
@@ -315,9 +326,9 @@ def limit(errors: float, images: int, candidates: int) -> float:
     return float(-t.ppf(NormalDist().cdf(-errors) / candidates, images - 1))
 
 
-def _close(errors: float, images: int) -> bool:
-    """Whether what `compare` returned is no fall by more than a standard error."""
-    return images >= FEWEST_IMAGES and errors >= -1
+def _best(among: list[Evaluation], name: str) -> Evaluation:
+    """The evaluation with the highest mean of a score, the earliest of equals."""
+    return max(among, key=lambda one: _mean(getattr(one, name)))
 
 
 def _mean(scores: list[float]) -> float:
