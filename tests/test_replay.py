@@ -15,7 +15,7 @@ from core.references import EditPrompt, key_of
 from core.runs.trainer import Settings, refuse_split
 
 SHAPE = TreeShape(2, 2)
-TEXTS = ["a cat"] * 4 + ["a dog"] * 4
+TEXTS = ["a cat", "a dog"]
 SIGMAS = torch.linspace(1, 0, 9)
 
 

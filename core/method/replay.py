@@ -37,18 +37,17 @@ def remember(
     store: dict[str, Tensor], forest: Forest, keys: list[str], rewards: Tensor, good: float, most: int
 ) -> None:
     """Add to `store`, pictures [n, C, H, W] by prompt, up to two leaves per prompt that have a reward of `good` or
-    more, the best first, until a prompt has `most`. rewards: of all leaves [P * K]; keys: of every leaf, what its
-    prompt is called in the store.
+    more, the best first, until a prompt has `most`. rewards: of all leaves [P * K]; keys: what each of the P prompts is
+    called in the store.
     """
-    count = forest.leaves_per_prompt
     usable = torch.where(sound(forest.leaves) & rewards.isfinite(), rewards.float(), -torch.inf)
-    for first in range(0, len(usable), count):
-        key, own = keys[first], usable[first : first + count]
-        known = store.get(key, forest.leaves[:0].to("cpu", torch.float16))
+    groups = usable.view(len(keys), -1), forest.leaves.unflatten(0, (len(keys), -1))
+    for key, own, leaves in zip(keys, *groups):
+        known = store.get(key, leaves[:0].to("cpu", torch.float16))
         best = own.argsort(descending=True)[: max(0, min(PER_VISIT, most - len(known)))]
         best = best[own[best] >= good]
         if len(best):
-            store[key] = torch.cat([known, forest.leaves[first + best].detach().to("cpu", torch.float16)])
+            store[key] = torch.cat([known, leaves[best].detach().to("cpu", torch.float16)])
 
 
 def states(

@@ -210,7 +210,7 @@ class Trainer:
         row, event = self._iterate()
         if (settings := self.settings).replay:
             good, most = settings.replay_from, settings.replay_pictures
-            keys = [key_of(prompt) for prompt in event.prompts]
+            keys = [key_of(prompt) for prompt in event.prompts[:: event.forest.leaves_per_prompt]]
             replay.remember(self.run.remembered, event.forest, keys, event.total, good, most)
         with self.ranks.together():
             event.message = self._write(row)
