@@ -54,9 +54,13 @@ class Method:
 def methods() -> dict[str, Method]:
     """About 420 cost units per iteration each, so that the baselines get fewer images and the trees more prompts; those
     called *_inner2 take two optimizer steps on the same images, those called *_1prompt cost about 105 and so take four
-    times as many iterations; tree_b8w1_1prompt, eight siblings that part at the first step, costs 36. early_*: the
-    templates' trees, whose window starts early more often, by policy gradient and by tree regression, and what is left
-    of the latter without a tree: as many independent images of the same windows and tails (flat_regression).
+    times as many iterations; tree_b8w1_1prompt, eight siblings that part at the first step, costs 36.
+
+    middle_*: the trees of the template `trainer`, which branch at steps 5 and 6 of 10, by policy gradient and by tree
+    regression, and what is left of them without a tree: as many independent images of the same windows and tails
+    (middle_flat_regression), and GRPO on three steps from there (window_middle). early_*: the same where the window is
+    drawn anew in every iteration and starts early more often, as Simple Trainer has it (without a tree:
+    flat_regression); anywhere_*: where all windows are as likely.
 
     The field's own: flat_nft and flat_awm, DiffusionNFT and AWM as they are published but for flat_regression's images,
     with as many re-noised states per image as its window has; all_steps, GRPO on every step of independent images but
@@ -65,7 +69,9 @@ def methods() -> dict[str, Method]:
     """
     tree = {"tail": 0.4}
     early = {"tail": 0.3, "ratio": 0.3}
-    flat = {**early, "branching": 1, "depth": 2, "trees": 16}
+    middle = {"tail": 0.3, "window": "fixed", "fixed": 4}
+    alone = {"branching": 1, "depth": 2, "trees": 16}
+    flat = {**early, **alone}
     regression = {"loss": "regression", "anchor": 0.05, "step_weight": "layer"}
     return {
         "independent": Method(2, {"branching": 1, "depth": STEPS - 2, "trees": 7}, retain=False),
@@ -78,6 +84,18 @@ def methods() -> dict[str, Method]:
         "tree_b3w3_1prompt": Method(1, {**tree, "branching": 3, "depth": 3}),
         "early_b4w2": Method(4, {**early, "branching": 4, "depth": 2}),
         "early_b4w2_regression": Method(4, {**early, "branching": 4, "depth": 2}, objective=regression),
+        "middle_b4w2": Method(4, {**middle, "branching": 4, "depth": 2}),
+        "middle_b4w2_regression": Method(4, {**middle, "branching": 4, "depth": 2}, objective=regression),
+        "middle_b4w2_regression_inner2": Method(
+            4, {**middle, "branching": 4, "depth": 2}, objective=regression, inner=2
+        ),
+        "middle_flat_regression": Method(4, {**middle, **alone}, retain=False, objective=regression),
+        "anywhere_b4w2_regression": Method(
+            4, {"tail": 0.3, "ratio": 1.0, "branching": 4, "depth": 2}, objective=regression
+        ),
+        "window_middle": Method(
+            2, {"branching": 1, "depth": 3, "trees": 12, "window": "fixed", "fixed": 4}, retain=False
+        ),
         "flat_regression": Method(4, flat, retain=False, objective=regression),
         "flat_nft": Method(4, flat, retain=False, objective={"loss": "nft", "per_image": 2}),
         "flat_awm": Method(4, flat, retain=False, objective={"loss": "awm", "per_image": 2}),
@@ -89,7 +107,7 @@ def methods() -> dict[str, Method]:
 
 def presets() -> dict[str, Method]:
     """Simple Trainer's presets as it trains a tiny model with them, `normal` first, and what was tried in place of
-    `strong`.
+    `strong` and of its windows.
     """
     simple = importlib.import_module("treerpo_pack.nodes.simple")
 
@@ -98,8 +116,11 @@ def presets() -> dict[str, Method]:
             prompts=prompts, objective={"anchor": anchor}, learning_rate=1.2e-3 * speed, average=0.97
         )
 
+    normal = method(*simple.PRESETS["normal"])
     return {
         **{name: method(*simple.PRESETS[name]) for name in ("normal", "gentle", "strong")},
+        "normal_anywhere": normal.but(shape={"ratio": 1.0}),
+        "normal_middle": normal.but(shape={"window": "fixed", "fixed": 4}),
         "rate_2.5": method(2.5, 0.05),
         "prompts_1": method(1.0, 0.05, 1),
     }

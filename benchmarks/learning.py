@@ -22,7 +22,7 @@ from learning_report import DEFAULT, JUDGED, compare, interval, read, report, ta
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = (1e-3, 3e-3, 3e-4)
-TUNING_SEEDS = (1000, 1001)
+FIRST_TUNING_SEED = 1000
 
 
 def tuned_file(options) -> Path:
@@ -40,8 +40,8 @@ def chosen(rows: dict[str, Method], options) -> dict[str, Method]:
 
 
 def tune(lab: Lab, options) -> None:
-    """Mean final reward of two seeds per learning rate and number of prompts per iteration; the best of each method is
-    what `main` takes.
+    """Mean final reward of some seeds per learning rate and number of prompts per iteration; the best of each method is
+    what `main` takes. With more --seeds than a setting had, only the further ones are run.
     """
     path = options.json or tuned_file(options)
     results = read(path)
@@ -50,16 +50,23 @@ def tune(lab: Lab, options) -> None:
         for prompts in options.prompts or [method.prompts]:
             for rate in options.rates:
                 tried = {"learning_rate": rate, "prompts": prompts}
-                if any(tried.items() <= old.items() for old in row["tried"]):
+                entry = next((old for old in row["tried"] if tried.items() <= old.items()), None)
+                if entry is None:
+                    row["tried"].append(entry := {**tried, "reward": 0.0, "seeds": 0})
+                before = entry.setdefault("seeds", 2)  # as many as an earlier version ran
+                if before >= options.seeds:
                     continue
                 rewards = [
-                    train(lab, method.but(**tried), seed, options.budget, evaluations=1)["reward"][-1]
-                    for seed in TUNING_SEEDS
+                    train(lab, method.but(**tried), FIRST_TUNING_SEED + seed, options.budget, evaluations=1)["reward"][
+                        -1
+                    ]
+                    for seed in range(before, options.seeds)
                 ]
-                row["tried"].append({**tried, "reward": statistics.mean(rewards)})
+                entry["reward"] = (before * entry["reward"] + sum(rewards)) / options.seeds
+                entry["seeds"] = options.seeds
                 best = max(row["tried"], key=lambda one: one["reward"])
                 row["best"] = {key: best[key] for key in tried}
-                print(f"{options.model} {options.reward} {name}: {row['tried'][-1]}", flush=True)
+                print(f"{options.model} {options.reward} {name}: {entry}", flush=True)
                 host.save(results, path)
 
 
@@ -185,7 +192,7 @@ def curves(lab: Lab, options, path: Path, rows: dict[str, Method]) -> None:
             if len(row["runs"]) > seed:
                 continue
             run = train(
-                lab, method, seed, options.budget, evaluations=6 if method.prompts == 1 or method.average else 3
+                lab, method, seed, options.budget, evaluations=12 if method.prompts == 1 or method.average else 3
             )
             row["runs"].append(run)
             print(
@@ -322,7 +329,7 @@ def main():
     )
     parser.add_argument("--model", choices=("flux", "sd3"), default="flux")
     parser.add_argument("--reward", choices=tuple(WISHES), default="taste")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, help="seeds per method (default 5; tune: 2, others than main's)")
     parser.add_argument("--budget", type=float, default=2500, help="cost of a run, in forwards (default 2500)")
     parser.add_argument(
         "--iterations",
@@ -343,6 +350,7 @@ def main():
     parser.add_argument("--only", default="", help="tune, snr, main, presets: only these methods, separated by commas")
     parser.add_argument("--json", type=Path, help="write the results there (default: benchmarks/results/)")
     options = parser.parse_args()
+    options.seeds = options.seeds or (2 if options.part == "tune" else 5)
     if options.part == "report":
         return report(RESULTS, options.json)
     pack = host.load_pack()

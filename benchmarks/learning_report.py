@@ -10,7 +10,7 @@ import host
 from common_runs import WISHES
 
 DEFAULT = "tree_b3w3"  # the tree that the ablations change
-LEARNER = "early_b4w2_regression"  # the pack's default, tree regression: others are compared with it where it was run
+LEARNER = "middle_b4w2_regression"  # the template's tree regression: others are compared with it where it was run
 JUDGED = ("taste", "follows", "quality", "diversity")  # what the judge by rules sees in held-out pictures
 T95 = {
     1: 12.7,
@@ -248,17 +248,17 @@ def plot(panels: list[dict], path: Path) -> None:
     """Mean reward against cost, a band of one standard deviation, one panel per model and reward."""
     from PIL import Image, ImageDraw, ImageFont
 
-    colours = {
-        "independent": (130, 130, 138),
-        "window": (225, 110, 20),
-        "tree_b3w3": (24, 100, 200),
-        "tree_b4w2": (20, 140, 90),
-        "early_b4w2": (24, 100, 200),
-        "early_b4w2_regression": (20, 140, 90),
-        "flat_regression": (0, 150, 200),
-        "flat_nft": (140, 60, 180),
-        "flat_awm": (200, 70, 90),
-        "treegrpo_code": (130, 130, 138),
+    drawn = {  # the rest is in the tables
+        "independent": ("independent images, all steps", (130, 130, 138)),
+        "window": ("window of 3 steps, GRPO", (225, 110, 20)),
+        "treegrpo_code": ("TreeGRPO as its code does it", (130, 130, 138)),
+        "flat_nft": ("DiffusionNFT", (140, 60, 180)),
+        "tree_b3w3": ("tree 3x3, GRPO", (24, 100, 200)),
+        "tree_b4w2": ("tree 4x2, GRPO", (20, 140, 90)),
+        "middle_b4w2": ("tree 4x2, GRPO, steps 5 and 6", (24, 100, 200)),
+        "middle_b4w2_regression": ("tree regression, steps 5 and 6", (20, 140, 90)),
+        "early_b4w2_regression": ("tree regression, early steps", (120, 200, 50)),
+        "anywhere_b4w2_regression": ("tree regression, steps anywhere", (190, 20, 90)),
     }
     width, height, columns = 620, 380, min(2, len(panels))
     lines = -(-len(panels) // columns)
@@ -268,7 +268,7 @@ def plot(panels: list[dict], path: Path) -> None:
     for number_, results in enumerate(panels):
         left, top = number_ % columns * width + 64, number_ // columns * height + 40
         right, bottom = left + width - 90, top + height - 96
-        curves = {name: row["curve"] for name, row in results["methods"].items()}
+        curves = {name: results["methods"][name]["curve"] for name in drawn if name in results["methods"]}
         low = min(m - s for c in curves.values() for m, s in zip(c["mean"], c["std"]))
         high = max(m + s for c in curves.values() for m, s in zip(c["mean"], c["std"]))
 
@@ -286,12 +286,12 @@ def plot(panels: list[dict], path: Path) -> None:
             draw.text((place(cost, low)[0], bottom + 6), f"{cost:.0f}", fill="black", font=font, anchor="mt")
         draw.text(((left + right) / 2, bottom + 24), "cost (forwards)", fill="black", font=font, anchor="mt")
         for i, (name, curve) in enumerate(curves.items()):
-            colour = colours.get(name, (60, 60, 70))
+            label, colour = drawn[name]
             upper = [place(x, m + s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
             lower = [place(x, m - s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
-            draw.polygon(upper + lower[::-1], fill=(*colour, 40))
+            draw.polygon(upper + lower[::-1], fill=(*colour, 26))
             draw.line([place(x, m) for x, m in zip(curve["cost"], curve["mean"])], fill=colour, width=3, joint="curve")
-            draw.text((left + 10, top + 4 + 17 * i), name, fill=colour, font=font)
+            draw.text((left + 10, top + 4 + 17 * i), label, fill=colour, font=font)
     picture.save(path)
 
 
