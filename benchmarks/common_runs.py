@@ -69,8 +69,8 @@ def methods() -> dict[str, Method]:
     """
     tree = {"tail": 0.4}
     early = {"tail": 0.3, "ratio": 0.3}
-    middle = {"tail": 0.3, "window": "fixed", "fixed": 4}
-    alone = {"branching": 1, "depth": 2, "trees": 16}
+    middle, anywhere = {"tail": 0.3, "window": "fixed", "fixed": 4}, {"tail": 0.3, "ratio": 1.0}
+    tree_4x2, alone = {"branching": 4, "depth": 2}, {"branching": 1, "depth": 2, "trees": 16}
     flat = {**early, **alone}
     regression = {"loss": "regression", "anchor": 0.05, "step_weight": "layer"}
     return {
@@ -82,17 +82,13 @@ def methods() -> dict[str, Method]:
         "tree_b3w3_inner2": Method(3, {**tree, "branching": 3, "depth": 3}, inner=2, learning_rate=3e-3),
         "window_1prompt": Method(1, {"branching": 1, "depth": 3, "trees": 6}, retain=False),
         "tree_b3w3_1prompt": Method(1, {**tree, "branching": 3, "depth": 3}),
-        "early_b4w2": Method(4, {**early, "branching": 4, "depth": 2}),
-        "early_b4w2_regression": Method(4, {**early, "branching": 4, "depth": 2}, objective=regression),
-        "middle_b4w2": Method(4, {**middle, "branching": 4, "depth": 2}),
-        "middle_b4w2_regression": Method(4, {**middle, "branching": 4, "depth": 2}, objective=regression),
-        "middle_b4w2_regression_inner2": Method(
-            4, {**middle, "branching": 4, "depth": 2}, objective=regression, inner=2
-        ),
+        "early_b4w2": Method(4, {**early, **tree_4x2}),
+        "early_b4w2_regression": Method(4, {**early, **tree_4x2}, objective=regression),
+        "middle_b4w2": Method(4, {**middle, **tree_4x2}),
+        "middle_b4w2_regression": Method(4, {**middle, **tree_4x2}, objective=regression),
+        "middle_b4w2_regression_inner2": Method(4, {**middle, **tree_4x2}, objective=regression, inner=2),
         "middle_flat_regression": Method(4, {**middle, **alone}, retain=False, objective=regression),
-        "anywhere_b4w2_regression": Method(
-            4, {"tail": 0.3, "ratio": 1.0, "branching": 4, "depth": 2}, objective=regression
-        ),
+        "anywhere_b4w2_regression": Method(4, {**anywhere, **tree_4x2}, objective=regression),
         "window_middle": Method(
             2, {"branching": 1, "depth": 3, "trees": 12, "window": "fixed", "fixed": 4}, retain=False
         ),
@@ -116,11 +112,11 @@ def presets() -> dict[str, Method]:
             prompts=prompts, objective={"anchor": anchor}, learning_rate=1.2e-3 * speed, average=0.97
         )
 
-    normal = method(*simple.PRESETS["normal"])
+    named = {name: method(*simple.PRESETS[name]) for name in ("normal", "gentle", "strong")}
     return {
-        **{name: method(*simple.PRESETS[name]) for name in ("normal", "gentle", "strong")},
-        "normal_anywhere": normal.but(shape={"ratio": 1.0}),
-        "normal_middle": normal.but(shape={"window": "fixed", "fixed": 4}),
+        **named,
+        "normal_anywhere": named["normal"].but(shape={"ratio": 1.0}),
+        "normal_middle": named["normal"].but(shape={"window": "fixed", "fixed": 4}),
         "rate_2.5": method(2.5, 0.05),
         "prompts_1": method(1.0, 0.05, 1),
     }

@@ -56,14 +56,12 @@ def tune(lab: Lab, options) -> None:
                 before = entry.setdefault("seeds", 2)  # as many as an earlier version ran
                 if before >= options.seeds:
                     continue
-                rewards = [
-                    train(lab, method.but(**tried), FIRST_TUNING_SEED + seed, options.budget, evaluations=1)["reward"][
-                        -1
-                    ]
+                runs = [
+                    train(lab, method.but(**tried), FIRST_TUNING_SEED + seed, options.budget, evaluations=1)
                     for seed in range(before, options.seeds)
                 ]
-                entry["reward"] = (before * entry["reward"] + sum(rewards)) / options.seeds
-                entry["seeds"] = options.seeds
+                total = before * entry["reward"] + sum(run["reward"][-1] for run in runs)
+                entry |= {"reward": total / options.seeds, "seeds": options.seeds}
                 best = max(row["tried"], key=lambda one: one["reward"])
                 row["best"] = {key: best[key] for key in tried}
                 print(f"{options.model} {options.reward} {name}: {entry}", flush=True)
