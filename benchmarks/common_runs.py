@@ -26,6 +26,10 @@ RARE = {"palette": "vivid", "fill": "outline", "backdrop": "dotted", "frame": "f
 WISHES = {"size": {}, "taste": COMMON, "rare": RARE, "follow": {}, "demo": COMMON}  # demo: as the templates, and follow
 
 
+MIDDLE = {"window": "fixed", "fixed": 4}  # steps 5 and 6 of 10 branch, as in the template `trainer`
+ANYWHERE = {"ratio": 1.0}  # all windows are as likely
+
+
 @dataclass
 class Method:
     """How one iteration is sampled and learned from; everything that is not named is the pack's default."""
@@ -69,7 +73,7 @@ def methods() -> dict[str, Method]:
     """
     tree = {"tail": 0.4}
     early = {"tail": 0.3, "ratio": 0.3}
-    middle, anywhere = {"tail": 0.3, "window": "fixed", "fixed": 4}, {"tail": 0.3, "ratio": 1.0}
+    middle, anywhere = {"tail": 0.3, **MIDDLE}, {"tail": 0.3, **ANYWHERE}
     tree_4x2, alone = {"branching": 4, "depth": 2}, {"branching": 1, "depth": 2, "trees": 16}
     flat = {**early, **alone}
     regression = {"loss": "regression", "anchor": 0.05, "step_weight": "layer"}
@@ -89,9 +93,7 @@ def methods() -> dict[str, Method]:
         "middle_b4w2_regression_inner2": Method(4, {**middle, **tree_4x2}, objective=regression, inner=2),
         "middle_flat_regression": Method(4, {**middle, **alone}, retain=False, objective=regression),
         "anywhere_b4w2_regression": Method(4, {**anywhere, **tree_4x2}, objective=regression),
-        "window_middle": Method(
-            2, {"branching": 1, "depth": 3, "trees": 12, "window": "fixed", "fixed": 4}, retain=False
-        ),
+        "window_middle": Method(2, {"branching": 1, "depth": 3, "trees": 12, **MIDDLE}, retain=False),
         "flat_regression": Method(4, flat, retain=False, objective=regression),
         "flat_nft": Method(4, flat, retain=False, objective={"loss": "nft", "per_image": 2}),
         "flat_awm": Method(4, flat, retain=False, objective={"loss": "awm", "per_image": 2}),
@@ -115,8 +117,8 @@ def presets() -> dict[str, Method]:
     named = {name: method(*simple.PRESETS[name]) for name in ("normal", "gentle", "strong")}
     return {
         **named,
-        "normal_anywhere": named["normal"].but(shape={"ratio": 1.0}),
-        "normal_middle": named["normal"].but(shape={"window": "fixed", "fixed": 4}),
+        "normal_anywhere": named["normal"].but(shape=ANYWHERE),
+        "normal_middle": named["normal"].but(shape=MIDDLE),
         "rate_2.5": method(2.5, 0.05),
         "prompts_1": method(1.0, 0.05, 1),
     }
