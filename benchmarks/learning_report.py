@@ -268,7 +268,8 @@ def plot(panels: list[dict], path: Path) -> None:
     for number_, results in enumerate(panels):
         left, top = number_ % columns * width + 64, number_ // columns * height + 40
         right, bottom = left + width - 90, top + height - 96
-        curves = {name: results["methods"][name]["curve"] for name in drawn if name in results["methods"]}
+        methods = results["methods"]
+        curves = {name: methods[name]["curve"] for name in [n for n in drawn if n in methods] or methods}
         low = min(m - s for c in curves.values() for m, s in zip(c["mean"], c["std"]))
         high = max(m + s for c in curves.values() for m, s in zip(c["mean"], c["std"]))
 
@@ -286,7 +287,7 @@ def plot(panels: list[dict], path: Path) -> None:
             draw.text((place(cost, low)[0], bottom + 6), f"{cost:.0f}", fill="black", font=font, anchor="mt")
         draw.text(((left + right) / 2, bottom + 24), "cost (forwards)", fill="black", font=font, anchor="mt")
         for i, (name, curve) in enumerate(curves.items()):
-            label, colour = drawn[name]
+            label, colour = drawn.get(name, (name, (60, 60, 70)))
             upper = [place(x, m + s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
             lower = [place(x, m - s) for x, m, s in zip(curve["cost"], curve["mean"], curve["std"])]
             draw.polygon(upper + lower[::-1], fill=(*colour, 26))
@@ -325,7 +326,7 @@ def read(path: Path) -> dict:
 
 
 def report(folder: Path, target: Path | None = None) -> None:
-    """Print every table there is, join the main files in learning.json, draw the curves."""
+    """Print every table there is, draw the curves; to `target`, all main files joined, without their runs."""
     panels = {}
     for name in (f"{model}_{reward}" for reward in WISHES for model in ("flux", "sd3")):
         results, snr = read(folder / f"learning_{name}.json"), read(folder / f"snr_{name}.json")
@@ -341,15 +342,14 @@ def report(folder: Path, target: Path | None = None) -> None:
         if snr:
             snr_table(snr, name)
     if panels:
-
-        def short(methods):
-            return {name: {key: value for key, value in row.items() if key != "runs"} for name, row in methods.items()}
-
-        joined = {name: {**results, "methods": short(results["methods"])} for name, results in panels.items()}
-        first = next(iter(joined.values()))
-        host.save(
-            {"seeds": first["seeds"], "methods": first["methods"], "all": joined}, target or folder / "learning.json"
-        )
+        short = {
+            panel: {
+                name: {key: value for key, value in row.items() if key != "runs"}
+                for name, row in results["methods"].items()
+            }
+            for panel, results in panels.items()
+        }
+        host.save({name: {**results, "methods": short[name]} for name, results in panels.items()}, target)
         plot(list(panels.values()), folder / "learning.png")
     if ablations := read(folder / "ablations.json"):
         ablation_table(ablations)

@@ -1,6 +1,7 @@
 """benchmarks/learning_report.py: what is read off learning curves, and that no run is lost."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -54,3 +55,14 @@ def test_no_run_is_dropped_where_methods_have_different_numbers(capsys):
     learning_report.table(found)
     assert {name: row["runs"] for name, row in found["methods"].items()} == before
     assert "1 to 3 seeds" in capsys.readouterr().out
+
+
+def test_report_draws_methods_that_the_picture_has_no_name_for(tmp_path):
+    found = results()
+    found["methods"] = {"stopped": found["methods"]["stopped"]}
+    (tmp_path / "learning_sd3_demo.json").write_text(json.dumps(found))
+    learning_report.report(tmp_path, tmp_path / "joined.json")
+    assert (tmp_path / "learning.png").stat().st_size
+    joined = json.loads((tmp_path / "joined.json").read_text())
+    assert "runs" not in joined["sd3_demo"]["methods"]["stopped"]
+    assert "runs" in json.loads((tmp_path / "learning_sd3_demo.json").read_text())["methods"]["stopped"]
